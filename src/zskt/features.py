@@ -1,0 +1,189 @@
+"""What can be seen of any `nn.Module` from outside: logits, stage outputs, BatchNorm statistics, operations.
+
+A stage is the part of a network that works at one resolution. Networks of `zskt.models` name theirs (`stages`); in
+others the last child at each resolution is taken.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from zskt.files import ZsktError
+from zskt.losses import at_least_float32
+
+
+class ChannelStatistics(NamedTuple):
+    """One BatchNorm layer's input over a batch, beside what the layer remembers from training; each (C,)."""
+
+    mean: Tensor
+    variance: Tensor
+    running_mean: Tensor
+    running_variance: Tensor
+
+
+@dataclass
+class Observation:
+    """One forward: logits (N, K), the named stages' outputs and, where asked for, BatchNorm input statistics."""
+
+    logits: Tensor
+    stages: list[Tensor] = field(default_factory=list)
+    statistics: list[ChannelStatistics] = field(default_factory=list)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (N, K) in what a network returned."""
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return output
+    found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    raise ZsktError(f"expected a network that returns logits of shape (batch, classes), found {found}; wrap it")
+
+
+def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers that remember statistics of their training data."""
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+
+
+class Observer:
+    """Calls a network and records stage outputs and BatchNorm input statistics by hooks, until closed.
+
+    Statistics are recorded only where gradients flow: their one use is a prior on generated images.
+    """
+
+    def __init__(self, module: nn.Module, stages: Sequence[str] = (), *, statistics: bool = False) -> None:
+        self.module = module
+        self._outputs: dict[str, tuple[Tensor, int]] = {}
+        self._statistics: list[ChannelStatistics] = []
+        self._handles = [module.get_submodule(name).register_forward_hook(self._record_output(name)) for name in stages]
+        self._names = tuple(stages)
+        if statistics:
+            for layer in batchnorm_layers(module):
+                self._handles.append(layer.register_forward_pre_hook(self._record_input))
+
+    def _record_output(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._outputs[name] = (output, output._version)
+
+        return hook
+
+    def _record_input(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            assert isinstance(layer, _BatchNorm)
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            x = at_least_float32(inputs[0])  # (N, C, ...)
+            rest = [d for d in range(x.ndim) if d != 1]
+            variance, mean = torch.var_mean(x, dim=rest, correction=0)  # (C,), (C,)
+            self._statistics.append(ChannelStatistics(mean, variance, layer.running_mean, layer.running_var))
+
+    def __call__(self, images: Tensor) -> Observation:
+        """Observe one forward of `images` (N, C, H, W)."""
+        try:
+            logits = logits_of(self.module(images))
+            for name, (output, version) in self._outputs.items():
+                if output._version != version:
+                    raise ZsktError(
+                        f"the output of {name} is changed in place by a later layer (an in-place ReLU, say), so it is "
+                        "no stage output; name the later layer as the stage or make it out of place"
+                    )
+            stages = [self._outputs[name][0] for name in self._names]
+            return Observation(logits, stages, list(self._statistics))
+        finally:
+            self._outputs.clear()
+            self._statistics.clear()
+
+    def close(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for a while; afterwards every submodule has its own mode back."""
+    modes = [(child, child.training) for module in modules for child in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def _blank(module: nn.Module, size: tuple[int, ...]) -> Tensor:
+    """A batch of one, of zeros, (1, *size), of the module's device and dtype."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    return torch.zeros(1, *size, dtype=like.dtype, device=like.device)
+
+
+def forward_flops(module: nn.Module, size: tuple[int, ...]) -> int:
+    """Operations (two per multiply-accumulate) of one forward of one input of `size`: convolutions and products."""
+    with evaluating(module), FlopCounterMode(display=False) as counter:
+        module(_blank(module, size))
+    return int(counter.get_total_flops())
+
+
+def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...]:
+    """Names of the submodules whose outputs are the stage outputs for images of `size` = (C, H, W), finest first."""
+    named = getattr(module, "stages", None)
+    if isinstance(named, (tuple, list)) and all(isinstance(name, str) for name in named):
+        return tuple(named)
+    calls: dict[str, tuple[tuple[int, ...], tuple[int, ...], Tensor, int]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(child: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            x = inputs[0] if inputs else None
+            if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim == output.ndim == 4:
+                calls.pop(name, None)  # a module called twice counts where it was called last
+                calls[name] = (tuple(x.shape[2:]), tuple(output.shape[2:]), output, output._version)
+
+        return hook
+
+    handles = [child.register_forward_hook(watch(name)) for name, child in module.named_modules() if name]
+    try:
+        with evaluating(module):
+            module(_blank(module, size))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def children(parent: str) -> list[str]:
+        prefix = f"{parent}." if parent else ""
+        return [name for name in calls if name.startswith(prefix) and "." not in name[len(prefix) :]]
+
+    def visit(parent: str) -> Iterator[str]:
+        for name in children(parent):
+            # A block that halves the resolution once also contains layers at its input's: only a child with several
+            # resolutions of its own is a trunk that holds several stages.
+            own = {calls[child][1] for child in children(name)} - {calls[name][0]}
+            if len(own) > 1:
+                yield from visit(name)
+            else:
+                yield name
+
+    last: dict[tuple[int, ...], str] = {}
+    for name in visit(""):
+        _, resolution, output, version = calls[name]
+        if resolution == (1, 1) or output._version != version:  # pooled away, or overwritten by an in-place ReLU
+            continue
+        # A composite (a block) is a better place than a norm or an activation that follows it.
+        if resolution not in last or children(name) or not children(last[resolution]):
+            last[resolution] = name
+    return tuple(last.values())
+
+
+def stage_resolutions(module: nn.Module, stages: Sequence[str], size: tuple[int, int, int]) -> list[tuple[int, ...]]:
+    """(H, W) of each named stage's output for images of `size` = (C, H, W)."""
+    observer = Observer(module, stages)
+    try:
+        with evaluating(module):
+            return [tuple(output.shape[2:]) for output in observer(_blank(module, size)).stages]
+    finally:
+        observer.close()

@@ -1,0 +1,123 @@
+"""Files that are either whole or absent, and the errors a user sees.
+
+Nothing in this package writes a pickle: tensors go to safetensors, everything else to JSON, JSON lines or TOML.
+"""
+
+import contextlib
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+class ZsktError(Exception):
+    """The work cannot go on: one line saying what was expected, what was found and what to do. Exit status 1."""
+
+
+class UsageError(ZsktError):
+    """The request itself is wrong: an unknown name, a mistyped or contradictory value. Exit status 2."""
+
+
+def unknown(what: str, name: str, valid: Iterable[str]) -> UsageError:
+    """An error for a name that is not among `valid`, with the nearest ones first."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    advice = f"did you mean {' or '.join(near)}? " if near else ""
+    return UsageError(f"unknown {what} {name!r}: {advice}valid are {', '.join(valid)}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` only once it is complete: temporary file, fsync, rename.
+
+    On any error the temporary file is removed and what stood at `path` before is untouched.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise cannot("write", path, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make a rename durable; file systems that cannot sync a directory are left as they are."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def cannot(verb: str, path: Path, error: OSError) -> ZsktError:
+    """The one-line form of an operating system error."""
+    reason = error.strerror or str(error)
+    remedy = {
+        28: "free some space or choose another place with --out",  # ENOSPC
+        13: "check the permissions or choose another place with --out",  # EACCES
+        30: "choose a writable place with --out",  # EROFS
+        2: "check the path",  # ENOENT
+        20: "a folder was expected, part of the path is a file",  # ENOTDIR
+    }.get(error.errno or 0, "check the path and try again")
+    return ZsktError(f"cannot {verb} {path}: {reason}; {remedy}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file, or nothing."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document; NaN and infinities are refused so that the file stays valid JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON document."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except ValueError as error:
+        raise ZsktError(f"{path} is not valid JSON ({error}); write it anew or fetch it again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors of any device and memory format as one safetensors file, values in C order."""
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    with replacing(path) as file:
+        file.write(safetensors.torch.save(plain, dict(metadata or {})))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its string metadata."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except safetensors.SafetensorError as error:
+        raise ZsktError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from error

@@ -1,0 +1,108 @@
+"""Which pseudo batches the student sees after a search: the same one again, fresh ones, or a bank of past ones.
+
+N batch, K classes, C x H x W images.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zskt.features import Observation
+
+
+@dataclass(frozen=True)
+class PseudoBatch:
+    """Pseudo images (N, C, H, W) and what the teacher says of them; no gradients anywhere."""
+
+    images: Tensor
+    teacher: Observation
+
+
+Draw = Callable[[], Tensor]
+"""A new batch of images (N, C, H, W) from a fresh latent, without graph."""
+Teach = Callable[[Tensor], PseudoBatch]
+"""Ask the teacher about images, without graph."""
+
+
+class Memory(Protocol):
+    """Yields `updates` pseudo batches after each search."""
+
+    needs_images: bool
+    """Whether `batches` wants the images that the search ended with."""
+
+    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+class _Stateless:
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class Same(_Stateless):
+    """The searched batch itself, every time: the paper's Algorithm 1. The teacher is asked once."""
+
+    needs_images = True
+
+    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]:
+        assert images is not None
+        batch = teach(images)
+        for _ in range(updates):
+            yield batch
+
+
+class Fresh(_Stateless):
+    """A batch of its own for every update, none from the generator's latent (Ferles et al., ReScience 2020)."""
+
+    needs_images = False
+
+    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]:
+        for _ in range(updates):
+            yield teach(draw())
+
+
+class Bank:
+    """A ring of the last `capacity` searched batches; every update sees N images drawn from all of them.
+
+    Kept in bfloat16: the generator's output is unbounded, so float16 or bytes would clip it.
+    """
+
+    needs_images = True
+
+    def __init__(self, capacity: int, rng: torch.Generator) -> None:
+        """`capacity` in pseudo batches; `rng` on the CPU, its state is the caller's to save."""
+        self.capacity = capacity
+        self.rng = rng
+        self.images: Tensor | None = None  # (filled, N, C, H, W) bfloat16
+        self.added = 0
+
+    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]:
+        assert images is not None
+        stored = images.to(torch.bfloat16).unsqueeze(0)  # (1, N, C, H, W)
+        if self.images is None:
+            self.images = stored
+        elif len(self.images) < self.capacity:
+            self.images = torch.cat([self.images, stored])
+        else:
+            self.images[self.added % self.capacity] = stored[0]
+        self.added += 1
+        everything = self.images.flatten(0, 1)  # (filled N, C, H, W)
+        for _ in range(updates):
+            chosen = torch.randint(len(everything), (len(images),), generator=self.rng)  # (N,)
+            yield teach(everything[chosen.to(everything.device)].to(images.dtype))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.images is None else {"images": self.images, "added": torch.tensor(self.added)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.images = state.get("images")
+        self.added = int(state.get("added", 0))

@@ -1,0 +1,53 @@
+"""The field's small image classifiers that no library ships, each `forward(x) -> logits` and nothing else.
+
+Every network carries `spec`, the string that `build` rebuilds it from, and `stages`, the names of the submodules whose
+outputs are its stage outputs, coarsest last.
+"""
+
+import re
+
+from torch import nn
+
+from zskt.files import unknown
+from zskt.models.convnet import ConvNet, convnet
+from zskt.models.lenet import LeNet5, lenet5
+from zskt.models.resnet import ResNet, resnet
+from zskt.models.vgg import VGG, vgg11
+from zskt.models.wide_resnet import WideResNet, wide_resnet
+
+SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
+"""Examples of what `build` accepts; wrn-DEPTH-WIDTH and convnet-WIDTH take any fitting number."""
+
+__all__ = [
+    "SPECS",
+    "VGG",
+    "ConvNet",
+    "LeNet5",
+    "ResNet",
+    "WideResNet",
+    "build",
+    "convnet",
+    "lenet5",
+    "resnet",
+    "vgg11",
+    "wide_resnet",
+]
+
+
+def build(spec: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+    """A freshly initialised network for images of `input_size` = (C, H, W).
+
+    Raises UsageError for an unknown spec or one that does not fit the size.
+    """
+    channels = input_size[0]
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
+        return wide_resnet(int(match[1]), int(match[2]), num_classes=num_classes, channels=channels)
+    if match := re.fullmatch(r"resnet-(18|34)", spec):
+        return resnet(int(match[1]), num_classes=num_classes, channels=channels)
+    if match := re.fullmatch(r"convnet-(\d+)", spec):
+        return convnet(int(match[1]), num_classes=num_classes, channels=channels)
+    if spec == "vgg-11":
+        return vgg11(num_classes=num_classes, input_size=input_size)
+    if spec in ("lenet-5", "lenet-5-half"):
+        return lenet5(half=spec.endswith("half"), num_classes=num_classes, input_size=input_size)
+    raise unknown("model", spec, SPECS)

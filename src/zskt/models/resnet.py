@@ -1,0 +1,65 @@
+"""ResNet-18 and -34 for small images (He et al. 2016, 3x3 stem without pooling), with torchvision's attribute names."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.files import UsageError
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm, plus the input (through a 1x1 convolution where the shape changes)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module | None = None
+        if inputs != outputs or stride != 1:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut: Tensor = x if self.downsample is None else self.downsample(x)
+        return F.relu(shortcut + residual)
+
+
+class ResNet(nn.Module):
+    """(N, C, H, W) -> (N, K): four stages of basic blocks, 64 to 512 channels wide."""
+
+    stages = ("layer1", "layer2", "layer3", "layer4")
+
+    def __init__(self, depth: int, *, num_classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}.get(depth)
+        if blocks is None:
+            raise UsageError(f"resnet-{depth}: expected a depth of 18 or 34")
+        self.spec = f"resnet-{depth}"
+        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = self._stage(blocks[0], 64, 64, stride=1)
+        self.layer2 = self._stage(blocks[1], 64, 128, stride=2)
+        self.layer3 = self._stage(blocks[2], 128, 256, stride=2)
+        self.layer4 = self._stage(blocks[3], 256, 512, stride=2)
+        self.fc = nn.Linear(512, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        first = _BasicBlock(inputs, outputs, stride)
+        return nn.Sequential(first, *(_BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, 64, H, W)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, H / 8, W / 8)
+        logits: Tensor = self.fc(torch.mean(x, dim=(2, 3)))  # (N, K)
+        return logits
+
+
+def resnet(depth: int, *, num_classes: int = 10, channels: int = 3) -> ResNet:
+    """CIFAR ResNet of depth 18 or 34."""
+    return ResNet(depth, num_classes=num_classes, channels=channels)

@@ -1,0 +1,213 @@
+"""Recipes: a method or a published experiment as the differences from the defaults, and how one becomes objects."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from importlib import resources
+
+import torch
+from torch import Tensor, nn
+
+from zskt import losses
+from zskt.config import Config, Schedule, from_toml
+from zskt.features import find_stages, forward_flops, stage_resolutions
+from zskt.files import UsageError, ZsktError, unknown
+from zskt.generator import Generator, choose_width
+from zskt.matching import BeliefMatching, Beliefs, Term, Updates
+from zskt.memory import Bank, Fresh, Memory, Same
+from zskt.teacher import Teacher, check_pair
+
+AUTO = "auto"
+
+
+def recipe_texts() -> dict[str, str]:
+    """All recipes that come with the package: name -> TOML text, whose first line says what it is."""
+    files = resources.files("zskt").joinpath("recipes").iterdir()
+    texts = {file.name.removesuffix(".toml"): file.read_text() for file in files if file.name.endswith(".toml")}
+    return dict(sorted(texts.items()))
+
+
+def load_recipe(name: str) -> Config:
+    """A recipe by name; raises UsageError naming the nearest ones. `auto` is resolved by `choose` first."""
+    texts = recipe_texts()
+    if name not in texts:
+        raise unknown("recipe", name, [AUTO, *texts])
+    return from_toml(texts[name], f"recipe {name}")
+
+
+def choose(name: str, teacher: Teacher) -> tuple[Config, str]:
+    """The config of a recipe and why it was chosen; `auto` looks at the teacher."""
+    if name != AUTO:
+        return load_recipe(name), "as asked"
+    if teacher.has_batchnorm:
+        return load_recipe("zskt-prior"), "auto: the teacher has BatchNorm, whose statistics hold the pseudo images"
+    config = load_recipe("zskt-fresh")
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, width="auto"))
+    return config, "auto: the teacher has no BatchNorm, so fresh pseudo batches are the best that is known"
+
+
+def settle_width(config: Config, teacher: Teacher, student: nn.Module) -> Config:
+    """The config with the generator's width as a number."""
+    if config.generator.width != "auto":
+        return config
+    size = teacher.input_size
+    budget = forward_flops(teacher.module, size) + forward_flops(student, size)
+    width = choose_width(config.generator.latent, size, budget)
+    return dataclasses.replace(config, generator=dataclasses.replace(config.generator, width=width))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `device` names; raises UsageError where there is none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r}: no CUDA device is usable here; use --device cpu")
+    return device
+
+
+def generator_terms(config: Config) -> dict[str, Term]:
+    """The generator's loss as weighted terms; a weight of 0 leaves the term out."""
+    w = config.generator.loss
+    terms: dict[str, tuple[float, Term]] = {
+        "kl": (w.kl, lambda b: losses.forward_kl(b.student.logits, b.teacher.logits, scale=w.kl_scale)),
+        "l1": (w.l1, lambda b: losses.l1_logits(b.student.logits, b.teacher.logits)),
+        "jensen_shannon": (w.jensen_shannon, lambda b: losses.jensen_shannon(b.student.logits, b.teacher.logits)),
+        "batchnorm": (w.batchnorm, lambda b: losses.batchnorm_prior(b.teacher.statistics)),
+        "one_hot": (w.one_hot, lambda b: losses.one_hot(b.teacher.logits, b.labels)),
+        "balance": (w.balance, lambda b: losses.class_balance(b.teacher.logits)),
+        "activation": (w.activation, lambda b: losses.activation(b.teacher.stages[-1])),
+        "total_variation": (w.total_variation, lambda b: losses.total_variation(b.images)),
+    }
+    return {name: _weighted(weight, term) for name, (weight, term) in terms.items() if weight}
+
+
+def student_terms(config: Config) -> dict[str, Term]:
+    """The student's loss as weighted terms; a weight of 0 leaves the term out."""
+    w = config.student.loss
+    kl = functools.partial(losses.forward_kl, temperature=w.temperature, scale=w.kl_scale)
+    terms: dict[str, tuple[float, Term]] = {
+        "kl": (w.kl, lambda b: kl(b.student.logits, b.teacher.logits)),
+        "l1": (w.l1, lambda b: losses.l1_logits(b.student.logits, b.teacher.logits)),
+        "jensen_shannon": (w.jensen_shannon, lambda b: losses.jensen_shannon(b.student.logits, b.teacher.logits)),
+        "attention": (w.attention, lambda b: losses.attention_transfer(b.student.stages, b.teacher.stages)),
+    }
+    return {name: _weighted(weight, term) for name, (weight, term) in terms.items() if weight}
+
+
+def _weighted(weight: float, term: Term) -> Term:
+    def weighted(beliefs: Beliefs) -> Tensor:
+        return weight * term(beliefs)
+
+    return weighted
+
+
+def learning_rate(schedule: Schedule, initial: float, steps: int, updates: int) -> Callable[[int], float]:
+    """The rate at a player's t-th update, of `updates` per step in a run of `steps`."""
+    milestones = [int(steps * fraction) for fraction in schedule.milestones]
+
+    def rate(t: int) -> float:
+        step = t // updates if schedule.clock == "step" else t / updates
+        if schedule.kind == "cosine":
+            return initial * (1 + math.cos(math.pi * step / steps)) / 2
+        return initial * schedule.factor ** sum(step >= milestone for milestone in milestones)
+
+    return rate
+
+
+def stage_pairs(teacher: Teacher, student: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The stages that attention transfer compares; raises ZsktError where teacher and student do not pair up."""
+    teacher_stages = find_stages(teacher.module, teacher.input_size)
+    student_stages = find_stages(student, teacher.input_size)
+    teacher_sizes = stage_resolutions(teacher.module, teacher_stages, teacher.input_size)
+    student_sizes = stage_resolutions(student, student_stages, teacher.input_size)
+    if not teacher_sizes or teacher_sizes != student_sizes:
+        raise ZsktError(
+            f"attention transfer needs stages of equal resolution, found {teacher_sizes or 'none'} in the teacher and "
+            f"{student_sizes or 'none'} in the student; use --set student.loss.attention=0"
+        )
+    return teacher_stages, student_stages
+
+
+def arrange(module: nn.Module, config: Config) -> None:
+    """Lay a network's weights out, in place, as the config wants them; images follow the first convolution."""
+    if config.memory_format == "channels_last":
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def assemble(
+    config: Config, teacher: Teacher, student: nn.Module, rng: torch.Generator, bank_rng: torch.Generator
+) -> BeliefMatching:
+    """The step that `config` describes, for a teacher and a student on one device.
+
+    The generator is initialised from torch's global random numbers; `rng` draws latents on that device, `bank_rng` (on
+    the CPU) draws from a bank. Raises ZsktError where teacher, student and config do not fit together.
+    """
+    check_pair(teacher, student)
+    side, learner = config.generator, config.student
+    if side.loss.batchnorm and not teacher.has_batchnorm:
+        raise ZsktError(
+            f"recipe {config.recipe} holds pseudo images to the teacher's BatchNorm statistics, and this teacher has "
+            "no BatchNorm; use --recipe zskt-fresh or --set generator.loss.batchnorm=0"
+        )
+    stages: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    if learner.loss.attention:
+        stages = stage_pairs(teacher, student)
+    elif side.loss.activation:
+        stages = (find_stages(teacher.module, teacher.input_size)[-1:], ())
+        if not stages[0]:
+            raise ZsktError("found no stage in the teacher to look at; use --set generator.loss.activation=0")
+    like = next(student.parameters())
+    assert isinstance(side.width, int), "settle_width first"
+    generator = Generator(side.latent, teacher.input_size, side.width).to(like.device, like.dtype)
+    arrange(generator, config)
+    memories: dict[str, Callable[[], Memory]] = {
+        "same": Same,
+        "fresh": Fresh,
+        "bank": lambda: Bank(config.memory.capacity, bank_rng),
+    }
+
+    generator_parameters = list(generator.parameters())
+    student_parameters = [p for p in student.parameters() if p.requires_grad]
+    student_optimizer: torch.optim.Optimizer
+    if learner.optimizer == "adam":
+        student_optimizer = torch.optim.Adam(student_parameters, weight_decay=learner.weight_decay, fused=config.fused)
+    else:
+        student_optimizer = torch.optim.SGD(
+            student_parameters, momentum=learner.momentum, weight_decay=learner.weight_decay, fused=config.fused
+        )
+    return BeliefMatching(
+        teacher,
+        student,
+        generator,
+        Updates(
+            side.updates,
+            torch.optim.Adam(generator_parameters, fused=config.fused),
+            generator_terms(config),
+            side.clip or None,
+            learning_rate(config.schedule, side.learning_rate, config.steps, side.updates),
+        ),
+        Updates(
+            learner.updates,
+            student_optimizer,
+            student_terms(config),
+            learner.clip or None,
+            learning_rate(config.schedule, learner.learning_rate, config.steps, learner.updates),
+        ),
+        latent=side.latent,
+        rng=rng,
+        batch_size=config.batch_size,
+        memory=memories[config.memory.kind](),
+        stages=stages,
+        statistics=bool(side.loss.batchnorm),
+        student_in_search=learner.mode_in_search,
+        generator_for_student=side.mode_for_student,
+        autocast=functools.partial(torch.autocast, like.device.type, torch.bfloat16)
+        if config.precision == "bf16"
+        else contextlib.nullcontext,
+    )

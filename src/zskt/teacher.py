@@ -1,0 +1,256 @@
+"""A frozen network with everything needed to use it: normalisation, input size, class count. And its folder on disk.
+
+A finished student is kept and loaded the same way, as `student.json` and `student.safetensors` in a run folder.
+"""
+
+import argparse
+import copy
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from zskt import models
+from zskt.features import batchnorm_layers, evaluating, logits_of
+from zskt.files import ZsktError, cannot, read_json, read_tensors, write_json, write_tensors
+
+FORMAT = 1
+"""Version of the JSON beside the weights."""
+
+
+class Teacher(nn.Module):
+    """A private copy of a trained classifier: frozen, in eval mode for good, together with its normalisation.
+
+    `forward` takes *normalised* images (N, C, H, W) and returns logits (N, K); `normalise` makes them from uint8 or
+    [0, 1] images. The module handed in is never touched. A finished student is read as one too.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        input_size: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """Copy, freeze and probe `module`.
+
+        `input_size` is (C, H, W); `mean` and `std` have C entries each, for pixels in [0, 1]. The class count is found
+        by a forward; `num_classes` and `class_names` are checked against it. Raises ZsktError where they disagree.
+        """
+        super().__init__()
+        channels, height, width = _input_size(input_size)
+        if not len(mean) == len(std) == channels:
+            raise ZsktError(
+                f"expected a mean and a standard deviation for each of {channels} channels, found {len(mean)} and "
+                f"{len(std)}: give --mean and --std with {channels} numbers each"
+            )
+        if max(map(abs, mean)) > 1 or max(std) > 1 or min(std) <= 0:
+            raise ZsktError(f"expected mean and std of pixels in [0, 1], found {list(mean)} and {list(std)}")
+        self.input_size = (channels, height, width)
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(-1, 1, 1), persistent=False)
+        self.eval()
+        self.num_classes = self._probe()
+        self.class_names = tuple(class_names) if class_names is not None else None
+        for what, count in (("classes", num_classes), ("class names", class_names and len(class_names))):
+            if count not in (None, self.num_classes):
+                raise ZsktError(f"expected a network with {count} {what}, found {self.num_classes} outputs; check both")
+
+    def _probe(self) -> int:
+        """One forward on noise: finds the class count, refuses what cannot be distilled."""
+        noise = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0))
+        like = next(self.module.parameters(), noise)
+        with torch.no_grad():
+            try:
+                logits = self(noise.to(like.device, like.dtype))
+            except RuntimeError as error:  # how torch reports a shape that does not fit
+                size = " x ".join(map(str, self.input_size))
+                raise ZsktError(
+                    f"the network does not take images of {size} ({str(error).splitlines()[0]}); check the input size"
+                ) from error
+        if not torch.isfinite(logits).all():
+            raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+        if logits.shape[1] < 2:
+            raise ZsktError("expected a classifier of at least 2 classes, found 1 output")
+        return int(logits.shape[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of normalised images (N, C, H, W)."""
+        return logits_of(self.module(images))
+
+    def train(self, mode: bool = True) -> Self:
+        """A teacher never trains: stays in eval mode."""
+        return super().train(False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 or [0, 1] images (N, C, H, W) -> what `forward` takes, on the network's device and in its dtype."""
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.zeros(()))
+        x = images.to(like.device, like.dtype)
+        if images.dtype == torch.uint8:
+            x = x / 255
+        return (x - self.mean.to(x)) / self.std.to(x)
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) -> [0, 1], clipped."""
+        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Whether it remembers statistics of its training data."""
+        return bool(batchnorm_layers(self.module))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and values of all parameters and buffers, and the normalisation: which teacher is this?"""
+        digest = hashlib.sha256()
+        for name, tensor in (*self.module.state_dict().items(), ("mean", self.mean), ("std", self.std)):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _input_size(size: Sequence[int]) -> tuple[int, int, int]:
+    if len(size) != 3 or min(size) < 1:
+        raise ZsktError(f"expected an input size of three positive numbers C H W, found {list(size)}")
+    return size[0], size[1], size[2]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, buffers not counted."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def check_pair(teacher: Teacher, student: nn.Module) -> None:
+    """Raise ZsktError unless the student takes the teacher's images and has its classes."""
+    like = next(iter(student.parameters()))
+    blank = torch.zeros(2, *teacher.input_size, dtype=like.dtype, device=like.device)
+    size = " x ".join(map(str, teacher.input_size))
+    try:
+        with evaluating(student):
+            classes = logits_of(student(blank)).shape[1]
+    except RuntimeError as error:
+        raise ZsktError(
+            f"the student does not take the teacher's images of {size} ({str(error).splitlines()[0]}); build it for "
+            "that size"
+        ) from error
+    if classes != teacher.num_classes:
+        raise ZsktError(
+            f"expected a student with the teacher's {teacher.num_classes} classes, found {classes}; build it with them"
+        )
+
+
+def save_network(folder: Path, stem: str, network: Teacher, **facts: Any) -> None:
+    """Write `stem`.safetensors and `stem`.json; `facts` (how trained, measured accuracy, ...) go into the JSON.
+
+    The JSON goes last: a folder without it does not count as a network.
+    """
+    spec = getattr(network.module, "spec", None)
+    description = {
+        "format": FORMAT,
+        "model": spec,
+        "rebuild": f"zskt.models.build({spec!r}, ...)" if spec else "Python object: rebuild it, then load the weights",
+        "input_size": list(network.input_size),
+        "num_classes": network.num_classes,
+        "mean": network.mean.flatten().tolist(),
+        "std": network.std.flatten().tolist(),
+        "class_names": list(network.class_names) if network.class_names else None,
+        "parameters": count_parameters(network.module),
+        **facts,
+    }
+    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
+    write_json(folder / f"{stem}.json", description)
+
+
+def save_teacher(folder: Path, teacher: Teacher, **facts: Any) -> None:
+    """Write a teacher folder; refuses one that already holds a teacher."""
+    if (folder / "teacher.json").exists():
+        raise ZsktError(f"{folder} already holds a teacher; choose another --out or remove it")
+    save_network(folder, "teacher", teacher, **facts)
+
+
+def load_teacher(folder: str | Path) -> Teacher:
+    """The teacher in a folder written by `zskt teach` or `zskt import`."""
+    return _load(Path(folder), "teacher")
+
+
+def load_student(folder: str | Path) -> Teacher:
+    """The finished student in a run folder, as a Teacher-like network with its normalisation."""
+    return _load(Path(folder), "student")
+
+
+def load_network(folder: str | Path) -> Teacher:
+    """The teacher of a teacher folder or the student of a run folder, whichever `folder` is."""
+    return _load(Path(folder), "student" if (Path(folder) / "student.json").exists() else "teacher")
+
+
+def _load(folder: Path, stem: str) -> Teacher:
+    path = folder / f"{stem}.json"
+    if not path.exists():
+        what = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        near = (
+            "a run that has not finished? resume it with --resume"
+            if (folder / "config.toml").exists()
+            else ("make one with zskt teach, zskt import or zskt distill")
+        )
+        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what} without it; {near}")
+    facts = read_json(path)
+    missing = {"model", "num_classes", "input_size", "mean", "std"} - set(facts)
+    if missing or facts.get("format") != FORMAT:
+        raise ZsktError(f"{path} lacks {sorted(missing)} or is not of format {FORMAT}; write the folder anew")
+    if facts["model"] is None:
+        raise ZsktError(f"{path} describes a Python object: rebuild it yourself and load {stem}.safetensors into it")
+    module = models.build(facts["model"], facts["num_classes"], _input_size(facts["input_size"]))
+    tensors, _ = read_tensors(folder / f"{stem}.safetensors")
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ZsktError(
+            f"{folder / stem}.safetensors does not fit the {facts['model']} that {path.name} describes "
+            f"({' '.join(str(error).split())[:200]}); write the folder anew"
+        ) from error
+    return Teacher(
+        module,
+        input_size=facts["input_size"],
+        mean=facts["mean"],
+        std=facts["std"],
+        num_classes=facts["num_classes"],
+        class_names=facts.get("class_names"),
+    )
+
+
+def read_weights(path: Path) -> Any:
+    """What a `.safetensors` or torch checkpoint file holds, without executing anything in it.
+
+    Torch files go through weights-only loading, with `argparse.Namespace` (which many training scripts store beside
+    the weights) allowed by name. Raises ZsktError for anything unreadable, truncated or unsafe.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        with path.open("rb"), torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported global" in reason or "GLOBAL" in reason:
+            found = next((word for word in reason.split() if "." in word and "torch" not in word), "foreign code")
+            raise ZsktError(
+                f"{path} wants to run {found} while loading, which is refused; save the plain state dict (safetensors "
+                "or torch.save(model.state_dict(), ...)) and import that"
+            ) from error
+        raise ZsktError(f"{path} is not a torch checkpoint ({reason.splitlines()[0][:120]}); fetch it again") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ZsktError(f"{path} is truncated or not a weights file ({reason}); fetch or save it again") from error

@@ -1,0 +1,21 @@
+"""One torch thread per process: several processes with several threads each slow one another down many times."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine cannot run, and the slow tests unless they are asked for."""
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    slow = pytest.mark.skip(reason="takes minutes: ask for it with -m slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+            item.add_marker(slow)

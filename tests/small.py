@@ -1,0 +1,68 @@
+"""Small networks and pairs that several tests share."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt import models
+from zskt.config import Config, replace
+from zskt.matching import BeliefMatching
+from zskt.recipe import arrange, assemble, load_recipe
+from zskt.teacher import Teacher
+
+
+class FourStages(nn.Module):
+    """Four conv-BN-ReLU stages, each half the resolution of the one before; post-ReLU stage outputs like a ResNet's."""
+
+    stages = ("stage1", "stage2", "stage3", "stage4")
+
+    def __init__(self, width: int, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stage1, self.stage2, self.stage3, self.stage4 = (
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in ((3, width), (width, width), (width, 2 * width), (2 * width, 2 * width))
+        )
+        self.fc = nn.Linear(2 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage3(F.max_pool2d(self.stage2(F.max_pool2d(self.stage1(x), 2)), 2))
+        return self.fc(self.stage4(F.max_pool2d(x, 2)).mean(dim=(2, 3)))
+
+
+def shake_batchnorm(module: nn.Module) -> None:
+    """Running statistics and affine parameters as a trained network has them: not all 0 and 1."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, 0, 0.3)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 0, 0.3)
+
+
+def make_teacher(
+    module: nn.Module | None = None, *, size: tuple[int, int, int] = (3, 16, 16), seed: int = 0
+) -> Teacher:
+    """A teacher with random weights and shaken BatchNorm statistics, wrn-10-2 by default."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = models.wide_resnet(10, 2, channels=size[0]) if module is None else module
+        shake_batchnorm(module)
+    return Teacher(module, input_size=size, mean=[0.5] * size[0], std=[0.25] * size[0])
+
+
+def make_matching(
+    recipe: str, teacher: Teacher, student: nn.Module, changes: dict[str, Any] | None = None, seed: int = 0
+) -> tuple[BeliefMatching, Config]:
+    """The step of a recipe at a tiny size."""
+    tiny = {"steps": 5, "batch_size": 8, "generator.width": 8, "generator.latent": 12}
+    config = replace(load_recipe(recipe), tiny | (changes or {}))
+    arrange(teacher, config)
+    arrange(student, config)
+    like = next(student.parameters())
+    rng = torch.Generator(like.device).manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        matching = assemble(config, teacher, student, rng, torch.Generator().manual_seed(seed))
+    return matching, config

@@ -1,0 +1,149 @@
+"""The engine is the released method: float64 comparison with the plain loop of reference.py."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from small import FourStages, make_matching, make_teacher
+from zskt import losses, models, reference
+from zskt.matching import BeliefMatching
+from zskt.reference import released_loop
+from zskt.teacher import Teacher
+
+OUTER_ITERATIONS = 3
+CLIP_THAT_BITES = 0.01
+"""below the gradient norms of both players here; the generator's never reach the real 5"""
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pair(recipe: str) -> tuple[Teacher, nn.Module]:
+    """A teacher and a student in float64; four post-ReLU stages for mmrazor's recipe, three WRN stages otherwise."""
+    torch.manual_seed(1)
+    if recipe == "zskt-mmrazor":
+        return make_teacher(FourStages(8)).double(), FourStages(4).double()
+    return make_teacher().double(), models.wide_resnet(10, 1).double()
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """||a - b|| / ||a||, in float64."""
+    a, b = theirs.double().flatten(), ours.double().flatten()
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a).clamp(min=1e-300))
+
+
+def compare(
+    recipe: str,
+    memory_format: str = "contiguous",
+    *,
+    fused: bool = True,
+    device: str = "cpu",
+    clip: float | None = None,
+    tamper: Callable[[BeliefMatching], None] = lambda matching: None,
+) -> tuple[float, float]:
+    """Run both loops from the same state; the largest relative differences of losses and of tensors."""
+    teacher, student = pair(recipe)
+    teacher.to(device)
+    student.to(device)
+    plain_teacher, plain_student = copy.deepcopy(teacher.module).requires_grad_(True), copy.deepcopy(student)
+    changes: dict[str, Any] = {"memory_format": memory_format, "fused": fused}
+    if clip is not None:
+        changes |= {"generator.clip": clip, "student.clip": clip}
+    matching, config = make_matching(recipe, teacher, student, changes)
+    plain_generator = copy.deepcopy(matching.generator).to(memory_format=torch.contiguous_format)
+    tamper(matching)
+    rng = torch.Generator(device).manual_seed(0)
+    shape = (config.batch_size, config.generator.latent)
+    oracle = released_loop(
+        plain_teacher,
+        plain_student,
+        plain_generator,
+        lambda: torch.randn(shape, generator=rng, dtype=torch.float64, device=device),
+        student.stages,
+        total=config.steps,
+        method=recipe,
+    )
+    loss_difference = 0.0
+    for _, theirs in zip(range(OUTER_ITERATIONS), oracle, strict=False):
+        ours = matching.step()
+        for mine, other in zip(ours.generator, theirs.generator_losses, strict=True):
+            loss_difference = max(loss_difference, distance(mine.total, other))
+        for mine, other in zip(ours.student, theirs.student_losses, strict=True):
+            loss_difference = max(loss_difference, distance(mine.total, other))
+    oracle.close()
+    matching.close()
+    theirs, ours = plain_student.state_dict(), student.state_dict()
+    tensors = [distance(ours[name], theirs[name]) for name in theirs]
+    weights = zip(matching.generator.parameters(), plain_generator.parameters(), strict=True)
+    tensors += [distance(mine.detach(), other.detach()) for mine, other in weights]
+    return loss_difference, max(tensors)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("recipe", ["zskt", "zskt-fresh", "zskt-mmrazor"])
+def test_engine_is_the_released_loop(recipe: str, memory_format: str, device: str) -> None:
+    loss_difference, tensor_difference = compare(recipe, memory_format, device=device)
+    assert loss_difference <= 1e-10
+    assert tensor_difference <= 1e-9
+
+
+def test_plain_optimisers_take_the_same_steps() -> None:
+    loss_difference, tensor_difference = compare("zskt", "channels_last", fused=False)
+    assert loss_difference <= 1e-10
+    assert tensor_difference <= 1e-9
+
+
+def batchmean(matching: BeliefMatching) -> None:
+    """KL over N instead of N K, the attention weight left as it is."""
+    matching.student_updates.loss = dict(matching.student_updates.loss) | {
+        "kl": lambda b: losses.forward_kl(b.student.logits, b.teacher.logits, scale="batchmean")
+    }
+
+
+def eval_mode_in_search(matching: BeliefMatching) -> None:
+    matching.student_in_search = "eval"
+
+
+def teacher_before_the_search(matching: BeliefMatching) -> None:
+    """The student learns on the searched images, but with the teacher's answer to the images from before the search."""
+    search, teach = matching.search, matching.teach
+    before: list[Tensor] = []
+
+    def stale_search(latent: object) -> object:
+        before[:] = [matching.draw(latent)]
+        return search(latent)
+
+    def stale_teach(images: Tensor) -> object:
+        batch = teach(before[0])
+        return type(batch)(images, batch.teacher)
+
+    matching.search, matching.teach = stale_search, stale_teach
+
+
+def no_student_clip(matching: BeliefMatching) -> None:
+    matching.student_updates.clip = None
+
+
+def no_generator_clip(matching: BeliefMatching) -> None:
+    matching.generator_updates.clip = None
+
+
+@pytest.mark.parametrize(
+    "tamper", [batchmean, eval_mode_in_search, teacher_before_the_search, no_student_clip, no_generator_clip]
+)
+def test_comparison_sees_a_different_method(
+    tamper: Callable[[BeliefMatching], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "CLIP_NORM", CLIP_THAT_BITES)
+    _, tensor_difference = compare("zskt", clip=CLIP_THAT_BITES, tamper=tamper)
+    assert tensor_difference > 1e-6
+
+
+def test_clipping_that_bites_in_both_players_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CLIP_NORM", CLIP_THAT_BITES)
+    loss_difference, tensor_difference = compare("zskt", clip=CLIP_THAT_BITES)
+    assert loss_difference <= 1e-10
+    assert tensor_difference <= 1e-9
