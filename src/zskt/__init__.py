@@ -1,3 +1,39 @@
-"""zskt: distil a trained network into a smaller one without any data."""
+"""zskt: distil a trained network into a smaller one without any data.
 
-__version__ = "0.1.0"
+teacher = zskt.load_teacher("teacher/")
+student = zskt.models.wide_resnet(16, 1, num_classes=10)
+result = zskt.distill(teacher, student, steps=2_000, seed=0, out="runs/a")
+"""
+
+from zskt import losses, models
+from zskt.distill import DistillResult, Event, distill
+from zskt.files import UsageError, ZsktError
+from zskt.generator import Generator
+from zskt.matching import BeliefMatching, Beliefs, Latent, StepLosses, Updates
+from zskt.memory import Bank, Fresh, Same
+from zskt.teacher import Teacher, load_student, load_teacher, save_teacher
+from zskt.version import __version__
+
+__all__ = [
+    "Bank",
+    "BeliefMatching",
+    "Beliefs",
+    "DistillResult",
+    "Event",
+    "Fresh",
+    "Generator",
+    "Latent",
+    "Same",
+    "StepLosses",
+    "Teacher",
+    "Updates",
+    "UsageError",
+    "ZsktError",
+    "__version__",
+    "distill",
+    "load_student",
+    "load_teacher",
+    "losses",
+    "models",
+    "save_teacher",
+]

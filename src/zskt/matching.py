@@ -11,9 +11,8 @@ A step is one outer iteration: nG generator updates, then nS student updates. Ev
 comes in as an object or a function: losses, optimisers, learning rates, which pseudo batches the student sees. Methods
 that search differently (pixels, latents, several generators) override `search`.
 
-N batch, K classes, Z latent, (N, C, H, W) images in the teacher's normalised space.
-
-BatchNorm modes (train: batch statistics, running statistics move; eval: running statistics)
+N batch, K classes, Z latent, (N, C, H, W) images in the teacher's normalised space. BatchNorm modes, where train means
+batch statistics and moving averages, eval the averages kept:
 
     phase                                   teacher   student               generator
     generator_step                          eval      `student_in_search`   train
@@ -73,9 +72,8 @@ class Updates:
     """learning rate at the player's t-th update; without it the optimiser's own stays"""
     done: int = 0
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def __post_init__(self) -> None:
+        self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 @dataclass(frozen=True)
@@ -123,14 +121,12 @@ class BeliefMatching:
         teacher's BatchNorm input statistics during the search. Both are taken by hooks: `close` removes them.
         """
         self.generator = generator
-        self.generator_updates = generator_updates
-        self.student_updates = student_updates
+        self.generator_updates, self.student_updates = generator_updates, student_updates
         self.latent = latent
         self.rng = rng
         self.batch_size = batch_size
         self.memory = Same() if memory is None else memory
-        self.student_in_search = student_in_search
-        self.generator_for_student = generator_for_student
+        self.student_in_search, self.generator_for_student = student_in_search, generator_for_student
         self.autocast = autocast
         self.teacher = Observer(teacher.module, stages[0], statistics=statistics)
         self.student = Observer(student, stages[1])

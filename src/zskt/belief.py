@@ -1,0 +1,131 @@
+"""How close are two networks' beliefs? Measures on tensors of images, and warning lights that need no data at all.
+
+M images, K classes. Images are uint8 or in [0, 1]; a network's own normalisation is part of it (`Teacher`).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zskt.features import evaluating
+from zskt.files import ZsktError
+from zskt.losses import forward_kl
+from zskt.teacher import Teacher
+
+CALIBRATION_BINS = 15
+
+
+def check_images(network: Teacher, images: Tensor, labels: Tensor | None = None) -> None:
+    """Raise ZsktError unless a network can be measured on images (M, C, H, W) and labels (M,)."""
+    if tuple(images.shape[1:]) != network.input_size:
+        expected, found = (" x ".join(map(str, s)) for s in (network.input_size, images.shape[1:]))
+        raise ZsktError(f"expected images of {expected}, found {found}; resize them or give other data")
+    if labels is None:
+        return
+    if len(labels) != len(images) or not len(labels):
+        raise ZsktError(f"expected a label for each of at least one image, found {len(labels)} for {len(images)} images")
+    if int(labels.max()) >= network.num_classes:
+        raise ZsktError(
+            f"expected labels of {network.num_classes} classes, found label {int(labels.max())}; give its own data"
+        )
+
+
+def predict(network: Teacher, images: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Logits (M, K) of images (M, C, H, W), on the CPU in float32 or better; the network's state is left alone."""
+    check_images(network, images)
+    with evaluating(network):
+        batches = [network(network.normalise(batch)).cpu() for batch in torch.split(images, batch_size)]
+    logits = torch.cat(batches)  # (M, K)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of images whose most probable class is their label; logits (M, K), labels (M,)."""
+    return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def agreement(first: Tensor, second: Tensor) -> float:
+    """Fraction of images on which two networks' most probable classes are the same; logits (M, K) each."""
+    return float((first.argmax(dim=1) == second.argmax(dim=1)).double().mean())
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error: mean |confidence - accuracy| over 15 equal bins of confidence, weighted by count.
+
+    Logits (M, K), labels (M,). Source: Guo et al. 2017.
+    """
+    confidence, prediction = logits.double().softmax(dim=1).max(dim=1)  # (M,), (M,)
+    right = (prediction == labels).double()  # (M,)
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1  # (M,), upper edges included
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bins, confidence - right)  # (bins,)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def measure(network: Teacher, images: Tensor, labels: Tensor, teacher: Teacher | None = None) -> dict[str, float]:
+    """Accuracy and calibration of a network and, beside a teacher, agreement and KL both ways (nats).
+
+    Images (M, C, H, W), labels (M,). Accuracies and agreement are fractions in [0, 1].
+    """
+    check_images(network, images, labels)
+    logits = predict(network, images)  # (M, K)
+    result = {"accuracy": accuracy(logits, labels), "calibration_error": calibration_error(logits, labels)}
+    if teacher is not None:
+        if teacher.num_classes != network.num_classes:
+            raise ZsktError(
+                f"expected two networks of equal class count, found {network.num_classes} and {teacher.num_classes}"
+            )
+        answers = predict(teacher, images)  # (M, K)
+        result |= {
+            "teacher_accuracy": accuracy(answers, labels),
+            "agreement": agreement(logits, answers),
+            "kl_teacher_student": float(forward_kl(logits, answers)),
+            "kl_student_teacher": float(forward_kl(answers, logits)),
+        }
+    return result
+
+
+def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, Any]:
+    """What both networks think of a pseudo batch; logits (N, K) each.
+
+    `*_confidence` is the mean maximum probability; `class_counts` (K numbers) counts the teacher's classes;
+    `class_spread` is the entropy of their distribution over log K: 1 is uniform, 0 a single class.
+    """
+    teacher = teacher_logits.float().softmax(dim=1)  # (N, K)
+    student = student_logits.float().softmax(dim=1)  # (N, K)
+    counts = torch.bincount(teacher.argmax(dim=1), minlength=teacher.shape[1]).float()  # (K,)
+    share = counts / counts.sum()
+    spread = float(-torch.xlogy(share, share).sum()) / math.log(teacher.shape[1])
+    return {
+        "teacher_confidence": float(teacher.amax(dim=1).mean()),
+        "student_confidence": float(student.amax(dim=1).mean()),
+        "pseudo_agreement": agreement(teacher_logits, student_logits),
+        "class_spread": max(0.0, spread),
+        "class_counts": [int(count) for count in counts],
+    }
+
+
+def warning_lights(beliefs: dict[str, Any]) -> list[str]:
+    """Signs, on pseudo images alone, that a run has gone wrong; none of them estimates the accuracy."""
+    classes = len(beliefs["class_counts"])
+    seen = sum(count > 0 for count in beliefs["class_counts"])
+    lights = []
+    if beliefs["class_spread"] < 0.5:
+        lights.append(f"collapse: the teacher sees {seen} of {classes} classes in the pseudo images, most in very few")
+    if beliefs["teacher_confidence"] < 1.5 / classes:
+        lights.append("the teacher recognises nothing in the pseudo images: its confidence is near that of guessing")
+    if beliefs["pseudo_agreement"] < 0.5:
+        lights.append("the student disagrees with the teacher on most pseudo images: more steps or a larger student")
+    return lights
+
+
+def network_like(teacher: Teacher, module: torch.nn.Module) -> Teacher:
+    """A bare module, such as a student, read with the teacher's normalisation and input size: a frozen copy."""
+    return Teacher(
+        module,
+        input_size=teacher.input_size,
+        mean=teacher.mean.flatten().tolist(),
+        std=teacher.std.flatten().tolist(),
+        class_names=teacher.class_names,
+    )

@@ -1,0 +1,162 @@
+"""State on disk that a run can be continued from, exactly: tensors, random numbers, log positions. No pickle."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zskt.files import ZsktError, cannot, read_tensors, write_tensors
+
+KEPT = 2
+"""Checkpoints kept: the newest and the one before it."""
+
+
+class Interrupted(ZsktError):
+    """A signal asked the run to end; its state is on disk. `status` is the exit status, 128 + signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.status = 128 + signum
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write one checkpoint as one file, so that it is whole or absent, and drop all but the last two."""
+    write_tensors(folder / f"{step:08d}.safetensors", tensors, {"facts": json.dumps({"step": step, **facts})})
+    for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of the newest readable checkpoint; raises ZsktError if there is none."""
+    problem: ZsktError | None = None
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+        try:
+            tensors, metadata = read_tensors(path)
+        except ZsktError as error:
+            problem = problem or error
+        else:
+            return tensors, json.loads(metadata["facts"])
+    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; start the run without --resume")
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under names that begin with `prefix/`."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix/`, without it."""
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors as `PARAMETER_INDEX.key`. Learning rates are not state: they follow from the step."""
+    return {
+        f"{index}.{key}": value
+        for index, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Put `optimizer_state` back, copied into tensors laid out like the parameters.
+
+    A fused optimiser walks parameter and state memory side by side: a contiguous state beside a channels_last parameter
+    would be read in the wrong order, silently.
+    """
+    parameters = _parameters(optimizer)
+    for name, saved in state.items():
+        index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if key == "step":  # a counter, which only fused and capturable optimisers keep on the parameter's device
+            on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+            optimizer.state[parameter][key] = saved.to(parameter.device if on_device else "cpu")
+        else:
+            optimizer.state[parameter][key] = torch.zeros_like(parameter).copy_(saved)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class JsonLines:
+    """An append-only file of one JSON object per line that can be cut back to where a checkpoint saw it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise cannot("write", self.path, error) from error
+
+    def size(self) -> int:
+        """Bytes written, all on disk."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def cut(self, size: int) -> None:
+        """Drop everything after the first `size` bytes: lines newer than the checkpoint."""
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(size)
+        except OSError as error:
+            raise cannot("write", self.path, error) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class StopRequest:
+    """Which signal, if any, has asked this process to end."""
+
+    signum: int | None = None
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request to honour after a step; a second one acts as usual.
+
+    Outside the main thread, where Python allows no handlers, signals act as usual.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(signum: int, frame: types.FrameType | None) -> None:
+        request.signum = signum
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

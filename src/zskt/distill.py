@@ -1,0 +1,392 @@
+"""A run: the step repeated, with log, evaluation, sample images, checkpoints and exact resume around it.
+
+Nothing here reads data: images to measure on are handed in as tensors and never reach the training.
+"""
+
+import contextlib
+import copy
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zskt import checkpoint
+from zskt.belief import check_images, measure, network_like, pseudo_beliefs, warning_lights
+from zskt.config import Config, flat, from_toml, replace, to_toml
+from zskt.figures import image_grid, save_image
+from zskt.files import UsageError, ZsktError, cannot, write_tensors, write_text
+from zskt.matching import BeliefMatching, StepLosses
+from zskt.recipe import arrange, assemble, choose, pick_device, settle_width
+from zskt.report import write_report
+from zskt.teacher import Teacher, check_pair, count_parameters, save_network
+from zskt.version import __version__
+
+SAMPLES = 64
+"""Pseudo images in a sample grid; the generator runs in train mode, so it needs a batch of this order."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What callbacks get after every step: where the run is and, when one was written, the line of metrics.jsonl."""
+
+    step: int
+    steps: int
+    losses: StepLosses
+    line: dict[str, Any] | None
+    matching: BeliefMatching
+
+
+Callback = Callable[[Event], None]
+
+
+@dataclass
+class DistillResult:
+    """The outcome of a run. `student` is the module handed in, trained in place, in eval mode."""
+
+    student: nn.Module
+    teacher: Teacher
+    config: Config
+    reason: str
+    """why this recipe"""
+    step: int
+    finished: bool
+    measured: dict[str, float] = field(default_factory=dict)
+    """at the last iterate, on the images handed in"""
+    warnings: list[str] = field(default_factory=list)
+    out: Path | None = None
+
+    @property
+    def network(self) -> Teacher:
+        """The student with its normalisation."""
+        return network_like(self.teacher, self.student)
+
+
+def plan(
+    teacher: Teacher,
+    student: nn.Module,
+    recipe: str | Config = "auto",
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[Config, str]:
+    """The complete config of a run, with every choice made, and why this recipe."""
+    config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
+    config = replace(config, settings or {})
+    check_pair(teacher, student)
+    return settle_width(config, teacher, student), reason
+
+
+def distill(
+    teacher: Teacher,
+    student: nn.Module,
+    recipe: str | Config = "auto",
+    *,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    evaluate: tuple[Tensor, Tensor] | None = None,
+    callbacks: Sequence[Callback] = (),
+    stop_after: str | int | None = None,
+    resume: bool = False,
+) -> DistillResult:
+    """Train `student`, in place, to agree with `teacher` on pseudo images; returns it in eval mode.
+
+    `settings` changes values of the recipe by dotted name, as in {"student.learning_rate": 1e-3}; `steps` and `seed`
+    are short for two of them. `evaluate` is (images (M, C, H, W) uint8 or [0, 1], labels (M,)): measured on, never
+    trained on. With `out` the run is kept in that folder; `resume` continues it there, bit for bit on a CPU with the
+    same number of threads. `stop_after` ("90s", "9m", "2h" or a number of steps) leaves early, to be resumed.
+    The teacher comes back exactly as it was. Raises ZsktError, with one line of advice, for whatever cannot work.
+    """
+    started = time.monotonic()
+    budget = parse_budget(stop_after)
+    given = {"steps": steps, "seed": seed}
+    changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
+    config, reason = plan(teacher, student, recipe, changes)
+    if (budget or resume) and out is None:
+        raise UsageError("a run that is resumed or stopped early needs a folder: give out")
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        check_folder(folder, config, resume)
+    device = pick_device(config.device)
+    student.to(device)
+    arrange(student, config)
+    working_teacher = copy.deepcopy(teacher).to(device)
+    arrange(working_teacher, config)
+    if evaluate is not None:
+        check_images(teacher, *evaluate)  # wrong size or labels: said now, not after the first hours
+
+    with seeded(config.seed, device):
+        rng = torch.Generator(device).manual_seed(config.seed)
+        bank_rng = torch.Generator().manual_seed(config.seed)
+        matching = assemble(config, working_teacher, student, rng, bank_rng)
+        run = Run(config, matching, working_teacher, folder, evaluate, [rng, bank_rng], started)
+        try:
+            if resume:
+                run.restore()
+            elif folder is not None:
+                write_text(folder / "config.toml", to_toml(config))
+            run.train(callbacks, budget)
+        finally:
+            matching.close()
+            student.eval()
+        result = DistillResult(student, teacher, config, reason, run.step, run.step == config.steps, out=folder)
+        if result.finished:
+            run.finish(result)
+    return result
+
+
+class Run:
+    """The state around the step, and what is written of it."""
+
+    def __init__(
+        self,
+        config: Config,
+        matching: BeliefMatching,
+        teacher: Teacher,
+        folder: Path | None,
+        evaluate: tuple[Tensor, Tensor] | None,
+        rngs: list[torch.Generator],
+        started: float,
+    ) -> None:
+        self.config = config
+        self.matching = matching
+        self.teacher = teacher
+        self.folder = folder
+        self.evaluate = evaluate
+        self.rngs = rngs
+        self.started = started
+        self.step = 0
+        self.seconds_before = 0.0
+        self.metrics = checkpoint.JsonLines(folder / "metrics.jsonl") if folder else None
+        self.timing = checkpoint.JsonLines(folder / "timing.jsonl") if folder else None
+
+    @property
+    def student(self) -> nn.Module:
+        return self.matching.student.module
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def train(self, callbacks: Sequence[Callback], budget: tuple[float, int] | None) -> None:
+        """Step until the end, the budget or a signal."""
+        config = self.config
+        seconds, steps = budget or (float("inf"), config.steps)
+        last = min(config.steps, self.step + steps)
+        begun = time.monotonic()
+        with checkpoint.asked_to_stop() if self.folder else contextlib.nullcontext(checkpoint.StopRequest()) as request:
+            while self.step < last:
+                losses = self.matching.step()
+                self.step += 1
+                line = self.log(losses)
+                for callback in callbacks:
+                    callback(Event(self.step, config.steps, losses, line, self.matching))
+                out_of_time = time.monotonic() - begun >= seconds
+                leaving = request.signum is not None or out_of_time or self.step == last
+                if self.folder and (leaving or self.step % config.interval("checkpoint_every") == 0):
+                    self.save()
+                if request.signum is not None:
+                    raise checkpoint.Interrupted(
+                        request.signum, f"stopped at step {self.step:,} of {config.steps:,}; continue it with --resume"
+                    )
+                if out_of_time:
+                    break
+
+    def log(self, losses: StepLosses) -> dict[str, Any] | None:
+        """Write what is due after this step; returns the line written, if any. The only place that waits for losses."""
+        config, step = self.config, self.step
+        ending = step in (1, config.steps)
+        line: dict[str, Any] = {"step": step}
+        if ending or step % config.interval("log_every") == 0:
+            line |= describe(losses)
+            check_finite(line)
+        if step == config.steps or step % config.interval("evaluate_every") == 0:
+            if self.evaluate is not None:
+                line |= measure(network_like(self.teacher, self.student), *self.evaluate, self.teacher)
+            if self.folder is not None:
+                images = self.teacher.denormalise(pseudo_images(self.matching))
+                save_image(self.folder / "samples" / f"{step:08d}.png", image_grid(images))
+        if len(line) == 1:
+            return None
+        if self.metrics is not None and self.timing is not None:
+            self.metrics.append(line)
+            self.timing.append({"step": step, "seconds": round(self.seconds, 3)})
+        return line
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the rest of the run depends on."""
+        assert self.folder is not None
+        assert self.metrics is not None
+        assert self.timing is not None
+        matching = self.matching
+        tensors = {
+            **checkpoint.prefixed("student", self.student.state_dict()),
+            **checkpoint.prefixed("generator", matching.generator.state_dict()),
+            **checkpoint.prefixed("student_optimizer", checkpoint.optimizer_state(matching.student_updates.optimizer)),
+            **checkpoint.prefixed(
+                "generator_optimizer", checkpoint.optimizer_state(matching.generator_updates.optimizer)
+            ),
+            **checkpoint.prefixed("memory", matching.memory.state_dict()),
+            **{f"rng/{i}": rng.get_state() for i, rng in enumerate(self.rngs)},
+            "rng/cpu": torch.get_rng_state(),
+        }
+        if self.rngs[0].device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.rngs[0].device)
+        facts = {
+            "teacher": self.teacher.fingerprint(),
+            "metrics_bytes": self.metrics.size(),
+            "timing_bytes": self.timing.size(),
+            "seconds": round(self.seconds, 3),
+            "versions": versions(),
+        }
+        checkpoint.save(self.folder / "checkpoint", self.step, tensors, facts)
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint and cut the logs back to it."""
+        assert self.folder is not None
+        assert self.metrics is not None
+        assert self.timing is not None
+        tensors, facts = checkpoint.load(self.folder / "checkpoint")
+        if facts["teacher"] != self.teacher.fingerprint():
+            raise ZsktError(f"{self.folder} was begun with another teacher; resume it with the same one")
+        matching = self.matching
+        self.student.load_state_dict(checkpoint.under("student", tensors))
+        matching.generator.load_state_dict(checkpoint.under("generator", tensors))
+        for updates, name in ((matching.student_updates, "student"), (matching.generator_updates, "generator")):
+            checkpoint.restore_optimizer(updates.optimizer, checkpoint.under(f"{name}_optimizer", tensors))
+            updates.done = facts["step"] * updates.count
+        matching.memory.load_state_dict(checkpoint.under("memory", tensors))
+        for i, rng in enumerate(self.rngs):
+            rng.set_state(tensors[f"rng/{i}"])
+        torch.set_rng_state(tensors["rng/cpu"])
+        if self.rngs[0].device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng/cuda"], self.rngs[0].device)
+        self.step = facts["step"]
+        self.seconds_before = facts["seconds"]
+        self.metrics.cut(facts["metrics_bytes"])
+        self.timing.cut(facts["timing_bytes"])
+
+    def finish(self, result: DistillResult) -> None:
+        """Measure the last iterate and write the finished student, the generator and the report."""
+        network = network_like(self.teacher, self.student)
+        if self.evaluate is not None:
+            result.measured = measure(network, *self.evaluate, self.teacher)
+        images = pseudo_images(self.matching)
+        with torch.no_grad():
+            result.warnings = warning_lights(pseudo_beliefs(self.teacher(images), network(images)))
+        if self.folder is None:
+            return
+        write_tensors(self.folder / "generator.safetensors", self.matching.generator.state_dict())
+        save_network(
+            self.folder,
+            "student",
+            network,
+            recipe=self.config.recipe,
+            steps=self.config.steps,
+            seed=self.config.seed,
+            teacher_fingerprint=self.teacher.fingerprint(),
+            teacher_parameters=count_parameters(self.teacher.module),
+            measured=result.measured,
+            warnings=result.warnings,
+            seconds=round(self.seconds, 1),
+            versions=versions(),
+        )
+        write_report([self.folder], self.folder / "report.html")
+
+
+def describe(losses: StepLosses) -> dict[str, Any]:
+    """A step's losses and beliefs as plain numbers: one list entry per update."""
+    return {
+        "generator_loss": [float(update.total) for update in losses.generator],
+        "generator_terms": {name: float(value) for name, value in losses.generator[-1].terms.items()},
+        "student_loss": [float(update.total) for update in losses.student],
+        "student_terms": {name: float(value) for name, value in losses.student[-1].terms.items()},
+        **pseudo_beliefs(losses.teacher_logits, losses.student_logits),
+    }
+
+
+def check_finite(line: Mapping[str, Any]) -> None:
+    """Raise ZsktError when a loss has left the numbers."""
+    for player in ("generator", "student"):
+        loss = line[f"{player}_loss"]
+        if not all(map(math.isfinite, loss)):
+            raise ZsktError(
+                f"the {player}'s loss is {loss[-1]} at step {line['step']:,}: the run has diverged; "
+                f"lower {player}.learning_rate or set {player}.clip"
+            )
+
+
+def pseudo_images(matching: BeliefMatching, seed: int = 0) -> Tensor:
+    """SAMPLES images (64, C, H, W) from fixed latents, in the teacher's normalised space, leaving no trace.
+
+    The generator runs in train mode, as the student sees it; its buffers and all random numbers stay as they were.
+    """
+    generator, like = matching.generator, next(matching.generator.parameters())
+    latents = torch.randn(SAMPLES, matching.latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+    before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
+    training = generator.training
+    generator.train()
+    try:
+        with torch.no_grad():
+            images: Tensor = generator(latents.to(like.device))
+            return images
+    finally:
+        generator.train(training)
+        for name, buffer in generator.named_buffers():
+            buffer.copy_(before[name])
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global random numbers start from `seed` inside, and go on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Raise unless a new run may begin in `folder` or, with `resume`, this very run may go on there."""
+    path = folder / "config.toml"
+    try:
+        there = path.exists()
+        if not resume and there:
+            raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
+        if not resume:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ZsktError(f"expected a new or empty folder at {folder}, found other things; choose another --out")
+            return
+        if not there:
+            raise ZsktError(f"expected a run to resume in {folder}, found no config.toml; start it without --resume")
+        recorded = from_toml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise cannot("use", folder, error) from error
+    if recorded != config:
+        ours, theirs = flat(config), flat(recorded)
+        different = [f"{name} = {theirs[name]!r}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+        raise ZsktError(
+            f"{folder} was begun with other settings ({'; '.join(different)}); resume it with the same ones"
+        )
+
+
+def parse_budget(text: str | int | None) -> tuple[float, int] | None:
+    """`90s`, `9m`, `2h` or a number of steps -> (seconds, steps), the one not given being without limit."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
+    if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
+        raise UsageError(f"stop after {text!r}: expected a time such as 90s, 9m, 2h or a number of steps")
+    if not match[2]:
+        return float("inf"), int(match[1])
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], sys.maxsize
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    return {"zskt": __version__, "torch": torch.__version__, "python": platform.python_version()}

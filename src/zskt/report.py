@@ -1,0 +1,113 @@
+"""One self-contained HTML page for a run, or for several side by side. Reads run folders, nothing else."""
+
+import base64
+import html
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zskt.checkpoint import read_lines
+from zskt.config import flat, from_toml
+from zskt.figures import run_curves
+from zskt.files import ZsktError, read_json, write_text
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{display:inline-block;margin:.5rem}
+figcaption,.note{color:#666;font-size:.85em}.samples img{width:15rem;image-rendering:pixelated}
+.warning{background:#fff3cd;padding:.5rem 1rem}"""
+
+MEASURES = {
+    "teacher_accuracy": "teacher accuracy",
+    "accuracy": "student accuracy",
+    "agreement": "agreement with the teacher",
+    "kl_teacher_student": "KL(teacher, student), nats",
+    "calibration_error": "expected calibration error",
+}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Everything a report shows of one run; raises ZsktError where `folder` holds none."""
+    if not (folder / "metrics.jsonl").exists() or not (folder / "config.toml").exists():
+        raise ZsktError(
+            f"expected a run folder at {folder}, found no metrics.jsonl and config.toml; see zskt distill --out"
+        )
+    student = folder / "student.json"
+    return {
+        "name": folder.name,
+        "config": flat(from_toml((folder / "config.toml").read_text(encoding="utf-8"), f"{folder}/config.toml")),
+        "lines": read_lines(folder / "metrics.jsonl"),
+        "facts": read_json(student) if student.exists() else {},
+        "samples": sorted((folder / "samples").glob("*.png")),
+    }
+
+
+def write_report(folders: Sequence[Path], path: Path) -> None:
+    """Write the page for these run folders to `path`."""
+    runs = [read_run(Path(folder)) for folder in folders]
+    title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
+    body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
+    for run in runs:
+        unfinished = "" if run["facts"] else f"{run['name']} has not finished: continue it with --resume"
+        for light in [*run["facts"].get("warnings", []), unfinished]:
+            if light:
+                body.append(f'<p class="warning">{html.escape(light)}</p>')
+    curves = run_curves({run["name"]: run["lines"] for run in runs})
+    body += ["<h2>Course</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
+    for run in runs:
+        body += [f"<h2>Pseudo images of {html.escape(run['name'])}</h2>", _samples(run["samples"])]
+    body.append(_settings(runs))
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    write_text(path, f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n")
+
+
+def summarise(values: Iterable[float]) -> str:
+    """mean +- sample standard deviation, or the one value."""
+    values = list(values)
+    mean = statistics.fmean(values)
+    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+
+
+def _results(runs: Sequence[Mapping[str, Any]]) -> str:
+    columns = [run["name"] for run in runs] + (["mean ± std"] if len(runs) > 1 else [])
+    rows = []
+    for key, label in MEASURES.items():
+        values = [run["facts"].get("measured", {}).get(key) for run in runs]
+        known = [value for value in values if value is not None]
+        cells = ["not measured" if value is None else f"{value:.4f}" for value in values]
+        rows.append([label, *cells, *([summarise(known) if len(known) == len(runs) else "-"] if len(runs) > 1 else [])])
+    for key, label in (("teacher_parameters", "teacher parameters"), ("parameters", "student parameters")):
+        cells = [f"{run['facts'][key]:,}" if key in run["facts"] else "-" for run in runs]
+        rows.append([label, *cells, *([""] if len(runs) > 1 else [])])
+    return "<h2>Result</h2>" + _table(["last iterate", *columns], rows)
+
+
+def _samples(paths: list[Path]) -> str:
+    if not paths:
+        return "<p class=note>none were saved</p>"
+    shown = [paths[round(i * (len(paths) - 1) / 5)] for i in range(6)] if len(paths) > 6 else paths
+    figures = [
+        f'<figure><img alt="pseudo images" src="{_inline(p.read_bytes())}">'
+        f"<figcaption>step {int(p.stem):,}</figcaption></figure>"
+        for p in shown
+    ]
+    return f'<div class="samples">{"".join(figures)}</div>'
+
+
+def _settings(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[key, *(str(run["config"][key]) for run in runs)] for key in runs[0]["config"]]
+    versions = runs[0]["facts"].get("versions", {})
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"<h2>Settings</h2>{_table(['', *(run['name'] for run in runs)], rows)}<p class=note>{html.escape(made)}</p>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
