@@ -25,7 +25,9 @@ def check_images(network: Teacher, images: Tensor, labels: Tensor | None = None)
     if labels is None:
         return
     if len(labels) != len(images) or not len(labels):
-        raise ZsktError(f"expected a label for each of at least one image, found {len(labels)} for {len(images)} images")
+        raise ZsktError(
+            f"expected a label for each of at least one image, found {len(labels)} for {len(images)} images"
+        )
     if int(labels.max()) >= network.num_classes:
         raise ZsktError(
             f"expected labels of {network.num_classes} classes, found label {int(labels.max())}; give its own data"

@@ -2,18 +2,23 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import signal
+import sys
 import threading
+import time
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zskt.files import ZsktError, cannot, read_tensors, write_tensors
+from zskt.files import UsageError, ZsktError, cannot, read_tensors, write_tensors
 
 KEPT = 2
 """Checkpoints kept: the newest and the one before it."""
@@ -88,6 +93,19 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's global random numbers, of the CPU and of a CUDA device."""
+    cuda = {"rng/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"rng/cpu": torch.get_rng_state(), **cuda}
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put `random_state` back."""
+    torch.set_rng_state(tensors["rng/cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
+
+
 class JsonLines:
     """An append-only file of one JSON object per line that can be cut back to where a checkpoint saw it."""
 
@@ -130,33 +148,57 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@dataclass
 class StopRequest:
-    """Which signal, if any, has asked this process to end."""
+    """Whether this process should leave its loop: by now asked by a signal, or out of time."""
 
+    deadline: float
     signum: int | None = None
+
+    def reached(self) -> bool:
+        return self.signum is not None or time.monotonic() >= self.deadline
+
+    def raise_if_signalled(self, what: str) -> None:
+        """Raise Interrupted after a signal, once everything is saved."""
+        if self.signum is not None:
+            raise Interrupted(self.signum, f"{what}; continue with --resume")
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request to honour after a step; a second one acts as usual.
+def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
+    """A request to stop after so many seconds or, with `signals`, at the first SIGINT or SIGTERM; a second one acts.
 
     Outside the main thread, where Python allows no handlers, signals act as usual.
     """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    request = StopRequest(time.monotonic() + seconds)
+    if not signals or threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def handle(signum: int, frame: types.FrameType | None) -> None:
         request.signum = signum
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        put_back()
 
     for number in before:
         signal.signal(number, handle)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        put_back()
+
+
+def parse_budget(text: str | int | None) -> tuple[float, int]:
+    """`90s`, `9m`, `2h` or a count -> (seconds, count), whichever is not given being without limit."""
+    if text is None:
+        return math.inf, sys.maxsize
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
+    if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
+        raise UsageError(f"stop after {text!r}: expected a time such as 90s, 9m, 2h or a whole number")
+    if not match[2]:
+        return math.inf, int(match[1])
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], sys.maxsize

@@ -7,8 +7,6 @@ import contextlib
 import copy
 import math
 import platform
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +20,12 @@ from zskt import checkpoint
 from zskt.belief import check_images, measure, network_like, pseudo_beliefs, warning_lights
 from zskt.config import Config, flat, from_toml, replace, to_toml
 from zskt.figures import image_grid, save_image
-from zskt.files import UsageError, ZsktError, cannot, write_tensors, write_text
+from zskt.files import UsageError, ZsktError, cannot, read_tensors, write_tensors, write_text
+from zskt.generator import Generator
 from zskt.matching import BeliefMatching, StepLosses
 from zskt.recipe import arrange, assemble, choose, pick_device, settle_width
 from zskt.report import write_report
-from zskt.teacher import Teacher, check_pair, count_parameters, save_network
+from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
 from zskt.version import __version__
 
 SAMPLES = 64
@@ -105,11 +104,11 @@ def distill(
     The teacher comes back exactly as it was. Raises ZsktError, with one line of advice, for whatever cannot work.
     """
     started = time.monotonic()
-    budget = parse_budget(stop_after)
+    budget = checkpoint.parse_budget(stop_after)
     given = {"steps": steps, "seed": seed}
     changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
     config, reason = plan(teacher, student, recipe, changes)
-    if (budget or resume) and out is None:
+    if (stop_after or resume) and out is None:
         raise UsageError("a run that is resumed or stopped early needs a folder: give out")
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -175,28 +174,22 @@ class Run:
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
-    def train(self, callbacks: Sequence[Callback], budget: tuple[float, int] | None) -> None:
-        """Step until the end, the budget or a signal."""
+    def train(self, callbacks: Sequence[Callback], budget: tuple[float, int]) -> None:
+        """Step until the end, the budget (seconds, steps) or a signal."""
         config = self.config
-        seconds, steps = budget or (float("inf"), config.steps)
-        last = min(config.steps, self.step + steps)
-        begun = time.monotonic()
-        with checkpoint.asked_to_stop() if self.folder else contextlib.nullcontext(checkpoint.StopRequest()) as request:
+        last = min(config.steps, self.step + budget[1])
+        with checkpoint.stopping(budget[0], signals=self.folder is not None) as request:
             while self.step < last:
                 losses = self.matching.step()
                 self.step += 1
                 line = self.log(losses)
                 for callback in callbacks:
                     callback(Event(self.step, config.steps, losses, line, self.matching))
-                out_of_time = time.monotonic() - begun >= seconds
-                leaving = request.signum is not None or out_of_time or self.step == last
+                leaving = request.reached() or self.step == last
                 if self.folder and (leaving or self.step % config.interval("checkpoint_every") == 0):
                     self.save()
-                if request.signum is not None:
-                    raise checkpoint.Interrupted(
-                        request.signum, f"stopped at step {self.step:,} of {config.steps:,}; continue it with --resume"
-                    )
-                if out_of_time:
+                if leaving:
+                    request.raise_if_signalled(f"stopped at step {self.step:,} of {config.steps:,}")
                     break
 
     def log(self, losses: StepLosses) -> dict[str, Any] | None:
@@ -211,7 +204,7 @@ class Run:
             if self.evaluate is not None:
                 line |= measure(network_like(self.teacher, self.student), *self.evaluate, self.teacher)
             if self.folder is not None:
-                images = self.teacher.denormalise(pseudo_images(self.matching))
+                images = self.teacher.denormalise(pseudo_images(self.matching.generator, self.matching.latent))
                 save_image(self.folder / "samples" / f"{step:08d}.png", image_grid(images))
         if len(line) == 1:
             return None
@@ -235,10 +228,8 @@ class Run:
             ),
             **checkpoint.prefixed("memory", matching.memory.state_dict()),
             **{f"rng/{i}": rng.get_state() for i, rng in enumerate(self.rngs)},
-            "rng/cpu": torch.get_rng_state(),
+            **checkpoint.random_state(self.rngs[0].device),
         }
-        if self.rngs[0].device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.rngs[0].device)
         facts = {
             "teacher": self.teacher.fingerprint(),
             "metrics_bytes": self.metrics.size(),
@@ -265,9 +256,7 @@ class Run:
         matching.memory.load_state_dict(checkpoint.under("memory", tensors))
         for i, rng in enumerate(self.rngs):
             rng.set_state(tensors[f"rng/{i}"])
-        torch.set_rng_state(tensors["rng/cpu"])
-        if self.rngs[0].device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng/cuda"], self.rngs[0].device)
+        checkpoint.restore_random_state(tensors, self.rngs[0].device)
         self.step = facts["step"]
         self.seconds_before = facts["seconds"]
         self.metrics.cut(facts["metrics_bytes"])
@@ -278,7 +267,7 @@ class Run:
         network = network_like(self.teacher, self.student)
         if self.evaluate is not None:
             result.measured = measure(network, *self.evaluate, self.teacher)
-        images = pseudo_images(self.matching)
+        images = pseudo_images(self.matching.generator, self.matching.latent)
         with torch.no_grad():
             result.warnings = warning_lights(pseudo_beliefs(self.teacher(images), network(images)))
         if self.folder is None:
@@ -323,24 +312,35 @@ def check_finite(line: Mapping[str, Any]) -> None:
             )
 
 
-def pseudo_images(matching: BeliefMatching, seed: int = 0) -> Tensor:
-    """SAMPLES images (64, C, H, W) from fixed latents, in the teacher's normalised space, leaving no trace.
+def pseudo_images(generator: nn.Module, latent: int, seed: int = 0) -> Tensor:
+    """SAMPLES images (64, C, H, W) from latents fixed by `seed`, in the teacher's normalised space, leaving no trace.
 
     The generator runs in train mode, as the student sees it; its buffers and all random numbers stay as they were.
     """
-    generator, like = matching.generator, next(matching.generator.parameters())
-    latents = torch.randn(SAMPLES, matching.latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+    like = next(generator.parameters())
+    z = torch.randn(SAMPLES, latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)  # (64, Z)
     before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
     training = generator.training
     generator.train()
     try:
         with torch.no_grad():
-            images: Tensor = generator(latents.to(like.device))
+            images: Tensor = generator(z.to(like.device))
             return images
     finally:
         generator.train(training)
         for name, buffer in generator.named_buffers():
             buffer.copy_(before[name])
+
+
+def sample(folder: str | Path, seed: int = 0) -> Tensor:
+    """64 pseudo images (64, C, H, W) in [0, 1] from the generator of a finished run."""
+    folder = Path(folder)
+    network = load_student(folder)
+    config = from_toml((folder / "config.toml").read_text(encoding="utf-8"), str(folder / "config.toml"))
+    assert isinstance(config.generator.width, int), "a run's config.toml has every choice made"
+    generator = Generator(config.generator.latent, network.input_size, config.generator.width)
+    generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
+    return network.denormalise(pseudo_images(generator, config.generator.latent, seed))
 
 
 @contextlib.contextmanager
@@ -373,18 +373,6 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         raise ZsktError(
             f"{folder} was begun with other settings ({'; '.join(different)}); resume it with the same ones"
         )
-
-
-def parse_budget(text: str | int | None) -> tuple[float, int] | None:
-    """`90s`, `9m`, `2h` or a number of steps -> (seconds, steps), the one not given being without limit."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
-    if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
-        raise UsageError(f"stop after {text!r}: expected a time such as 90s, 9m, 2h or a number of steps")
-    if not match[2]:
-        return float("inf"), int(match[1])
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], sys.maxsize
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import base64
 import html
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def write_report(folders: Sequence[Path], path: Path) -> None:
-    """Write the page for these run folders to `path`."""
+def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
+    """Write the page for these run folders to `path`; returns each measure over the runs: values, mean and std."""
     runs = [read_run(Path(folder)) for folder in folders]
     title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
     body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
@@ -60,27 +60,35 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     body.append(_settings(runs))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     write_text(path, f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n")
+    return {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
 
 
-def summarise(values: Iterable[float]) -> str:
-    """mean +- sample standard deviation, or the one value."""
-    values = list(values)
-    mean = statistics.fmean(values)
-    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+def summarise(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
+    """A measure over runs, with its sample standard deviation; None unless every run has it."""
+    values = [run["facts"].get("measured", {}).get(key) for run in runs]
+    if None in values:
+        return None
+    return {
+        "values": values,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
 
 
 def _results(runs: Sequence[Mapping[str, Any]]) -> str:
-    columns = [run["name"] for run in runs] + (["mean ± std"] if len(runs) > 1 else [])
+    several = len(runs) > 1
     rows = []
     for key, label in MEASURES.items():
         values = [run["facts"].get("measured", {}).get(key) for run in runs]
-        known = [value for value in values if value is not None]
         cells = ["not measured" if value is None else f"{value:.4f}" for value in values]
-        rows.append([label, *cells, *([summarise(known) if len(known) == len(runs) else "-"] if len(runs) > 1 else [])])
+        summary = summarise(runs, key)
+        mean = f"{summary['mean']:.4f} ± {summary['std']:.4f}" if several and summary else "-"
+        rows.append([label, *cells, *([mean] if several else [])])
     for key, label in (("teacher_parameters", "teacher parameters"), ("parameters", "student parameters")):
         cells = [f"{run['facts'][key]:,}" if key in run["facts"] else "-" for run in runs]
-        rows.append([label, *cells, *([""] if len(runs) > 1 else [])])
-    return "<h2>Result</h2>" + _table(["last iterate", *columns], rows)
+        rows.append([label, *cells, *([""] if several else [])])
+    head = ["last iterate", *(run["name"] for run in runs), *(["mean ± std"] if several else [])]
+    return "<h2>Result</h2>" + _table(head, rows)
 
 
 def _samples(paths: list[Path]) -> str:

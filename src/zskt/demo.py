@@ -1,0 +1,75 @@
+"""The whole story in a minute, on 8x8 digits: a teacher is trained, its data dropped, a student distilled, measured."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zskt import models
+from zskt.baselines import Teaching, teach
+from zskt.data import KNOWN, digits
+from zskt.distill import distill
+from zskt.progress import distilling, notice, teaching
+from zskt.teacher import count_parameters, load_teacher
+
+TEACHER, STUDENT = "convnet-32", "convnet-8"
+EPOCHS, SHIFT = 40, 1
+STEPS = 400
+
+
+def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path | None = None) -> dict[str, Any]:
+    """Train, forget, distil, measure; returns the result that the command prints.
+
+    `seed` is that of both networks, the generator and the latents; the split of the data does not depend on it.
+    """
+    folder = fresh_folder(Path("runs"), "demo") if out is None else out
+    known = KNOWN["digits"]
+    train, test = digits(split_seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        teacher_module = models.build(TEACHER, len(known.class_names), known.size)
+        student = models.build(STUDENT, len(known.class_names), known.size)
+    notice(f"training a teacher, {TEACHER}, on {len(train.images):,} images of handwritten digits")
+    with teaching() as callback:
+        teach(
+            teacher_module,
+            (train.images, train.labels),
+            (test.images, test.labels),
+            Teaching(epochs=EPOCHS, batch_size=64, shift=SHIFT, seed=seed),
+            mean=known.mean,
+            std=known.std,
+            class_names=known.class_names,
+            out=folder / "teacher",
+            callbacks=[callback],
+        )
+    del train, teacher_module  # from here on there is no training data; the test images only measure
+    notice("the training data is dropped; distilling into a student that never sees an image of a digit")
+    teacher = load_teacher(folder / "teacher")
+    with distilling() as progress:
+        result = distill(
+            teacher,
+            student,
+            recipe,
+            steps=STEPS,
+            seed=seed,
+            out=folder / "run",
+            evaluate=(test.images, test.labels),
+            callbacks=[progress],
+        )
+    notice(f"recipe {result.config.recipe} ({result.reason}), generator width {result.config.generator.width}")
+    notice(f"look at {folder / 'run' / 'report.html'}")
+    return {
+        "teacher_accuracy": result.measured["teacher_accuracy"],
+        "student_accuracy": result.measured["accuracy"],
+        "agreement": result.measured["agreement"],
+        "teacher_parameters": count_parameters(teacher.module),
+        "student_parameters": count_parameters(student),
+        "recipe": result.config.recipe,
+        "report": str(folder / "run" / "report.html"),
+    }
+
+
+def fresh_folder(parent: Path, name: str) -> Path:
+    """`parent`/`name`-N with the first number that is not taken."""
+    return next(path for n in itertools.count(1) if not (path := parent / f"{name}-{n}").exists())

@@ -1,0 +1,84 @@
+"""Live progress on stderr: bars and one line of what matters, while something long runs."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from zskt.baselines import Epoch
+from zskt.distill import Event
+
+
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2f}/s" if task.speed else "", style="progress.data.speed")
+
+
+def console() -> Console:
+    """Where everything but the final JSON goes."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+def notice(line: str) -> None:
+    """One line for the user."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def bar(phase: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar; call it with (done, total, what to show beside it)."""
+    progress = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[beside]}"),
+        console=console(),
+    )
+    with progress:
+        task = progress.add_task(phase, total=None, beside="")
+
+        def show(done: int, total: int, beside: str = "") -> None:
+            progress.update(task, completed=done, total=total)
+            if beside:
+                progress.update(task, beside=beside)
+
+        yield show
+
+
+@contextlib.contextmanager
+def distilling() -> Iterator[Callable[[Event], None]]:
+    """A callback for `distill`: pseudo batch k/N, rate, time left, losses, teacher confidence, class spread."""
+    with bar("distilling", "pseudo batches") as show:
+        shown: dict[str, str] = {}
+
+        def callback(event: Event) -> None:
+            line = event.line or {}
+            if "student_loss" in line:
+                shown["losses"] = f"loss S {line['student_loss'][-1]:.4f} G {line['generator_loss'][-1]:.4f}"
+                shown["teacher"] = f"teacher sure {line['teacher_confidence']:.2f}"
+                shown["classes"] = f"class spread {line['class_spread']:.2f}"
+            if "accuracy" in line:
+                shown["accuracy"] = f"test {100 * line['accuracy']:.2f} %"
+            show(event.step, event.steps, "  ".join(shown.values()))
+
+        yield callback
+
+
+@contextlib.contextmanager
+def teaching() -> Iterator[Callable[[Epoch], None]]:
+    """A callback for `teach`: update k/N, rate, time left, accuracy."""
+    with bar("teaching", "updates") as show:
+
+        def callback(epoch: Epoch) -> None:
+            beside = "" if epoch.accuracy is None else f"test {100 * epoch.accuracy:.2f} %"
+            show(epoch.update, epoch.updates, beside)
+
+        yield callback

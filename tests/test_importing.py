@@ -1,0 +1,461 @@
+"""Foreign weights: names decide, shapes check, order never matters, nothing in a file is executed."""
+
+import argparse
+import functools
+import os
+import random
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from zskt import models
+from zskt.files import UsageError, ZsktError
+from zskt.importing import find_renaming, find_state_dict, import_weights, parse_renames, unit_normalisation
+from zskt.teacher import Teacher, load_teacher, save_teacher
+
+SIZE, CLASSES = (3, 32, 32), 10
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+Shapes = dict[str, tuple[int, ...]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(spec: str = "wrn-10-1", num_classes: int = CLASSES) -> nn.Module:
+    """Random weights and BatchNorm statistics: no two tensors are equal, so a wrong mapping shows in the outputs."""
+    torch.manual_seed(0)
+    module = models.build(spec, num_classes, SIZE)
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5)
+    return module.eval()
+
+
+def shapes(tensors: dict[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@functools.cache
+def shapes_of(spec: str) -> Shapes:
+    with torch.device("meta"):
+        return shapes(models.build(spec, CLASSES, SIZE).state_dict())
+
+
+def renamed_by(rename: Callable[[str], str], own: Shapes) -> tuple[Shapes, dict[str, str]]:
+    """Foreign shapes and the true mapping."""
+    return {rename(key): shape for key, shape in own.items()}, {rename(key): key for key in own}
+
+
+def bring(path: Path, spec: str = "wrn-10-1", **options: Any) -> Teacher:
+    return import_weights(path, spec, SIZE, CLASSES, MEAN, STD, **options)[0]
+
+
+@torch.no_grad()
+def same_outputs(teacher: Teacher, source: nn.Module) -> bool:
+    images = torch.randn(4, *SIZE)
+    return torch.equal(teacher(images), source(images))
+
+
+# --- finding the state dict
+
+
+def test_state_dict_is_found_at_the_top_and_nested() -> None:
+    weights = {"a.weight": torch.ones(2), "a.bias": torch.ones(1)}
+    optimiser = {
+        "state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}},
+        "param_groups": [{"lr": 0.1}],
+    }
+    assert find_state_dict(weights).keys() == weights.keys()
+    checkpoint = {"args": argparse.Namespace(lr=1), "epoch": 3, "optimizer": optimiser, "best": {"acc": torch.ones(())}}
+    for key in ("state_dict", "model", "net", "model_state_dict", "weights"):
+        assert find_state_dict(checkpoint | {key: weights}).keys() == weights.keys()
+    assert find_state_dict({"student": {"state_dict": weights}} | checkpoint).keys() == weights.keys()
+
+
+def test_several_state_dicts_of_one_size_are_refused_by_name() -> None:
+    weights = {"a.weight": torch.ones(2)}
+    with pytest.raises(ZsktError, match=r"found 2 of 1 tensors: ema.state_dict, model; save one alone"):
+        find_state_dict({"model": weights, "ema": {"state_dict": dict(weights)}})
+
+
+@pytest.mark.parametrize("loaded", [{"epoch": 3, "acc": 0.5}, {}, [1, 2], torch.ones(3)])
+def test_no_state_dict_is_an_error(loaded: object) -> None:
+    with pytest.raises(ZsktError, match="expected a state dict"):
+        find_state_dict(loaded)
+
+
+def test_circular_and_very_deep_files_end() -> None:
+    circular: dict[str, object] = {}
+    circular["again"] = circular
+    deep: dict[str, object] = {"a.weight": torch.ones(1)}
+    for _ in range(5_000):
+        deep = {"deeper": deep}
+    with pytest.raises(ZsktError, match="expected a state dict"):
+        find_state_dict(circular)
+    assert list(find_state_dict(deep)) == ["a.weight"]
+
+
+# --- finding the renaming
+
+
+@pytest.mark.parametrize("spec", ["wrn-10-1", "wrn-16-1", "wrn-40-2", "resnet-18", "resnet-34", "vgg-11", "lenet-5"])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "model.", "module.model.", "1.", "module.1."])
+def test_own_names_map_to_themselves_under_any_prefix(spec: str, prefix: str) -> None:
+    foreign, truth = renamed_by(lambda key: prefix + key, shapes_of(spec))
+    assert find_renaming(foreign, shapes_of(spec)) == truth
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern", "replacement"),
+    [
+        ("wrn-16-1", r"\bshortcut\b", "convShortcut"),
+        ("wrn-16-1", r"\bbn(\d)\b", r"batch_norm\1"),
+        ("wrn-16-1", r"\blayer\b", "nblockLayer"),
+        ("wrn-16-1", r"\bfc\b", "head.fc"),
+        ("wrn-16-1", r"\bblock(\d)\b", r"stage\1"),
+        ("resnet-18", r"\bbn(\d)\b", r"batch_norm\1"),
+        ("resnet-18", r"\bdownsample\b", "shortcut"),
+        ("resnet-34", r"^(?!fc)", "backbone."),
+        ("resnet-34", r"^fc", "linear"),
+        ("vgg-11", r"\bstage", "features.conv"),
+        ("lenet-5", r"\bfc(\d)", r"classifier.f\1"),
+    ],
+)
+def test_one_consistent_renaming_is_found(spec: str, pattern: str, replacement: str) -> None:
+    foreign, truth = renamed_by(lambda key: re.sub(pattern, replacement, key), shapes_of(spec))
+    assert foreign.keys() != shapes_of(spec).keys()
+    assert find_renaming(foreign, shapes_of(spec)) == truth
+
+
+@pytest.mark.parametrize("spec", ["wrn-40-2", "resnet-34"])
+def test_wholly_foreign_names_are_instant(spec: str) -> None:
+    def disguise(key: str) -> str:
+        *path, leaf = key.split(".")
+        return ".".join(["net", *(word if word.isdecimal() else f"m{word[::-1]}" for word in path), leaf])
+
+    foreign, truth = renamed_by(disguise, shapes_of(spec))
+    start = time.perf_counter()
+    assert find_renaming(foreign, shapes_of(spec)) == truth
+    assert time.perf_counter() - start < 2
+
+
+def test_order_of_definition_does_not_matter() -> None:
+    own = shapes_of("wrn-16-1")
+    foreign, truth = renamed_by(lambda key: re.sub(r"\b(bn|conv)(\d)\b", r"\1_\2", key), own)
+    assert find_renaming(dict(reversed(foreign.items())), own) == truth
+
+
+def test_permuted_definitions_that_would_load_by_order_are_refused() -> None:
+    """A network that defines its second convolution first, all shapes equal: loading by position would not complain."""
+    own: Shapes = {"conv1.weight": (8, 8, 3, 3), "conv2.weight": (8, 8, 3, 3), "fc.weight": (10, 8)}
+    permuted: Shapes = {"late.weight": (8, 8, 3, 3), "early.weight": (8, 8, 3, 3), "fc.weight": (10, 8)}
+    assert list(permuted.values()) == list(own.values())
+    with pytest.raises(ZsktError) as refused:
+        find_renaming(permuted, own)
+    assert "--rename early=conv1 late=conv2" in str(refused.value)
+    assert "--rename early=conv2 late=conv1" in str(refused.value)
+
+    by_name: Shapes = {f"net.conv{i}.weight": (8, 8, 3, 3) for i in (2, 1)} | {"net.fc.weight": (10, 8)}
+    assert find_renaming(by_name, own) == {key: key.removeprefix("net.") for key in by_name}
+
+
+def test_half_familiar_names_do_not_settle_a_choice() -> None:
+    """Counting from 0: `bn1` exists on both sides and fits, but means our `bn2`. Only shapes could tell, and do not."""
+    own = shapes_of("resnet-18")
+    foreign, truth = renamed_by(
+        lambda key: re.sub(
+            r"(?<=\.)(bn|conv)(\d)", lambda m: f"{m[1]}{int(m[2]) - 1}", re.sub(r"^(?=bn|conv)", "stem_", key)
+        ),
+        own,
+    )
+    with pytest.raises(ZsktError) as refused:
+        find_renaming(foreign, own)
+    assert "--rename bn0=bn1 bn1=bn2" in str(refused.value)
+    assert "--rename bn0=bn2 bn1=bn1" in str(refused.value)
+    assert find_renaming(foreign, own, {"bn0": "bn1", "bn1": "bn2"}) == truth
+
+
+def test_one_component_never_becomes_two_things() -> None:
+    """The stem's `bn1` is ours, the blocks count from 0: no single renaming of `bn1` serves both."""
+    own = shapes_of("resnet-18")
+    foreign = {re.sub(r"(?<=\.)(bn|conv)(\d)", lambda m: f"{m[1]}{int(m[2]) - 1}", key): own[key] for key in own}
+    with pytest.raises(ZsktError, match="no consistent renaming of bn0, conv0 to bn2, conv2"):
+        find_renaming(foreign, own)
+
+
+def test_every_candidate_shown_can_be_pasted_and_resolves_all() -> None:
+    own: Shapes = {f"{kind}{i}.weight": ((4, 4) if kind == "conv" else (4,)) for kind in ("conv", "bn") for i in (1, 2)}
+    own |= {"fc.weight": (10, 4)}
+    foreign = {re.sub("conv", "c", re.sub("bn", "norm", key)): shape for key, shape in own.items()}
+    with pytest.raises(ZsktError) as refused:
+        find_renaming(foreign, own)
+    assert "\n" not in str(refused.value)
+    lines = re.findall(r"--rename ([^|]*)", str(refused.value))
+    assert len(lines) >= 2
+    found = [find_renaming(foreign, own, parse_renames(shlex.split(line))) for line in lines]
+    assert len({tuple(mapping.items()) for mapping in found}) == len(lines)
+    assert any(mapping == {re.sub("conv", "c", re.sub("bn", "norm", key)): key for key in own} for mapping in found)
+
+
+def test_hostile_names_are_given_up_soon() -> None:
+    own = shapes_of("wrn-40-2")
+    numbers = {path: i for i, path in enumerate({key.rpartition(".")[0] for key in own})}
+    unrelated: Shapes = {}
+    for key, shape in own.items():
+        path, _, leaf = key.rpartition(".")
+        unrelated[f"a{numbers[path]}.b{numbers[path]}.c{numbers[path]}.d{numbers[path]}.{leaf}"] = shape
+
+    def graph(seed: int) -> Shapes:  # renaming one onto another is graph isomorphism
+        edges = random.Random(seed).sample([(i, j) for i in range(14) for j in range(14)], 50)
+        return {f"{'xX'[seed]}{i}.{'yY'[seed]}{j}.weight": (4, 4) for i, j in edges}
+
+    start = time.perf_counter()
+    for names, ours in ((unrelated, own), (graph(0), graph(1))):
+        with pytest.raises(ZsktError, match="too many ways to map the names"):
+            find_renaming(names, ours)
+    assert time.perf_counter() - start < 20
+
+
+def test_only_the_batch_counters_may_be_missing() -> None:
+    own = shapes_of("wrn-10-1")
+    old = {f"module.{key}": shape for key, shape in own.items() if "num_batches_tracked" not in key}
+    assert set(find_renaming(old, own).values()) == {key for key in own if "num_batches_tracked" not in key}
+    del old["module.bn1.running_mean"]
+    with pytest.raises(ZsktError, match=r"bn1.running_mean: expected \(64,\), found nothing"):
+        find_renaming(old, own)
+
+
+def test_extra_tensors_are_refused_until_left_out() -> None:
+    own = shapes_of("wrn-10-1")
+    foreign = own | {"aux.fc.weight": (10, 64), "aux.fc.bias": (10,), "block1.scale": (1,)}
+    with pytest.raises(ZsktError, match=r"block1.scale: expected nothing, found \(1,\)"):
+        find_renaming(foreign, own)
+    assert find_renaming(foreign, own, parse_renames(["aux=-", "block1.scale=-"])) == {key: key for key in own}
+
+
+def test_renames_apply_before_the_search_and_may_join_components() -> None:
+    own = shapes_of("wrn-16-1")
+    foreign, truth = renamed_by(lambda key: re.sub(r"block(\d).layer", r"layers.group\1.units", key), own)
+    assert find_renaming(foreign, own) == truth
+    assert find_renaming(foreign, own, parse_renames([f"layers.group{i}=block{i}" for i in (1, 2, 3)])) == truth
+    assert find_renaming(foreign, own, parse_renames(["layers="])) == truth
+    merged, truth = renamed_by(lambda key: re.sub(r"block(\d).layer", r"layer\1", key), own)
+    with pytest.raises(ZsktError, match="the weights do not fit the model"):
+        find_renaming(merged, own)
+    assert find_renaming(merged, own, parse_renames([f"layer{i}=block{i}.layer" for i in (1, 2, 3)])) == truth
+
+
+@pytest.mark.parametrize("entry", ["", "a", "=b", "a=b=c", "a..b=c", "a=.b", "a.=b"])
+def test_malformed_renames_are_usage_errors(entry: str) -> None:
+    with pytest.raises(UsageError, match="expected A=B"):
+        parse_renames([entry])
+
+
+def test_renames_that_do_nothing_or_contradict_are_usage_errors() -> None:
+    own = shapes_of("wrn-10-1")
+    with pytest.raises(UsageError, match="'convshortcut': did you mean shortcut"):
+        find_renaming(own, own, {"convshortcut": "shortcut"})
+    with pytest.raises(UsageError, match="'shortcutt': did you mean shortcut"):
+        find_renaming(own, own, {"shortcut": "shortcutt"})
+    with pytest.raises(UsageError, match=r"'block1.layer.0.bn2.weight' the name of another tensor"):
+        find_renaming(own, own, {"bn1": "bn2", "bn2": "bn2"})
+    with pytest.raises(UsageError, match="'a' is given twice"):
+        parse_renames(["a=b", "a=c"])
+
+
+# --- importing files
+
+
+def checkpoint(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    optimiser = torch.optim.Adam(module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    return {
+        "args": argparse.Namespace(lr=0.1),
+        "epoch": 7,
+        "state_dict": {prefix + name: tensor for name, tensor in module.state_dict().items()},
+        "optimizer": optimiser.state_dict(),
+    }
+
+
+def test_a_training_checkpoint_becomes_a_teacher_folder(tmp_path: Path) -> None:
+    source = network()
+    saved = checkpoint(source, "module.")
+    saved["state_dict"] = {name.replace("shortcut", "convShortcut"): t for name, t in saved["state_dict"].items()}
+    torch.save(saved, tmp_path / "model.pth.tar")
+    teacher, report = import_weights(tmp_path / "model.pth.tar", "wrn-10-1", SIZE, CLASSES, MEAN, STD)
+    assert same_outputs(teacher, source)
+    assert report.facts["renamed"] == {"module": "", "convShortcut": "shortcut"}
+    assert report.notices == ("46 tensors mapped by name: module dropped, convShortcut -> shortcut",)
+    save_teacher(tmp_path / "teacher", teacher, **report.facts)
+    assert same_outputs(load_teacher(tmp_path / "teacher"), source)
+
+
+def test_safetensors_and_other_float_types(tmp_path: Path) -> None:
+    source = network().double()
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "model.safetensors")
+    teacher = bring(tmp_path / "model.safetensors")
+    assert {t.dtype for t in teacher.module.parameters()} == {torch.float32}
+    assert same_outputs(teacher, source.float())
+
+
+def test_checkpoints_without_batch_counters(tmp_path: Path) -> None:
+    source = network()
+    torch.save({k: v for k, v in source.state_dict().items() if "num_batches" not in k}, tmp_path / "old.pth")
+    teacher = bring(tmp_path / "old.pth")
+    assert same_outputs(teacher, source)
+    assert teacher.module.state_dict()["bn1.num_batches_tracked"] == 0
+
+
+def test_mmclassification_resnet18(tmp_path: Path) -> None:
+    source = network("resnet-18")
+    layout = {("head." if name.startswith("fc.") else "backbone.") + name: t for name, t in source.state_dict().items()}
+    meta = {"epoch": 200, "CLASSES": ["airplane", "automobile"], "mmcls_version": "0.24.0"}
+    torch.save({"meta": meta, "state_dict": layout}, tmp_path / "resnet18_b16x8_cifar10.pth")
+    teacher, report = import_weights(
+        tmp_path / "resnet18_b16x8_cifar10.pth",
+        "resnet-18",
+        SIZE,
+        CLASSES,
+        (125.307, 122.961, 113.8575),
+        (51.5865, 50.847, 51.255),
+        class_names=[f"class {i}" for i in range(CLASSES)],
+    )
+    assert same_outputs(teacher, source)
+    assert teacher.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)
+    assert teacher.std.flatten().tolist() == pytest.approx([0.2023, 0.1994, 0.2010], abs=1e-4)
+    assert report.facts["renamed"] == {"backbone": "", "head": ""}
+    assert "read as 0..255 and divided by 255" in report.notices[0]
+    assert "backbone dropped, head dropped" in report.notices[1]
+
+
+def test_wrong_class_count_names_the_layer(tmp_path: Path) -> None:
+    torch.save(network(num_classes=100).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ZsktError, match=r"fc.weight: expected \(10, 64\), found \(100, 64\); fc.bias: .*--num-classes"):
+        bring(tmp_path / "model.pth")
+
+
+def test_wrong_class_count_under_another_name(tmp_path: Path) -> None:
+    weights = {k.replace("fc.", "linear."): v for k, v in network(num_classes=100).state_dict().items()}
+    torch.save(weights, tmp_path / "model.pth")
+    with pytest.raises(ZsktError, match=r"fc.weight: expected \(10, 64\), found \(100, 64\)"):
+        bring(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("spec", ["wrn-16-1", "wrn-10-2", "lenet-5", "vgg-11"])
+def test_wrong_architecture_is_one_line(tmp_path: Path, spec: str) -> None:
+    torch.save(network().state_dict(), tmp_path / "model.pth")
+    with pytest.raises(
+        ZsktError, match=r"the weights do not fit the model: .*: expected .*, found .*--model"
+    ) as refused:
+        bring(tmp_path / "model.pth", spec)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
+
+
+def test_ambiguous_file_is_refused_and_rename_resolves_it(tmp_path: Path) -> None:
+    source = network("resnet-18")
+    disguise = {"bn1": "second_norm", "bn2": "first_norm"}  # alphabetical order misleads, too
+    weights = {
+        re.sub(r"(?<=\d\.)bn\d", lambda match: disguise[match[0]], name): tensor
+        for name, tensor in source.state_dict().items()
+    }
+    torch.save(weights, tmp_path / "model.pth")
+    with pytest.raises(ZsktError, match="found several that fit all shapes") as refused:
+        bring(tmp_path / "model.pth", "resnet-18")
+    assert "--rename first_norm=bn2 second_norm=bn1" in str(refused.value)
+    assert "--rename first_norm=bn1 second_norm=bn2" in str(refused.value)
+    rename = parse_renames(["first_norm=bn2", "second_norm=bn1"])
+    assert same_outputs(bring(tmp_path / "model.pth", "resnet-18", rename=rename), source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    weights = network().state_dict()
+    weights["fc.bias"][3] = value
+    torch.save(weights, tmp_path / "model.pth")
+    with pytest.raises(ZsktError, match=r"fc.bias: expected .* finite"):
+        bring(tmp_path / "model.pth")
+
+
+def test_integers_and_sparse_tensors_are_refused(tmp_path: Path) -> None:
+    for strange in (torch.zeros(CLASSES, dtype=torch.int64), torch.zeros(CLASSES).to_sparse()):
+        torch.save(network().state_dict() | {"fc.bias": strange}, tmp_path / "model.pth")
+        with pytest.raises(ZsktError, match=r"fc.bias: expected a dense tensor"):
+            bring(tmp_path / "model.pth")
+
+
+class Payload:
+    """What a malicious checkpoint holds: unpickling it runs a command."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_files_are_refused_unrun(tmp_path: Path, zipped: bool) -> None:
+    weights = network().state_dict()
+    torch.save(
+        {"state_dict": weights, "extra": Payload(tmp_path / "harm")},
+        tmp_path / "model.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(ZsktError, match="refused"):
+        bring(tmp_path / "model.pth")
+    assert not (tmp_path / "harm").exists()
+    torch.load(tmp_path / "model.pth", weights_only=False)  # the payload is live: an unsafe load does run it
+    assert (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_files_are_one_line(tmp_path: Path, name: str, part: float) -> None:
+    save = torch.save if name.endswith("pth") else safetensors.torch.save_file
+    save(network().state_dict(), tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ZsktError) as refused:
+        bring(tmp_path / name)
+    assert name in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ZsktError, match=r"cannot read .*nothing.pth"):
+        bring(tmp_path / "nothing.pth")
+
+
+# --- normalisation
+
+
+def test_values_above_one_mean_0_to_255() -> None:
+    assert unit_normalisation(MEAN, STD) == (MEAN, STD, ())
+    mean, std, notices = unit_normalisation((103.53, 116.28, 123.675), (1, 1, 1))
+    assert mean == pytest.approx((0.406, 0.456, 0.485), abs=1e-3)
+    assert std == pytest.approx((1 / 255,) * 3)
+    assert len(notices) == 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5,), (127.5,)), ((127.5,), (0.5,)), ((300.0,), (1.0,)), ((-3.0,), (9.0,))]
+)
+def test_mixed_or_impossible_scales_are_usage_errors(mean: tuple[float], std: tuple[float]) -> None:
+    with pytest.raises(UsageError, match=r"expected all in \[0, 1\] or all in 0..255"):
+        unit_normalisation(mean, std)
