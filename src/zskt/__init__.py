@@ -11,6 +11,7 @@ from zskt.files import UsageError, ZsktError
 from zskt.generator import Generator
 from zskt.matching import BeliefMatching, Beliefs, Latent, StepLosses, Updates
 from zskt.memory import Bank, Fresh, Same
+from zskt.report import write_report
 from zskt.teacher import Teacher, load_student, load_teacher, save_teacher
 from zskt.version import __version__
 
@@ -36,4 +37,5 @@ __all__ = [
     "losses",
     "models",
     "save_teacher",
+    "write_report",
 ]

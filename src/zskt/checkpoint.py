@@ -122,11 +122,12 @@ class JsonLines:
 
     def size(self) -> int:
         """Bytes written, all on disk."""
-        if not self.path.exists():
-            return 0
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-            return os.fstat(file.fileno()).st_size
+        try:
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+                return os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise cannot("write", self.path, error) from error
 
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes: lines newer than the checkpoint."""

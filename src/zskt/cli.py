@@ -310,7 +310,10 @@ def run_distill(
         )
     for light in result.warnings:
         notice(f"warning: {light}")
-    if not result.finished:
+    if result.finished:
+        write_report([out], out / "report.html")
+        notice(f"look at {out / 'report.html'}")
+    else:
         notice(f"stopped at step {result.step:,} of {config.steps:,}; continue with --resume")
     return {
         "finished": result.finished,

@@ -11,6 +11,7 @@ from zskt.baselines import Teaching, teach
 from zskt.data import KNOWN, digits
 from zskt.distill import distill
 from zskt.progress import distilling, notice, teaching
+from zskt.report import write_report
 from zskt.teacher import count_parameters, load_teacher
 
 TEACHER, STUDENT = "convnet-32", "convnet-8"
@@ -58,7 +59,9 @@ def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path |
             callbacks=[progress],
         )
     notice(f"recipe {result.config.recipe} ({result.reason}), generator width {result.config.generator.width}")
-    notice(f"look at {folder / 'run' / 'report.html'}")
+    report = folder / "report.html"
+    write_report([folder / "run"], report)
+    notice(f"look at {report}")
     return {
         "teacher_accuracy": result.measured["teacher_accuracy"],
         "student_accuracy": result.measured["accuracy"],
@@ -66,7 +69,7 @@ def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path |
         "teacher_parameters": count_parameters(teacher.module),
         "student_parameters": count_parameters(student),
         "recipe": result.config.recipe,
-        "report": str(folder / "run" / "report.html"),
+        "report": str(report),
     }
 
 

@@ -1,6 +1,6 @@
 """A run: the step repeated, with log, evaluation, sample images, checkpoints and exact resume around it.
 
-Nothing here reads data: images to measure on are handed in as tensors and never reach the training.
+Nothing here reads data, nor any image file: images to measure on are handed in as tensors and never reach the training.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from zskt.files import UsageError, ZsktError, cannot, read_tensors, write_tensor
 from zskt.generator import Generator
 from zskt.matching import BeliefMatching, StepLosses
 from zskt.recipe import arrange, assemble, choose, pick_device, settle_width
-from zskt.report import write_report
 from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
 from zskt.version import __version__
 
@@ -263,7 +262,7 @@ class Run:
         self.timing.cut(facts["timing_bytes"])
 
     def finish(self, result: DistillResult) -> None:
-        """Measure the last iterate and write the finished student, the generator and the report."""
+        """Measure the last iterate and write the finished student and the generator."""
         network = network_like(self.teacher, self.student)
         if self.evaluate is not None:
             result.measured = measure(network, *self.evaluate, self.teacher)
@@ -287,7 +286,6 @@ class Run:
             seconds=round(self.seconds, 1),
             versions=versions(),
         )
-        write_report([self.folder], self.folder / "report.html")
 
 
 def describe(losses: StepLosses) -> dict[str, Any]:

@@ -134,8 +134,7 @@ class BeliefMatching:
     def step(self) -> StepLosses:
         """One outer iteration. Returns tensors only: nothing here waits for the device."""
         student_losses: list[Losses] = []
-        latent = self.sample_latent()
-        images, generator_losses = self.search(latent)
+        images, generator_losses = self.search(self.sample_latent())
         for batch in self.memory.batches(images, self.student_updates.count, self.draw, self.teach):
             losses, student_logits = self.student_step(batch)
             student_losses.append(losses)
@@ -151,14 +150,14 @@ class BeliefMatching:
         losses = [self.generator_step(latent) for _ in range(self.generator_updates.count)]
         return self.draw(latent) if self.memory.needs_images else None, losses
 
-    def generator_step(self, latent: Latent) -> Losses:
-        """One update of the generator, with gradients through both networks and into the generator only."""
+    def generator_step(self, latent: Latent, updates: Updates | None = None) -> Losses:
+        """One update of the generator, with gradients through both networks and into `updates`' parameters only."""
         self.generator.train()
         self.student.module.train(self.student_in_search == "train")
         with self.autocast():
             images = self.generator(latent.z)  # (N, C, H, W)
             beliefs = Beliefs(images, latent.labels, self.teacher(images), self.student(images))
-        return self._update(self.generator_updates, beliefs)
+        return self._update(updates or self.generator_updates, beliefs)
 
     @torch.no_grad()
     def draw(self, latent: Latent | None = None) -> Tensor:
@@ -197,5 +196,5 @@ class BeliefMatching:
 
     def close(self) -> None:
         """Take the hooks off teacher and student."""
-        self.teacher.close()
-        self.student.close()
+        for observer in (self.teacher, self.student):
+            observer.close()

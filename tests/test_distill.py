@@ -1,0 +1,341 @@
+"""A run: exact resume, evaluation without effect, no data, nothing changed that is not the student."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import zskt
+from small import make_teacher
+from zskt import models
+from zskt.checkpoint import Interrupted
+from zskt.distill import Event, distill
+
+TINY = {"steps": 6, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
+KEEP = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3}
+
+
+class WithDropout(nn.Module):
+    """A student whose updates draw global random numbers, with stages like a WRN's."""
+
+    stages = ("block1", "block2", "block3")
+
+    def __init__(self) -> None:
+        super().__init__()
+        base = models.wide_resnet(10, 1)
+        self.conv1, self.block1, self.block2, self.block3 = base.conv1, base.block1, base.block2, base.block3
+        self.dropout = nn.Dropout(0.3)
+        self.fc = base.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.block3(self.block2(self.block1(self.conv1(x)))).mean(dim=(2, 3))))
+
+
+def new_student(kind: str = "wrn") -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return WithDropout() if kind == "dropout" else models.wide_resnet(10, 1)
+
+
+def images(count: int = 12) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(5)
+    return torch.randint(0, 256, (count, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(count) % 10
+
+
+class Killed(Exception):
+    """Stands for a process that dies between two checkpoints."""
+
+
+def die_at(step: int) -> Any:
+    def callback(event: Event) -> None:
+        if event.step == step:
+            raise Killed
+
+    return callback
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All that must be equal after an exact resume."""
+    files = {name: load_file(folder / f"{name}.safetensors") for name in ("student", "generator")}
+    return files | {"metrics": (folder / "metrics.jsonl").read_bytes(), "config": (folder / "config.toml").read_bytes()}
+
+
+def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first["metrics"] == second["metrics"]
+    assert first["config"] == second["config"]
+    for network in ("student", "generator"):
+        assert first[network].keys() == second[network].keys()
+        for name, tensor in first[network].items():
+            assert torch.equal(tensor, second[network][name]), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "settings"),
+    [
+        ("zskt", "wrn", {"memory_format": "channels_last", "fused": True}),
+        ("zskt", "wrn", {"memory_format": "contiguous", "fused": True}),
+        ("zskt", "wrn", {"memory_format": "channels_last", "fused": False}),
+        ("zskt", "dropout", {"memory_format": "contiguous", "fused": False}),
+        ("zskt-mmrazor", "wrn", {"memory_format": "channels_last", "student.learning_rate": 0.01}),
+        ("zskt-prior", "dropout", {"memory.kind": "bank", "memory.capacity": 3}),
+        ("zskt-fresh", "wrn", {"precision": "bf16"}),
+    ],
+)
+def test_resume_is_bitwise_equal(recipe: str, kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = TINY | KEEP | settings
+    teacher = make_teacher()
+    distill(teacher, new_student(kind), recipe, settings=settings, out=tmp_path / "whole", evaluate=images())
+    arguments: dict[str, Any] = {"settings": settings, "out": tmp_path / "parts", "evaluate": images()}
+    with pytest.raises(Killed):  # at step 5: one logged step newer than the checkpoint of step 4
+        distill(teacher, new_student(kind), recipe, callbacks=[die_at(5)], **arguments)
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 5
+    torch.rand(100)  # somebody else draws random numbers in between
+    result = distill(teacher, new_student(kind), recipe, resume=True, **arguments)
+    assert result.finished
+    assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "parts"))
+
+
+def test_stop_after_leaves_and_goes_on(tmp_path: Path) -> None:
+    teacher, settings = make_teacher(), TINY | KEEP
+    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "whole")
+    part = distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", stop_after=3)
+    assert (part.finished, part.step) == (False, 3)
+    assert not (tmp_path / "parts" / "student.json").exists()
+    with pytest.raises(zskt.ZsktError, match="has not finished"):
+        zskt.load_student(tmp_path / "parts")
+    part = distill(
+        teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", stop_after="0.001s", resume=True
+    )
+    assert (part.finished, part.step) == (False, 4)
+    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", resume=True)
+    assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "parts"))
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    teacher, settings = make_teacher(), TINY | KEEP
+    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "whole")
+    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", stop_after=5)
+    kept = sorted((tmp_path / "parts" / "checkpoint").iterdir())
+    assert [path.name for path in kept] == ["00000004.safetensors", "00000005.safetensors"]
+    kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
+    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", resume=True)
+    assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, tmp_path: Path) -> None:
+    def ask(event: Event) -> None:
+        if event.step == 3:
+            os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match="continue with --resume") as caught:
+        distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", callbacks=[ask])
+    assert caught.value.status == 128 + signum
+    assert signal.getsignal(signum) is before
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()][-1] == "00000003.safetensors"
+
+
+def test_evaluation_leaves_the_student_bit_identical(tmp_path: Path) -> None:
+    students = []
+    for evaluate, every in ((None, 6), (images(), 1)):
+        student = new_student("dropout")
+        settings = TINY | {"evaluate_every": every}
+        distill(make_teacher(), student, "zskt", settings=settings, evaluate=evaluate, out=tmp_path / str(every))
+        students.append(student.state_dict())
+    assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
+    assert len(list((tmp_path / "1" / "samples").iterdir())) == 6
+
+
+def test_the_users_teacher_comes_back_as_it_was() -> None:
+    module = models.wide_resnet(10, 2)
+    module.block1.train()
+    module.fc.requires_grad_(False)
+    module.train()
+    module.bn1.eval()
+    handle = module.fc.register_forward_hook(lambda *_: None)
+    state = {name: (t.clone(), t.stride()) for name, t in module.state_dict().items()}
+    flags = (
+        [(m.training, len(m._forward_hooks)) for m in module.modules()],
+        [p.requires_grad for p in module.parameters()],
+    )
+    teacher = zskt.Teacher(module, input_size=(3, 16, 16), mean=[0.5] * 3, std=[0.25] * 3)
+    teacher_state = copy.deepcopy(teacher.state_dict())
+    strides = [p.stride() for p in teacher.parameters()]
+    distill(teacher, new_student(), "zskt-prior", settings=TINY)
+    assert [p.stride() for p in teacher.parameters()] == strides
+    assert all(torch.equal(teacher_state[name], t) for name, t in teacher.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in teacher.modules())
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, state[name][0])
+        assert tensor.stride() == state[name][1]
+    assert flags == (
+        [(m.training, len(m._forward_hooks)) for m in module.modules()],
+        [p.requires_grad for p in module.parameters()],
+    )
+    handle.remove()
+
+
+def test_process_wide_state_is_restored_and_the_student_is_ready() -> None:
+    torch.manual_seed(11)
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    student = new_student()
+    result = distill(make_teacher(), student, "zskt", settings=TINY)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == threads
+    assert result.student is student
+    assert not any(module.training for module in student.modules())
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_seed_decides_everything() -> None:
+    outcomes = []
+    for seed in (0, 0, 1):
+        student = new_student("dropout")
+        distill(make_teacher(), student, "zskt-fresh", settings=TINY, seed=seed)
+        outcomes.append(student.fc.weight.detach().clone())
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert not torch.equal(outcomes[0], outcomes[2])
+
+
+AUDITED = """
+import sys
+sys.modules["zskt.data"] = None  # importing it fails
+import torch
+sys.path.insert(0, {tests!r})
+from small import make_teacher
+from zskt import models
+from zskt.distill import distill
+teacher, student = make_teacher(), models.wide_resnet(10, 1)
+DATA = tuple(".png .jpg .jpeg .webp .gif .bmp .zip .tar .gz .npy .npz .mat .bin ubyte".split())
+opened = []
+def audit(event, arguments):
+    if event == "open" and str(arguments[0]).lower().endswith(DATA):
+        mode, flags = arguments[1], arguments[2]
+        writes = any(c in (mode or "") for c in "wxa+") or bool((flags or 0) & 3)
+        if not writes:
+            raise RuntimeError(f"data opened for reading: {{arguments[0]}}")
+        opened.append(arguments[0])
+sys.addaudithook(audit)
+if {cheat}:
+    distill.__globals__["measure"] = lambda *a: open("some.png", "rb").read()
+rng = torch.Generator().manual_seed(0)
+images = torch.randint(0, 256, (4, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(4)
+for out in ({out!r}, None):
+    distill(teacher, student, "zskt", settings={settings!r}, out=out, evaluate=images)
+assert "zskt.data" not in {{name for name, module in sys.modules.items() if module is not None}}
+print("data-free")
+"""
+
+
+@pytest.mark.parametrize("cheat", [False, True])
+def test_distil_reads_no_data(cheat: bool, tmp_path: Path) -> None:
+    script = AUDITED.format(
+        tests=str(Path(__file__).parent), out=str(tmp_path / "run"), settings=TINY | {"steps": 2}, cheat=cheat
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    if cheat:
+        assert "data opened for reading" in done.stderr
+    else:
+        assert done.stdout.strip() == "data-free", done.stderr
+        assert list((tmp_path / "run" / "samples").iterdir())
+
+
+def test_metrics_hold_losses_and_no_clock(tmp_path: Path) -> None:
+    distill(make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", evaluate=images())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(len(line["student_loss"]) == 2 and len(line["generator_loss"]) == 1 for line in lines)
+    assert [line["step"] for line in lines if "accuracy" in line] == [3, 6]
+    assert not any("second" in key or "time" in key for line in lines for key in line)
+    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timing] == [1, 2, 3, 4, 5, 6]
+
+
+def test_finished_student_loads_with_its_normalisation(tmp_path: Path) -> None:
+    teacher = make_teacher()
+    result = distill(teacher, new_student(), "zskt", settings=TINY, out=tmp_path / "run", evaluate=images())
+    student = zskt.load_student(tmp_path / "run")
+    x, _ = images()
+    torch.testing.assert_close(student(student.normalise(x)), result.network(result.network.normalise(x)))
+    facts = json.loads((tmp_path / "run" / "student.json").read_text())
+    assert facts["model"] == "wrn-10-1"
+    assert facts["measured"] == result.measured
+    written = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"config.toml", "metrics.jsonl", "student.safetensors", "generator.safetensors"} <= written
+    assert not any(path.endswith((".pt", ".pth", ".pkl")) for path in written)
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
+    teacher, out = make_teacher(), tmp_path / "run"
+    wrong: list[tuple[nn.Module, dict[str, Any], str]] = [
+        (models.wide_resnet(10, 1, num_classes=7), {}, "10 classes, found 7"),
+        (models.wide_resnet(10, 1, channels=1), {}, "does not take the teacher's images of 3 x 16 x 16"),
+        (new_student(), {"settings": {"student.learning_rat": 1.0}}, "did you mean student.learning_rate"),
+        (new_student(), {"settings": {"student.updates": "ten"}}, "expected a whole number"),
+        (new_student(), {"recipe": "zskt-prio"}, "did you mean zskt-prior"),
+        (new_student(), {"stop_after": "5 years"}, "expected a time"),
+        (new_student(), {"resume": True}, "found no config.toml"),
+        (new_student(), {"evaluate": (torch.zeros(2, 3, 8, 8), torch.zeros(2).long())}, "found 3 x 8 x 8"),
+        (new_student(), {"evaluate": (torch.zeros(1, 3, 16, 16), torch.tensor([12]))}, "found label 12"),
+        (models.convnet(4), {"recipe": "zskt"}, "stages of equal resolution"),
+    ]
+    for student, arguments, message in wrong:
+        with pytest.raises(zskt.ZsktError, match=message) as caught:
+            distill(teacher, student, **({"recipe": "zskt", "out": out} | arguments))
+        assert "\n" not in str(caught.value)
+        assert not out.exists()
+
+
+def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
+    distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run")
+    with pytest.raises(zskt.ZsktError, match="already holds a run"):
+        distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run")
+    with pytest.raises(zskt.ZsktError, match=r"other settings \(steps = 6, now 7\)"):
+        distill(make_teacher(), new_student(), "zskt", settings=TINY | {"steps": 7}, out=tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(zskt.ZsktError, match="found other things"):
+        distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "other")
+
+
+def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
+    distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", stop_after=2)
+    with pytest.raises(zskt.ZsktError, match="another teacher"):
+        distill(make_teacher(seed=9), new_student(), "zskt", settings=TINY, out=tmp_path / "run", resume=True)
+
+
+def test_divergence_is_said(tmp_path: Path) -> None:
+    settings = TINY | {"student.learning_rate": 1e30, "student.clip": 0.0, "log_every": 1}
+    with pytest.raises(zskt.ZsktError, match=r"lower student\.learning_rate"):
+        distill(make_teacher(), new_student(), "zskt", settings=settings, out=tmp_path / "run")
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_fsync, armed = os.fsync, threading.Event()
+
+    def fsync(descriptor: int) -> None:
+        if armed.is_set():
+            raise OSError(28, "No space left on device")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fill = lambda event: armed.set() if event.step == 3 else None  # noqa: E731
+    with pytest.raises(zskt.ZsktError, match="No space left on device; free some space"):
+        distill(make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", callbacks=[fill])
+    armed.clear()
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["00000002.safetensors"]
+    assert distill(
+        make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", resume=True
+    ).finished

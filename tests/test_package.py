@@ -1,0 +1,170 @@
+"""The package as a whole: its reading order, its public names, its size, its README."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zskt
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "zskt"
+STORY = [
+    "version",
+    "files",
+    "config",
+    "models",
+    "losses",
+    "features",
+    "teacher",
+    "generator",
+    "memory",
+    "matching",
+    "recipe",
+    "belief",
+    "figures",
+    "checkpoint",
+    "report",
+    "distill",
+    "baselines",
+    "sources",
+    "arrays",
+    "data",
+    "importing",
+    "reference",
+    "progress",
+    "demo",
+    "cli",
+]
+"""The reading order: each module imports only modules above it."""
+
+DATA_FREE = STORY[: STORY.index("distill") + 1]
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("zskt.")}
+            assert all(alias.name != "zskt" for alias in node.names), f"{path.name} imports the package itself"
+        elif isinstance(node, ast.ImportFrom) and node.module == "zskt":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("zskt."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def modules() -> dict[str, list[Path]]:
+    """Module or folder of ours -> its files."""
+    files = {path.stem: [path] for path in SOURCE.glob("*.py") if not path.stem.startswith("__")}
+    return files | {"models": sorted((SOURCE / "models").glob("*.py"))}
+
+
+def test_story_names_every_module() -> None:
+    assert set(modules()) == set(STORY)
+
+
+@pytest.mark.parametrize("name", STORY)
+def test_modules_import_only_modules_above_them(name: str) -> None:
+    above = {*STORY[: STORY.index(name)], *(["models"] if name == "models" else [])}
+    for path in modules()[name]:
+        assert imports(path) <= above, path
+
+
+def test_the_package_itself_needs_no_data() -> None:
+    assert imports(SOURCE / "__init__.py") <= set(DATA_FREE) | {"__version__"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, zskt; print('zskt.data' in sys.modules, 'sklearn' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False False"
+
+
+def test_reference_imports_nothing_of_ours() -> None:
+    assert imports(SOURCE / "reference.py") == set()
+
+
+def test_modules_are_short_and_the_step_is_shorter() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py")}
+    assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)
+    assert lengths[SOURCE / "matching.py"] <= 200
+
+
+def test_the_step_does_no_input_or_output_and_knows_no_recipe() -> None:
+    text = (SOURCE / "matching.py").read_text()
+    tree = ast.parse(text)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names & {"open", "print", "Path", "input"}
+    recipes = [path.stem for path in (SOURCE / "recipes").glob("*.toml")]
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not strings & set(recipes)
+
+
+def test_public_names() -> None:
+    assert zskt.__all__ == sorted(zskt.__all__)
+    for name in zskt.__all__:
+        assert getattr(zskt, name).__doc__ or name == "__version__", name
+
+
+def test_every_public_function_and_class_has_a_docstring() -> None:
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_version_is_the_changelogs_newest() -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == zskt.__version__
+    assert f"version: {zskt.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_pins_cover_the_dependencies() -> None:
+    pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    declared = re.findall(r'^\s+"([A-Za-z-]+)[=><]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {name.lower() for name in declared} <= pins
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_continuous_integration_runs_the_readmes_test_command() -> None:
+    assert any("make test" in block for block in readme_blocks("sh"))
+    assert (ROOT / ".ci" / "run").read_text().strip().endswith("make test")
+
+
+def test_readme_commands_exist() -> None:
+    from zskt.cli import COMMANDS
+
+    for block in readme_blocks("sh"):
+        for command in re.findall(r"^zskt (\S+)", block, re.MULTILINE):
+            assert command in COMMANDS
+
+
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from small import make_teacher
+
+    monkeypatch.chdir(tmp_path)
+    zskt.save_teacher(Path("teacher"), make_teacher())
+    namespace: dict[str, object] = {}
+    blocks = readme_blocks("python")
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace("2_000", "2").replace("1_000", "2"), namespace)
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
