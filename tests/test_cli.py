@@ -1,0 +1,275 @@
+"""The command line: one JSON line on stdout, one line per error, exit statuses, help that helps."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zskt
+from small import make_teacher
+from zskt import demo
+from zskt.cli import COMMANDS, main
+
+TINY = ["--steps", "4", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=2"]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    """A teacher folder: wrn-10-2 for 3 x 16 x 16 images of 10 classes."""
+    zskt.save_teacher(tmp_path / "teacher", make_teacher(), how="random weights")
+    return str(tmp_path / "teacher")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of images, four of each of ten classes in train and two in test."""
+    monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 2)):
+        for label in range(10):
+            folder = tmp_path / "images" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """Run a command that must succeed; its JSON, which is all that is on stdout."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    (line,) = out.splitlines()
+    return json.loads(line)
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
+    """Run a command that must fail in one line; the line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("zskt: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_distil_evaluate_sample_report(
+    capsys: pytest.CaptureFixture[str], teacher: str, data: str, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        result = run(
+            capsys, "distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / f"run{seed}", "--recipe", "zskt",
+            "--seed", seed, "--eval", data, *TINY,
+        )  # fmt: skip
+        assert result["finished"]
+        assert result["step"] == 4
+        assert 0 <= result["accuracy"] <= 1
+    assert (tmp_path / "run0" / "report.html").exists()
+    measured = run(capsys, "evaluate", tmp_path / "run1", "--data", data, "--teacher", teacher)
+    for key in ("accuracy", "agreement", "kl_teacher_student", "calibration_error"):
+        assert measured[key] == pytest.approx(result[key], rel=1e-4)  # other memory format, other rounding
+    assert run(capsys, "evaluate", teacher, "--data", data).keys() == {"accuracy", "calibration_error"}
+    run(capsys, "sample", tmp_path / "run0", "--out", tmp_path / "samples.png")
+    assert Image.open(tmp_path / "samples.png").size == (8 * 33 - 1, 8 * 33 - 1)
+    report = run(capsys, "report", tmp_path / "run0", tmp_path / "run1", "--out", tmp_path / "report.html")
+    assert report["accuracy"]["mean"] == pytest.approx(np.mean(report["accuracy"]["values"]))
+    found = run(capsys, "inspect", tmp_path / "run0", "--student", "wrn-10-1")
+    assert (found["input_size"], found["num_classes"], found["model"]) == ([3, 16, 16], 10, "wrn-10-1")
+    assert found["recipe"] == "zskt-prior"
+
+
+def test_stop_and_resume(capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path) -> None:
+    command = ["distill", teacher, "--student", "wrn-10-1", "--recipe", "zskt", *TINY]
+    run(capsys, *command, "--out", tmp_path / "whole")
+    part = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "2")
+    assert (part["finished"], part["step"]) == (False, 2)
+    assert "resume" in refused(capsys, 1, *command, "--out", tmp_path / "parts")
+    assert run(capsys, *command, "--out", tmp_path / "parts", "--resume")["finished"]
+    whole, parts = (tmp_path / name / "student.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int, teacher: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "zskt",
+        "distill",
+        teacher,
+        "--student",
+        "wrn-10-1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen([*command, "--recipe", "zskt", "--batch-size", "8"], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "continue with --resume" in err
+    assert "Traceback" not in err
+    assert len(list((tmp_path / "run" / "checkpoint").glob("*.safetensors"))) == 1
+
+
+def test_killed_run_resumes(teacher: str, tmp_path: Path) -> None:
+    """SIGKILL at any moment leaves whole files only, and the run goes on from them."""
+    command = [
+        sys.executable,
+        "-m",
+        "zskt",
+        "distill",
+        teacher,
+        "--student",
+        "wrn-10-1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command += ["--recipe", "zskt", "--batch-size", "8", "--set", "checkpoint_every=1", "log_every=1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "run" / "checkpoint").glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = subprocess.run([*command, "--resume", "--stop-after", "1"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["step"] >= 2
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+
+
+def test_teach_and_resume(capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path) -> None:
+    command = ["teach", "--model", "convnet-4", "--data", data, "--epochs", "3", "--batch-size", "16"]
+    whole = run(capsys, *command, "--out", tmp_path / "whole")
+    assert whole["finished"]
+    facts = json.loads((tmp_path / "whole" / "teacher.json").read_text())
+    assert facts["class_names"] == [f"class{label}" for label in range(10)]
+    assert facts["measured"]["accuracy"] == whole["accuracy"]
+    assert facts["epochs"] == 3
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"teacher.json", "teacher.safetensors"}
+    part = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "1")
+    assert (part["finished"], part["epoch"]) == (False, 1)
+    assert "--resume" in refused(capsys, 1, *command, "--out", tmp_path / "parts")
+    run(capsys, *command, "--out", tmp_path / "parts", "--resume")
+    paths = [tmp_path / name / "teacher.safetensors" for name in ("whole", "parts")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert "already holds a teacher" in refused(capsys, 1, *command, "--out", tmp_path / "whole")
+
+
+def test_import(capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path) -> None:
+    module = zskt.models.wide_resnet(10, 1)
+    foreign = {name.replace("shortcut", "convShortcut"): tensor for name, tensor in module.state_dict().items()}
+    torch.save({"state_dict": foreign, "epoch": 3}, tmp_path / "wrn.pth")
+    command = ["import", tmp_path / "wrn.pth", "--model", "wrn-10-1", "--input-size", 3, 16, 16, "--num-classes", 10]
+    command += ["--mean", 125.3, 123.0, 113.9, "--std", 51.6, 50.8, 51.3]
+    result = run(capsys, *command, "--out", tmp_path / "a")
+    assert result["renamed"] == {"convShortcut": "shortcut"}
+    assert not result["verified"]
+    teacher = zskt.load_teacher(tmp_path / "a")
+    assert teacher.mean.flatten().tolist() == pytest.approx([125.3 / 255, 123.0 / 255, 113.9 / 255])
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(teacher(x), module.eval()(x))
+    assert "accuracy" in run(capsys, *command, "--out", tmp_path / "b", "--data", data)
+    assert "fc.weight" in refused(capsys, 1, *command, "--out", tmp_path / "c", "--num-classes", 100)
+    assert not (tmp_path / "c").exists()
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = run(capsys, "recipes")
+    assert {"auto", "zskt", "zskt-fresh", "zskt-mmrazor", "zskt-prior"} == set(listed)
+    assert run(capsys, "recipes", "zskt-mmrazor")["student.learning_rate"] == 0.1
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], teacher: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    distil = ["distill", teacher, "--out", out, "--student"]
+    assert "did you mean zskt-prior" in refused(capsys, 2, *distil, "wrn-10-1", "--recipe", "zskt-prio")
+    assert "did you mean student.clip" in refused(capsys, 2, *distil, "wrn-10-1", "--set", "student.clap=1")
+    assert "expected key=value" in refused(capsys, 2, *distil, "wrn-10-1", "--set", "steps")
+    assert "did you mean wrn-16-1" in refused(capsys, 2, *distil, "wnr-16-1")
+    assert "6 n + 4" in refused(capsys, 2, *distil, "wrn-17-1")
+    assert "no CUDA device" in refused(capsys, 2, *distil, "wrn-10-1", "--device", "cuda") or torch.cuda.is_available()
+    assert "expected auto, cpu" in refused(capsys, 2, *distil, "wrn-10-1", "--device", "gpu")
+    assert "found nothing" in refused(capsys, 1, "distill", tmp_path / "nowhere", "--student", "wrn-10-1", "--out", out)
+    assert "did you mean digits" in refused(capsys, 2, "evaluate", teacher, "--data", "digit")
+    assert "nothing is downloaded" in refused(capsys, 2, "evaluate", teacher, "--data", "cifar10")
+    assert "10 classes, found 1" in refused(capsys, 1, "evaluate", teacher, "--data", one_class(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "expected" in refused(capsys, 1, "evaluate", teacher, "--data", tmp_path / "empty")
+    broken = Path(data) / "test" / "class0" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert "0.png" in refused(capsys, 1, "evaluate", teacher, "--data", data)
+    (tmp_path / "teacher" / "teacher.safetensors").write_bytes(b"\x00" * 20)
+    assert "not a whole safetensors file" in refused(capsys, 1, "inspect", teacher)
+    assert not out.exists()
+
+
+def one_class(tmp_path: Path) -> Path:
+    folder = tmp_path / "single" / "test" / "cat"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(folder / "cat.png")
+    return tmp_path / "single"
+
+
+def test_no_write_permission(
+    capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)  # not by a folder's mode: root may write anywhere
+    line = refused(capsys, 1, "distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", *TINY)
+    assert "Permission denied; check the permissions or choose another place with --out" in line
+
+
+def test_out_below_a_file(capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        line = refused(capsys, 1, "distill", teacher, "--student", "wrn-10-1", "--out", out, *TINY)
+        assert str(out) in line
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["distill"], ["distil"], ["teach", "--epochs", "many"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"zskt {command}" in capsys.readouterr().out.split("Example:")[1]
+
+
+@pytest.mark.parametrize("recipe", ["auto", "zskt"])
+def test_demo(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        result = run(capsys, "demo", "--recipe", recipe)
+        assert result["report"] == f"runs/demo-{number}/report.html"
+        assert Path(result["report"]).exists()
+    for key in ("teacher_accuracy", "student_accuracy", "agreement", "seconds"):
+        assert result[key] >= 0
+    assert result["student_parameters"] <= result["teacher_parameters"] / 4
+    assert result["recipe"] == ("zskt-prior" if recipe == "auto" else "zskt")
