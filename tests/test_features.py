@@ -1,19 +1,16 @@
-"""What is seen of any network from outside: stages, BatchNorm statistics, operations; and that looking leaves no trace."""
+"""What is seen of any network from outside (stages, BatchNorm statistics, operations), without leaving a trace."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from small import shake_batchnorm
 from torch import Tensor, nn
 
+from small import shake_batchnorm
 from zskt import models
 from zskt.features import Observer, batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.files import ZsktError
-
-PLAIN, INPLACE = (lambda: nn.ReLU()), (lambda: nn.ReLU(inplace=True))
 
 
 def conv_bn_relu(a: int, b: int, stride: int = 1) -> list[nn.Module]:
@@ -140,7 +137,7 @@ def test_observed_outputs_are_the_networks_own() -> None:
         seen = observer(x)
         first = plain.layer1(plain.maxpool(plain.relu(plain.bn1(plain.conv1(x)))))
         assert torch.equal(seen.logits, plain(x))
-        assert [s.shape[1:] for s in seen.stages] == [(4, 16, 16), (4, 4, 4)]
+        assert [tuple(s.shape[1:]) for s in seen.stages] == [(4, 16, 16), (4, 4, 4)]
         assert torch.equal(seen.stages[0], first)
         assert torch.equal(seen.stages[1], plain.layer3(plain.layer2(first)))
     observer.close()
@@ -160,6 +157,7 @@ def test_batchnorm_statistics_are_those_of_the_input() -> None:
     shake_batchnorm(nn.ModuleList(layer for layer in batchnorm_layers(module)))
     module.eval()
     x = 2 + torch.randn(4, 3, 8, 8)
+    plain = copy.deepcopy(module)
     observer = Observer(module, statistics=True)
     with torch.no_grad():
         assert observer(x).statistics == []
@@ -167,14 +165,23 @@ def test_batchnorm_statistics_are_those_of_the_input() -> None:
         statistics = observer(x).statistics
         assert len(statistics) == 2
         for i, layer in enumerate((1, 4)):
-            inputs = module[:layer](x).detach().numpy()  # (N, C, H, W)
+            inputs = plain[:layer](x).detach().numpy()  # (N, C, H, W)
             mean, variance, running_mean, running_variance = (t.detach().numpy() for t in statistics[i])
             np.testing.assert_allclose(mean, inputs.mean(axis=(0, 2, 3)), rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(variance, inputs.var(axis=(0, 2, 3)), rtol=1e-4)  # numpy's is the biased one
-            assert np.array_equal(running_mean, module[layer].running_mean.numpy())
-            assert np.array_equal(running_variance, module[layer].running_var.numpy())
+            assert np.array_equal(running_mean, plain[layer].running_mean.numpy())
+            assert np.array_equal(running_variance, plain[layer].running_var.numpy())
     observer.close()
     assert not any(child._forward_pre_hooks for child in module.modules())
+
+
+def test_calls_by_others_do_not_enter_an_observation() -> None:
+    module, x = flat_vgg(), torch.randn(2, 3, 32, 32)
+    observer = Observer(module, ("2",), statistics=True)
+    module(x + 1)  # a callback that looks at the teacher between two steps, say
+    seen = observer(x)
+    assert len(seen.statistics) == len(batchnorm_layers(module))
+    torch.testing.assert_close(seen.statistics[0].mean, module[0](x).mean(dim=(0, 2, 3)))
 
 
 def test_evaluating_gives_every_submodule_its_mode_back() -> None:
@@ -182,10 +189,15 @@ def test_evaluating_gives_every_submodule_its_mode_back() -> None:
     module.layer2.eval()
     module.layer2[0].bn1.train()
     before = [child.training for child in module.modules()]
-    with pytest.raises(KeyError), evaluating(module):
-        assert not any(child.training for child in module.modules())
-        assert not torch.is_grad_enabled()
-        raise KeyError
+
+    def interrupted() -> None:
+        with evaluating(module):
+            assert not any(child.training for child in module.modules())
+            assert not torch.is_grad_enabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert [child.training for child in module.modules()] == before
     assert torch.is_grad_enabled()
 

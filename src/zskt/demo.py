@@ -16,7 +16,7 @@ from zskt.teacher import count_parameters, load_teacher
 
 TEACHER, STUDENT = "convnet-32", "convnet-8"
 EPOCHS, SHIFT = 40, 1
-STEPS = 400
+STEPS = 600
 
 
 def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path | None = None) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Settings: documented, read by somebody, exact in and out of TOML, and refused in one line where they make no sense."""
+
+import ast
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zskt
+from zskt import config as config_module
+from zskt.config import Config, flat, from_text, from_toml, replace, to_toml
+from zskt.files import UsageError
+from zskt.recipe import load_recipe, recipe_texts
+
+SOURCE = Path(zskt.__file__).parent
+SECTIONS = [kind for kind in vars(config_module).values() if dataclasses.is_dataclass(kind)]
+
+
+def field_lines() -> Iterator[tuple[str, str, ast.stmt | None]]:
+    """Section, field and the statement after it, as config.py has them."""
+    for section in ast.parse((SOURCE / "config.py").read_text()).body:
+        if isinstance(section, ast.ClassDef):
+            for i, line in enumerate(section.body):
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    yield section.name, line.target.id, (section.body[i + 1 :] or [None])[0]
+
+
+def test_every_field_has_a_line_of_documentation() -> None:
+    seen = list(field_lines())
+    assert {(s, f) for s, f, _ in seen} == {(k.__name__, e.name) for k in SECTIONS for e in dataclasses.fields(k)}
+    for section, name, line in seen:
+        documented = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+        assert documented, f"{section}.{name} has no line of documentation"
+        assert "\n" not in str(line.value.value).strip(), f"{section}.{name}: one line"
+
+
+def test_every_field_is_read_by_the_package() -> None:
+    read: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "interval":
+                read |= {str(a.value) for a in node.args if isinstance(a, ast.Constant)}
+    assert {f"{s}.{name}" for s, name, _ in field_lines() if name not in read} == set()
+
+
+@pytest.mark.parametrize("name", ["", *recipe_texts()])
+def test_toml_round_trip(name: str) -> None:
+    changes = {"steps": 123, "student.learning_rate": 1 / 3, "device": 'a "word" \\', "checkpoint_every": 7}
+    config = replace(load_recipe(name) if name else Config(), changes)
+    assert from_toml(to_toml(config), "here") == config
+    assert set(flat(tomllib_config(to_toml(config)))) == set(flat(config))  # every value is spelled out
+    assert from_toml("", "here") == Config()
+
+
+def tomllib_config(text: str) -> Any:
+    """TOML as objects with fields, for `flat`: sections become dataclasses."""
+
+    def build(tree: dict[str, Any]) -> Any:
+        values = {key: build(value) if isinstance(value, dict) else value for key, value in tree.items()}
+        return dataclasses.make_dataclass("Section", values)(**values)
+
+    return build(tomllib.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"student.learning_rat": 0.1}, ["'student.learning_rat'", "did you mean student.learning_rate"]),
+        ({"generator": 3}, ["unknown setting 'generator'"]),
+        ({"steps": 1.5}, ["steps = 1.5", "a whole number"]),
+        ({"steps": True}, ["steps = True", "a whole number"]),
+        ({"fused": 1}, ["fused = 1", "true or false"]),
+        ({"device": 0}, ["device = 0", "a word"]),
+        ({"student.clip": "5"}, ["student.clip = '5'", "a number"]),
+        ({"log_every": "often"}, ["log_every", "a whole number or auto"]),
+        ({"student.loss.kl_scale": "mean"}, ["kl_scale = 'mean'", "per_class or batchmean"]),
+        ({"memory.kind": ["same"]}, ["memory.kind", "same or fresh or bank"]),
+        ({"schedule.milestones": 0.5}, ["schedule.milestones = 0.5", "a list of numbers"]),
+        ({"schedule.milestones": ["a"]}, ["schedule.milestones", "a list of numbers"]),
+        ({"schedule.milestones": (0.5,)}, ["schedule.milestones", "multistep"]),
+        ({"schedule.kind": "multistep"}, ["schedule.milestones", "set both or neither"]),
+        ({"schedule.kind": "multistep", "schedule.milestones": [0.5, 0.2]}, ["rising fractions"]),
+        ({"schedule.kind": "multistep", "schedule.milestones": [0.5, 1]}, ["rising fractions"]),
+        ({"student.momentum": 0.9}, ["student.momentum", "adam"]),
+        ({"memory.kind": "bank"}, ["memory.capacity", "set both or neither"]),
+        ({"memory.capacity": 3}, ["memory.capacity", "set both or neither"]),
+        ({"student.loss.kl": 0.0, "student.loss.attention": 0.0}, ["student.loss has no term"]),
+        ({"generator.loss.kl": 0.0}, ["generator.loss has no term"]),
+        ({"student.loss.kl": 0.0, "student.loss.temperature": 4.0}, ["student.loss.temperature", "drop one"]),
+        ({"student.loss.kl": float("nan")}, ["student.loss.kl"]),  # JSON and TOML can both say it
+        ({"generator.clip": float("nan")}, ["generator.clip"]),
+        ({"student.learning_rate": float("inf")}, ["student.learning_rate"]),
+        *(({name: -1}, [name, "expected 0 or a positive number"]) for name in sorted(config_module._NOT_NEGATIVE)),
+        *(({name: 0}, [name, "expected a positive number"]) for name in sorted(config_module._POSITIVE)),
+        *(({name: -1}, [name, "expected a positive number"]) for name in sorted(config_module._POSITIVE)),
+    ],
+    ids=str,
+)
+def test_senseless_values_are_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        replace(Config(), changes)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_only_values_without_a_sign_of_their_own_may_be_negative() -> None:
+    signed = {"generator.loss.", "student.loss."}
+    checked = config_module._POSITIVE | config_module._NOT_NEGATIVE
+    numbers = {name for name, value in flat(Config()).items() if type(value) in (int, float)}
+    assert {name for name in numbers - checked if not name.startswith(tuple(signed))} == set()
+    assert checked <= set(flat(Config()))
+
+
+@pytest.mark.parametrize("text", ["[generator]\nwidht = 3", "generator = 3", "steps =", "steps = 'many'"])
+def test_errors_in_a_file_name_it_in_one_line(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^runs/a/config\.toml[: ]") as error:
+        from_toml(text, "runs/a/config.toml")
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_are_accepted_as_floats() -> None:
+    config = replace(Config(), {"student.clip": 3, "schedule.kind": "multistep", "schedule.milestones": [0.5]})
+    assert (config.student.clip, type(config.student.clip)) == (3.0, float)
+    assert config.schedule.milestones == (0.5,)
+    assert from_toml("[student.loss]\nattention = 1", "here").student.loss.attention == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps=5", ("steps", 5)),
+        ("steps = 1_000", ("steps", 1000)),
+        ("student.learning_rate=1e-3", ("student.learning_rate", 1e-3)),
+        ("fused=false", ("fused", False)),
+        ("schedule.milestones=[0.2, 0.4]", ("schedule.milestones", [0.2, 0.4])),
+        ("generator.width=auto", ("generator.width", "auto")),
+        ('generator.width="auto"', ("generator.width", "auto")),
+        ("device=cuda:0", ("device", "cuda:0")),
+    ],
+)
+def test_assignments_of_the_command_line(text: str, expected: tuple[str, Any]) -> None:
+    assert from_text(text) == expected
+    assert type(from_text(text)[1]) is type(expected[1])
+    replace(Config(), {"schedule.kind": "multistep", "schedule.milestones": [0.1]} | dict([from_text(text)]))
+
+
+def test_an_assignment_needs_an_equals_sign() -> None:
+    with pytest.raises(UsageError, match="expected key=value"):
+        from_text("steps")
+
+
+@pytest.mark.parametrize(("name", "text"), recipe_texts().items())
+def test_recipes_hold_their_header_and_differences_only(name: str, text: str) -> None:
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert re.fullmatch(r"# \S.*\.", header[0])
+    assert text.splitlines()[1] == "#"
+    entries = [re.match(r"# (Source|Published|Cost|Command|Here): +\S", line) for line in header]
+    assert [entry[1] for entry in entries if entry] == ["Source", "Published", "Cost", "Command", "Here"]
+    assert f"--recipe {name} " in text
+    values = flat(tomllib_config(text))
+    assert values.pop("recipe") == name == load_recipe(name).recipe
+    defaults, loaded = flat(Config()), flat(load_recipe(name))
+    assert {key for key in defaults if loaded[key] != defaults[key]} - {"recipe"} == set(values)
+
+
+def test_no_recipe_file_is_left_out() -> None:
+    assert sorted(recipe_texts()) == sorted(path.stem for path in (SOURCE / "recipes").iterdir())
