@@ -15,7 +15,7 @@ from zskt.report import write_report
 from zskt.teacher import count_parameters, load_teacher
 
 TEACHER, STUDENT = "convnet-32", "convnet-8"
-EPOCHS, SHIFT = 40, 1
+EPOCHS, SHIFT = 60, 0
 STEPS = 600
 
 

@@ -1,0 +1,174 @@
+"""Measures against plain loops; measuring leaves a network as it was; the warning lights."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from small import make_teacher
+from zskt import models
+from zskt.belief import (
+    accuracy,
+    agreement,
+    calibration_error,
+    measure,
+    network_like,
+    predict,
+    pseudo_beliefs,
+    warning_lights,
+)
+from zskt.files import ZsktError
+
+M, K = 200, 7
+
+
+@pytest.fixture
+def answers() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of two networks (M, K) and labels (M,)."""
+    rng = torch.Generator().manual_seed(0)
+    first, second = 2 * torch.randn(2, M, K, generator=rng)
+    return first, (first + second) / 2, torch.randint(K, (M,), generator=rng)
+
+
+def probabilities(logits: Tensor) -> list[list[float]]:
+    powers = [[math.exp(x) for x in row] for row in logits.double().tolist()]
+    return [[power / sum(row) for power in row] for row in powers]
+
+
+def best(row: list[float]) -> int:
+    return max(range(len(row)), key=row.__getitem__)
+
+
+def test_accuracy_and_agreement(answers: tuple[Tensor, Tensor, Tensor]) -> None:
+    first, second, labels = answers
+    p, q = probabilities(first), probabilities(second)
+    assert accuracy(first, labels) == sum(best(p[m]) == int(labels[m]) for m in range(M)) / M
+    assert agreement(first, second) == sum(best(p[m]) == best(q[m]) for m in range(M)) / M
+    assert agreement(first, first) == 1
+
+
+def test_calibration_error(answers: tuple[Tensor, Tensor, Tensor]) -> None:
+    first, _, labels = answers
+    expected = 0.0
+    p = probabilities(first)
+    for lower in range(15):
+        inside = [m for m in range(M) if lower / 15 < max(p[m]) <= (lower + 1) / 15]
+        if inside:
+            confidence = sum(max(p[m]) for m in inside) / len(inside)
+            right = sum(best(p[m]) == int(labels[m]) for m in inside) / len(inside)
+            expected += len(inside) / M * abs(confidence - right)
+    assert calibration_error(first, labels) == pytest.approx(expected, rel=1e-9)
+    assert expected > 0.1
+
+
+def test_perfect_calibration_is_no_error() -> None:
+    logits = torch.tensor([[math.log(7), math.log(3)]] * 10 + [[0.0, math.log(9)]] * 20)  # 0.7 sure, then 0.9
+    labels = torch.tensor([0] * 7 + [1] * 3 + [1] * 18 + [0] * 2)
+    assert calibration_error(logits, labels) == pytest.approx(0, abs=1e-7)
+    assert calibration_error(100 * logits, labels) == pytest.approx(5 / 30, abs=1e-7)  # sure of all, 5 wrong
+
+
+def test_measure_agrees_with_its_parts_on_bytes_and_fractions() -> None:
+    teacher = make_teacher()
+    student = network_like(teacher, models.wide_resnet(10, 1))
+    assert not student.module.training
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8, generator=rng)
+    labels = torch.randint(10, (30,), generator=rng)
+    found = measure(student, images, labels, teacher)
+    assert found == pytest.approx(measure(student, images / 255, labels, teacher), abs=1e-6)
+    x = (images.float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        s, t = student.module(x), teacher.module(x)
+    p, q = probabilities(s), probabilities(t)
+    assert found["accuracy"] == accuracy(s, labels)
+    assert found["teacher_accuracy"] == accuracy(t, labels)
+    assert found["agreement"] == agreement(s, t)
+    assert found["calibration_error"] == pytest.approx(calibration_error(s, labels), abs=1e-6)
+    for key, a, b in (("kl_teacher_student", q, p), ("kl_student_teacher", p, q)):
+        kl = sum(x * math.log(x / y) for rows in zip(a, b, strict=True) for x, y in zip(*rows, strict=True)) / 30
+        assert found[key] == pytest.approx(kl, abs=1e-5)
+    assert set(measure(student, images, labels)) == {"accuracy", "calibration_error"}
+
+
+IMAGES, LABELS = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 9])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (torch.rand(4, 3, 8, 16), LABELS, "expected images of 3 x 16 x 16, found 3 x 8 x 16"),
+        (torch.rand(4, 1, 16, 16), LABELS, "found 1 x 16 x 16"),
+        (IMAGES, LABELS + 1, "10 classes, found label 10"),
+        (IMAGES, LABELS - 1, "label"),
+        (IMAGES, LABELS[:3], "found 3 for 4 images"),
+        (IMAGES[:0], LABELS[:0], "at least one image"),
+    ],
+    ids=["size", "channels", "label too large", "label negative", "too few labels", "empty"],
+)
+def test_what_cannot_be_measured_is_refused(images: Tensor, labels: Tensor, words: str) -> None:
+    with pytest.raises(ZsktError, match=words) as error:
+        measure(make_teacher(), images, labels)
+    assert "\n" not in str(error.value)
+
+
+def test_networks_of_different_classes_are_not_compared() -> None:
+    other = make_teacher(models.wide_resnet(10, 1, num_classes=12))
+    with pytest.raises(ZsktError, match="equal class count"):
+        measure(make_teacher(), IMAGES, LABELS, other)
+
+
+def test_predict_leaves_the_network_alone() -> None:
+    network = make_teacher()
+    network.module.block1.train()  # somebody's doing: not ours to mend
+    before, modes = copy.deepcopy(network.state_dict()), [child.training for child in network.modules()]
+    images = torch.rand(7, 3, 16, 16)
+    logits = predict(network, images)
+    assert logits.shape == (7, 10)
+    assert not logits.requires_grad
+    assert [child.training for child in network.modules()] == modes
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    torch.testing.assert_close(predict(network, images, batch_size=3), logits)  # batches do not see one another
+    half = predict(make_teacher(models.wide_resnet(10, 2).bfloat16()), images)
+    assert half.dtype == torch.float32
+    assert predict(make_teacher(models.wide_resnet(10, 2).double()), images).dtype == torch.float64
+
+
+def test_beliefs_on_pseudo_images(answers: tuple[Tensor, Tensor, Tensor]) -> None:
+    first, second, _ = answers
+    found = pseudo_beliefs(first, second)
+    p, q = probabilities(first), probabilities(second)
+    assert found["teacher_confidence"] == pytest.approx(sum(map(max, p)) / M, rel=1e-5)
+    assert found["student_confidence"] == pytest.approx(sum(map(max, q)) / M, rel=1e-5)
+    assert found["pseudo_agreement"] == agreement(first, second)
+    counts = [sum(best(row) == k for row in p) for k in range(K)]
+    assert found["class_counts"] == counts
+    entropy = -sum(c / M * math.log(c / M) for c in counts if c)
+    assert found["class_spread"] == pytest.approx(entropy / math.log(K), rel=1e-5)
+
+
+def test_spread_is_one_for_uniform_and_zero_for_one_class() -> None:
+    uniform, single = torch.eye(K).repeat(3, 1), torch.eye(K)[:1].repeat(9, 1)
+    assert pseudo_beliefs(uniform, uniform)["class_spread"] == pytest.approx(1)
+    spread = pseudo_beliefs(single, single)["class_spread"]
+    assert (spread, math.copysign(1, spread)) == (0, 1)  # not -0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, s: (t, s), []),
+        (lambda t, s: (t[:1].expand(70, K), s[:1].expand(70, K)), [f"collapse: the teacher sees 1 of {K} classes"]),
+        (lambda t, s: (t / 1000, s / 1000), ["recognises nothing"]),
+        (lambda t, s: (t, s.roll(1, dims=1)), ["disagrees"]),
+    ],
+    ids=["fine", "collapse", "unsure", "disagreement"],
+)
+def test_warning_lights(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], words: list[str]) -> None:
+    sure = 5 * torch.eye(K).repeat(10, 1)
+    lights = warning_lights(pseudo_beliefs(*change(sure, sure)))
+    assert len(lights) == len(words)
+    assert all(word in light for word, light in zip(words, lights, strict=True))

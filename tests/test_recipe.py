@@ -1,0 +1,188 @@
+"""Recipes become objects: rates, terms, widths, pairs of stages; every recipe that comes with the package runs."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from small import FourStages, make_matching, make_teacher
+from zskt import models
+from zskt.config import Config, Schedule, flat, replace
+from zskt.features import forward_flops
+from zskt.files import UsageError, ZsktError
+from zskt.generator import WIDTHS, Generator
+from zskt.memory import Bank, Fresh, Same
+from zskt.recipe import (
+    arrange,
+    assemble,
+    choose,
+    generator_terms,
+    learning_rate,
+    load_recipe,
+    pick_device,
+    recipe_texts,
+    settle_width,
+    student_terms,
+)
+from zskt.teacher import Teacher
+
+NO_BATCHNORM = models.lenet5(half=True, num_classes=10, input_size=(3, 16, 16))
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+
+
+@pytest.mark.parametrize("clock", ["step", "update"])
+def test_cosine_is_torchs(clock: Any) -> None:
+    steps, updates = 8, 5
+    rate = learning_rate(Schedule(clock=clock), 0.3, steps, updates)
+    sgd = optimizer()
+    each_update = clock == "update"
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps * updates if each_update else steps)
+    for t in range(steps * updates):
+        assert rate(t) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-9)
+        sgd.step()
+        if each_update or t % updates == updates - 1:
+            torchs.step()
+    assert rate(0) == 0.3
+    assert rate(steps * updates) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("clock", ["step", "update"])
+@pytest.mark.parametrize(("milestones", "steps"), [((0.2, 0.4), 10), ((0.29, 0.57), 100)])
+def test_multistep_is_torchs(clock: Any, milestones: tuple[float, ...], steps: int) -> None:
+    updates = 3
+    schedule = Schedule(kind="multistep", milestones=milestones, factor=0.5, clock=clock)
+    sgd = optimizer()
+    torchs = torch.optim.lr_scheduler.MultiStepLR(sgd, [round(steps * m) for m in milestones], 0.5)
+    rate = learning_rate(schedule, 0.3, steps, updates)
+    for step in range(steps):
+        assert [rate(step * updates + u) for u in range(updates)] == pytest.approx([sgd.param_groups[0]["lr"]] * 3)
+        sgd.step()
+        torchs.step()
+
+
+def test_multistep_begins_with_the_initial_rate_however_short_the_run() -> None:
+    assert learning_rate(Schedule(kind="multistep", milestones=(0.2, 0.4)), 0.3, 2, 10)(0) == 0.3
+
+
+def test_constant_stays() -> None:
+    assert {learning_rate(Schedule(kind="constant"), 0.3, 5, 2)(t) for t in range(12)} == {0.3}
+
+
+def test_auto_looks_at_the_teacher() -> None:
+    config, reason = choose("auto", make_teacher())
+    assert config == load_recipe("zskt-prior")
+    assert "has BatchNorm" in reason
+    config, reason = choose("auto", make_teacher(NO_BATCHNORM))
+    assert config == replace(load_recipe("zskt-fresh"), {"generator.width": "auto"})
+    assert "no BatchNorm" in reason
+    assert choose("zskt", make_teacher())[0] == Config()
+
+
+def test_a_width_left_open_is_settled_by_cost() -> None:
+    teacher, student = make_teacher(), models.wide_resnet(10, 1)
+    config = settle_width(load_recipe("zskt-prior"), teacher, student)
+    budget = forward_flops(teacher.module, (3, 16, 16)) + forward_flops(student, (3, 16, 16))
+    costs = {width: forward_flops(Generator(100, (3, 16, 16), width), (100,)) for width in WIDTHS}
+    assert config.generator.width == max(width for width in WIDTHS if costs[width] <= budget)
+    assert min(WIDTHS) < config.generator.width < max(WIDTHS)  # so that the budget decided
+    assert replace(config, {"generator.width": "auto"}) == load_recipe("zskt-prior")
+    assert settle_width(load_recipe("zskt"), teacher, student).generator.width == 128
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean zskt-fresh"):
+        load_recipe("zskt-frehs")
+    with pytest.raises(UsageError, match="auto, zskt, zskt-fresh"):
+        choose("x", make_teacher())
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
+        pick_device("gpu")
+    assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "teacher", "student", "words"),
+    [
+        ("zskt", make_teacher(), FourStages(4), r"stages of equal resolution.*student\.loss\.attention=0"),
+        ("zskt", make_teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 10))), FourStages(4), "none in the teacher"),
+        ("zskt-prior", make_teacher(NO_BATCHNORM), FourStages(4), r"no BatchNorm.*zskt-fresh"),
+        ("zskt", make_teacher(), FourStages(4, num_classes=7), "10 classes, found 7"),
+        ("zskt-prior", make_teacher(), models.wide_resnet(10, 1, channels=1), "does not take the teacher's images"),
+    ],
+    ids=["stages", "no stages", "no BatchNorm", "classes", "channels"],
+)
+def test_what_does_not_fit_together_is_refused(recipe: str, teacher: Teacher, student: nn.Module, words: str) -> None:
+    with pytest.raises(ZsktError, match=words) as error:
+        make_matching(recipe, teacher, student)
+    assert "\n" not in str(error.value)
+
+
+def test_every_weight_brings_its_term_and_nothing_else_does() -> None:
+    none = {"generator.loss.kl": 0.0, "student.loss.kl": 0.0, "student.loss.attention": 0.0}
+    for name in flat(Config()):
+        side, _, term = name.partition(".loss.")
+        if term and term not in ("kl_scale", "temperature"):
+            rest = {"generator": "student.loss.kl", "student": "generator.loss.kl"}[side]  # some loss is needed
+            config = replace(Config(), none | {rest: 1.0, name: 2.0})
+            terms = {"generator": generator_terms, "student": student_terms}[side](config)
+            assert list(terms) == [term]
+
+
+def test_every_number_arrives() -> None:
+    changes = {
+        "batch_size": 6,
+        "generator.latent": 17,
+        "generator.updates": 2,
+        "generator.learning_rate": 0.11,
+        "generator.clip": 1.5,
+        "student.updates": 3,
+        "student.optimizer": "sgd",
+        "student.learning_rate": 0.22,
+        "student.momentum": 0.33,
+        "student.weight_decay": 0.44,
+        "student.clip": 0,
+        "memory.kind": "bank",
+        "memory.capacity": 5,
+    }
+    matching, _ = make_matching("zskt", make_teacher(), models.wide_resnet(10, 1), changes)
+    generator, student = matching.generator_updates, matching.student_updates
+    assert (matching.batch_size, matching.latent) == (6, 17)
+    assert matching.sample_latent().z.shape == (6, 17)
+    assert (generator.count, generator.clip, generator.rate(0)) == (2, 1.5, 0.11)
+    assert (student.count, student.clip, student.rate(0)) == (3, None, 0.22)
+    assert isinstance(generator.optimizer, torch.optim.Adam)
+    assert isinstance(student.optimizer, torch.optim.SGD)
+    assert (student.optimizer.defaults["momentum"], student.optimizer.defaults["weight_decay"]) == (0.33, 0.44)
+    assert isinstance(matching.memory, Bank)
+    assert matching.memory.capacity == 5
+    for kind, memory in (("same", Same), ("fresh", Fresh)):
+        matching, _ = make_matching("zskt", make_teacher(), models.wide_resnet(10, 1), {"memory.kind": kind})
+        assert type(matching.memory) is memory
+
+
+SHAPES = [((1, 8, 8), 10), ((3, 12, 20), 10), ((3, 8, 8), 37)]  # (C, H, W) and classes
+
+
+@pytest.mark.parametrize(("size", "classes"), SHAPES, ids=str)
+def test_every_recipe_runs(size: tuple[int, int, int], classes: int) -> None:
+    ran = 0
+    for name in recipe_texts():
+        torch.manual_seed(0)
+        teacher = make_teacher(models.convnet(8, num_classes=classes, channels=size[0]), size=size)
+        student = models.convnet(4, num_classes=classes, channels=size[0])
+        config = replace(load_recipe(name), {"steps": 2, "batch_size": 4})  # all else as shipped
+        config = settle_width(config, teacher, student)
+        arrange(teacher, config)
+        arrange(student, config)
+        matching = assemble(config, teacher, student, torch.Generator(), torch.Generator())
+        for _ in range(2):
+            losses = matching.step()
+        matching.close()
+        assert all(math.isfinite(update.total) for update in (*losses.generator, *losses.student))
+        assert losses.student_logits.shape == (4, classes)
+        ran += 1
+    assert ran == len(recipe_texts()) >= 4

@@ -1,0 +1,215 @@
+"""A teacher is a frozen private copy with its normalisation; its folder on disk; weights are read, never executed."""
+
+import argparse
+import copy
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from small import make_teacher, shake_batchnorm
+from zskt import models
+from zskt.files import ZsktError
+from zskt.teacher import (
+    Teacher,
+    check_pair,
+    count_parameters,
+    load_network,
+    load_student,
+    load_teacher,
+    read_weights,
+    save_network,
+    save_teacher,
+)
+
+SIZE, MEAN, STD = (3, 16, 16), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def teacher_of(module: nn.Module, **changes: Any) -> Teacher:
+    return Teacher(module, **({"input_size": SIZE, "mean": MEAN, "std": STD} | changes))
+
+
+def refused(work: Callable[[], object]) -> str:
+    """The one line that refuses `work`."""
+    with pytest.raises(ZsktError) as error:
+        work()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_module_handed_in_is_untouched() -> None:
+    module = models.wide_resnet(10, 1)
+    shake_batchnorm(module)
+    module.block1.eval()
+    module.fc.requires_grad_(False)
+    before = copy.deepcopy(module)
+    random = torch.get_rng_state()
+    teacher = teacher_of(module)
+    teacher(torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(0)))
+    teacher.double()
+    assert torch.equal(torch.get_rng_state(), random)
+    for ours, theirs in zip(module.modules(), before.modules(), strict=True):
+        assert ours.training == theirs.training
+        assert not ours._forward_hooks
+        assert not ours._forward_pre_hooks
+    for ours, theirs in zip(module.parameters(), before.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
+    with torch.no_grad():
+        module.fc.bias.add_(1)
+    assert not torch.equal(module.fc.bias, teacher.module.fc.bias)  # its own copy
+
+
+def test_a_teacher_never_trains() -> None:
+    teacher = nn.ModuleList([teacher_of(models.wide_resnet(10, 1))]).train()[0]
+    assert not any(child.training for child in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    images = torch.randn(2, *SIZE, requires_grad=True)
+    teacher(images).sum().backward()
+    assert images.grad is not None  # gradients do flow through it
+
+
+def test_normalisation() -> None:
+    teacher = teacher_of(models.wide_resnet(10, 1))
+    bytes_ = torch.randint(256, (4, *SIZE), dtype=torch.uint8)
+    x = teacher.normalise(bytes_)
+    assert torch.equal(x, teacher.normalise(bytes_ / 255))
+    by_hand = (bytes_[2, 1, 5, 7].item() / 255 - 0.4822) / 0.1994
+    assert float(x[2, 1, 5, 7]) == pytest.approx(by_hand, rel=1e-5)
+    torch.testing.assert_close(teacher.denormalise(x), bytes_ / 255)
+    assert (teacher.denormalise(100 * x.sign()).unique() == torch.tensor([0.0, 1.0])).all()  # clipped
+    assert teacher.double().normalise(bytes_).dtype == torch.float64
+
+
+@pytest.mark.parametrize("spec", ["wrn-10-1", "lenet-5-half"])
+def test_a_folder_gives_the_same_teacher_back(spec: str, tmp_path: Path) -> None:
+    size = (1, 12, 20)
+    names = [f'class "{i}" ä' for i in range(7)]
+    module = models.build(spec, 7, size).to(memory_format=torch.channels_last)
+    shake_batchnorm(module)
+    saved = Teacher(module, input_size=size, mean=[0.1307], std=[1 / 3], class_names=names)
+    save_teacher(tmp_path / "t", saved, measured={"accuracy": 0.5})
+    loaded = load_teacher(tmp_path / "t")
+    for name, tensor in saved.module.state_dict().items():
+        assert torch.equal(loaded.module.state_dict()[name], tensor)
+    assert torch.equal(loaded.mean, saved.mean)
+    assert torch.equal(loaded.std, saved.std)
+    assert (loaded.class_names, loaded.num_classes, loaded.input_size) == (tuple(names), 7, size)
+    assert loaded.fingerprint() == saved.fingerprint()
+    assert loaded.fingerprint() != make_teacher().fingerprint()
+    facts = json.loads((tmp_path / "t" / "teacher.json").read_text())
+    assert facts["measured"] == {"accuracy": 0.5}
+    assert facts["parameters"] == count_parameters(module)
+    assert "already holds a teacher" in refused(lambda: save_teacher(tmp_path / "t", saved))
+    save_network(tmp_path / "run", "student", saved)
+    assert load_student(tmp_path / "run").fingerprint() == saved.fingerprint()
+    assert load_network(tmp_path / "run").fingerprint() == load_network(tmp_path / "t").fingerprint()
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def broken() -> nn.Module:
+    module = models.wide_resnet(10, 1)
+    nn.init.constant_(module.fc.bias[3:4], float("nan"))
+    return module
+
+
+LENET = models.lenet5(input_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: teacher_of(LENET, num_classes=11), "11 classes, found 10"),
+        (lambda: teacher_of(LENET, class_names=["a", "b"]), "2 class names, found 10"),
+        (lambda: teacher_of(LENET, input_size=(3, 32, 32)), "does not take images of 3 x 32 x 32"),
+        (lambda: teacher_of(LENET, input_size=(1, 16, 16), mean=[0.5], std=[0.5]), "does not take images of 1 x 16"),
+        (lambda: teacher_of(LENET, input_size=(16, 16)), "C H W"),
+        (lambda: teacher_of(LENET, mean=[0.5]), "3 channels, found 1 and 3"),
+        (lambda: teacher_of(LENET, mean=(125.3, 123.0, 113.9)), "pixels in [0, 1]"),
+        (lambda: teacher_of(LENET, std=(0.2, 0.2, 0.0)), "pixels in [0, 1]"),
+        (lambda: teacher_of(LENET, std=(0.2, 0.2, float("nan"))), "pixels in [0, 1]"),
+        (lambda: teacher_of(broken()), "NaN"),
+        (lambda: teacher_of(nn.Conv2d(3, 10, 3)), "shape (2, 10, 14, 14)"),
+        (lambda: teacher_of(Pair()), "found tuple"),
+        (lambda: teacher_of(nn.Sequential(nn.Flatten(), nn.Linear(768, 1))), "found 1 output"),
+        (lambda: check_pair(make_teacher(), models.wide_resnet(10, 1, num_classes=9)), "10 classes, found 9"),
+        (lambda: check_pair(make_teacher(), models.lenet5(input_size=(3, 28, 28))), "images of 3 x 16 x 16"),
+    ],
+)
+def test_what_is_no_teacher_is_refused(make: Callable[[], object], words: str) -> None:
+    assert words in refused(make)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: shorten(f / "teacher.safetensors"), "not a whole safetensors file"),
+        (lambda f: (f / "teacher.safetensors").write_bytes(b""), "not a whole safetensors file"),
+        (lambda f: (f / "teacher.safetensors").unlink(), "cannot read"),
+        (lambda f: (f / "teacher.json").unlink(), "expected a folder with teacher.json"),
+        (lambda f: shorten(f / "teacher.json"), "not valid JSON"),
+        (lambda f: (f / "teacher.json").write_text("[]"), "lacks"),
+        (lambda f: (f / "teacher.json").write_text("3"), "teacher.json"),
+        (lambda f: edit(f / "teacher.json", format=2), "format 1"),
+        (lambda f: edit(f / "teacher.json", model="wrn-16-1"), "does not fit the wrn-16-1"),
+        (lambda f: edit(f / "teacher.json", num_classes=9), "does not fit the wrn-10-1"),
+        (lambda f: edit(f / "teacher.json", num_classes="ten"), "teacher.json"),
+        (lambda f: edit(f / "teacher.json", model=None), "rebuild it yourself"),
+        (lambda f: edit(f / "teacher.json", model="os.system"), "unknown model"),
+    ],
+)
+def test_a_damaged_folder_is_refused(damage: Callable[[Path], object], words: str, tmp_path: Path) -> None:
+    save_teacher(tmp_path, teacher_of(models.wide_resnet(10, 1)))
+    load_teacher(tmp_path)
+    damage(tmp_path)
+    assert words in refused(lambda: load_teacher(tmp_path))
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return exec, ("import sys; sys.zskt_payload_ran = True",)
+
+
+def test_nothing_in_a_weights_file_is_executed(tmp_path: Path) -> None:
+    path, raw = tmp_path / "zip.pt", tmp_path / "raw.pt"
+    torch.save({"state_dict": {"w": torch.ones(2)}, "extra": Payload()}, path)
+    raw.write_bytes(pickle.dumps({"w": Payload()}))
+    for file in (path, raw):
+        assert "exec" in refused(lambda file=file: read_weights(file))
+        assert not hasattr(sys, "zskt_payload_ran")
+    pickle.loads(raw.read_bytes())
+    assert sys.__dict__.pop("zskt_payload_ran")  # it would have run
+
+
+def test_weights_files_are_read_or_refused(tmp_path: Path) -> None:
+    state = {"w": torch.arange(3.0), "n": torch.tensor(5)}
+    checkpoint = {"state_dict": state, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    for name, legacy in (("new.pt", True), ("old.pth", False)):
+        torch.save(checkpoint, tmp_path / name, _use_new_zipfile_serialization=legacy)
+        found = read_weights(tmp_path / name)
+        assert torch.equal(found["state_dict"]["w"], state["w"])
+        assert found["args"].lr == 0.1
+        shorten(tmp_path / name)
+        refused(lambda name=name: read_weights(tmp_path / name))
+    (tmp_path / "text.pt").write_text("<html>404</html>")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("text.pt", "empty.pt", "absent.pt", "absent.safetensors"):
+        assert name in refused(lambda name=name: read_weights(tmp_path / name))
