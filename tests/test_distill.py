@@ -229,7 +229,7 @@ def audit(event, arguments):
         opened.append(arguments[0])
 sys.addaudithook(audit)
 if {cheat}:
-    distill.__globals__["measure"] = lambda *a: open("some.png", "rb").read()
+    distill.__globals__["judge"] = lambda *a: open("some.png", "rb").read()
 rng = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (4, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(4)
 for out in ({out!r}, None):

@@ -129,7 +129,9 @@ def test_version_is_the_changelogs_newest() -> None:
 
 
 def test_pins_cover_the_dependencies() -> None:
-    pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pins = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     declared = re.findall(r'^\s+"([A-Za-z-]+)[=><]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert {name.lower() for name in declared} <= pins
 

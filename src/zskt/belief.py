@@ -71,14 +71,19 @@ def measure(network: Teacher, images: Tensor, labels: Tensor, teacher: Teacher |
     Images (M, C, H, W), labels (M,). Accuracies and agreement are fractions in [0, 1].
     """
     check_images(network, images, labels)
-    logits = predict(network, images)  # (M, K)
+    if teacher is not None and teacher.num_classes != network.num_classes:
+        raise ZsktError(
+            f"expected two networks of equal class count, found {network.num_classes} and {teacher.num_classes}; "
+            "compare networks for the same classes"
+        )
+    answers = None if teacher is None else predict(teacher, images)  # (M, K)
+    return judge(predict(network, images), labels, answers)
+
+
+def judge(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> dict[str, float]:
+    """What `measure` returns, from logits (M, K), labels (M,) and the teacher's logits `answers` (M, K)."""
     result = {"accuracy": accuracy(logits, labels), "calibration_error": calibration_error(logits, labels)}
-    if teacher is not None:
-        if teacher.num_classes != network.num_classes:
-            raise ZsktError(
-                f"expected two networks of equal class count, found {network.num_classes} and {teacher.num_classes}"
-            )
-        answers = predict(teacher, images)  # (M, K)
+    if answers is not None:
         result |= {
             "teacher_accuracy": accuracy(answers, labels),
             "agreement": agreement(logits, answers),

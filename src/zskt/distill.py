@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zskt import checkpoint
-from zskt.belief import check_images, measure, network_like, pseudo_beliefs, warning_lights
+from zskt.belief import check_images, judge, network_like, predict, pseudo_beliefs, warning_lights
 from zskt.config import Config, flat, from_toml, replace, to_toml
 from zskt.figures import image_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot, read_tensors, write_tensors, write_text
@@ -162,6 +162,8 @@ class Run:
         self.started = started
         self.step = 0
         self.seconds_before = 0.0
+        self.answers: Tensor | None = None
+        self.measured: dict[str, float] = {}
         self.metrics = checkpoint.JsonLines(folder / "metrics.jsonl") if folder else None
         self.timing = checkpoint.JsonLines(folder / "timing.jsonl") if folder else None
 
@@ -201,7 +203,7 @@ class Run:
             check_finite(line)
         if step == config.steps or step % config.interval("evaluate_every") == 0:
             if self.evaluate is not None:
-                line |= measure(network_like(self.teacher, self.student), *self.evaluate, self.teacher)
+                line |= self.measure()
             if self.folder is not None:
                 images = self.teacher.denormalise(pseudo_images(self.matching.generator, self.matching.latent))
                 save_image(self.folder / "samples" / f"{step:08d}.png", image_grid(images))
@@ -211,6 +213,15 @@ class Run:
             self.metrics.append(line)
             self.timing.append({"step": step, "seconds": round(self.seconds, 3)})
         return line
+
+    def measure(self) -> dict[str, float]:
+        """Accuracy and agreement now, on the images handed in; the teacher answers them once in a run."""
+        assert self.evaluate is not None
+        images, labels = self.evaluate
+        if self.answers is None:
+            self.answers = predict(self.teacher, images)  # (M, K)
+        self.measured = judge(predict(network_like(self.teacher, self.student), images), labels, self.answers)
+        return self.measured
 
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on."""
@@ -265,7 +276,7 @@ class Run:
         """Measure the last iterate and write the finished student and the generator."""
         network = network_like(self.teacher, self.student)
         if self.evaluate is not None:
-            result.measured = measure(network, *self.evaluate, self.teacher)
+            result.measured = self.measured or self.measure()
         images = pseudo_images(self.matching.generator, self.matching.latent)
         with torch.no_grad():
             result.warnings = warning_lights(pseudo_beliefs(self.teacher(images), network(images)))

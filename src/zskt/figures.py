@@ -48,42 +48,44 @@ def series(lines: Lines, key: str, pick: int | None = None) -> tuple[list[float]
     return [step for step, _ in found], [value for _, value in found]
 
 
+PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
+    "student loss": {"last update of a step": ("student_loss", -1), "first": ("student_loss", 0)},
+    "generator loss": {"": ("generator_loss", -1)},
+    "confidence on pseudo images": {"teacher": ("teacher_confidence", None), "student": ("student_confidence", None)},
+    "spread over pseudo classes (1 = uniform)": {"": ("class_spread", None)},
+    "test accuracy": {"student": ("accuracy", None), "teacher": ("teacher_accuracy", None)},
+    "agreement with the teacher": {
+        "on test images": ("agreement", None),
+        "on pseudo images": ("pseudo_agreement", None),
+    },
+}
+"""title -> label -> key in metrics.jsonl, and which entry where it is a list"""
+
+
 def run_curves(runs: Mapping[str, Lines]) -> bytes:
     """A PNG of losses, confidences, class spread and accuracy over the steps of one or several runs."""
-    panels: dict[str, list[tuple[str, int | None, str]]] = {
-        "student loss (first and last update of a step)": [("student_loss", 0, ":"), ("student_loss", -1, "-")],
-        "generator loss": [("generator_loss", -1, "-")],
-        "confidence on pseudo images: teacher -, student :": [
-            ("teacher_confidence", None, "-"),
-            ("student_confidence", None, ":"),
-        ],
-        "spread over pseudo classes (1 = uniform)": [("class_spread", None, "-")],
-        "test accuracy": [("accuracy", None, "-")],
-        "agreement: on test images -, on pseudo images :": [
-            ("agreement", None, "-"),
-            ("pseudo_agreement", None, ":"),
-        ],
-    }
     with matplotlib.rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(10, 5), layout="constrained")
         figure.subplots(2, 3)
-        for axes, (title, curves) in zip(figure.axes, panels.items(), strict=True):
+        for axes, (title, curves) in zip(figure.axes, PANELS.items(), strict=True):
             measured = False
-            for i, (name, lines) in enumerate(runs.items()):
-                for key, pick, style in curves:
+            for (label, (key, pick)), style in zip(curves.items(), ("-", ":"), strict=False):
+                for i, lines in enumerate(runs.values()):
                     steps, values = series(lines, key, pick)
+                    axes.plot(steps, values, style, color=f"C{i % 10}", linewidth=1)
                     measured |= bool(steps)
-                    axes.plot(
-                        steps, values, style, color=f"C{i % 10}", linewidth=1, label=name if style == "-" else None
-                    )
+                axes.plot([], [], style, color="black", linewidth=1, label=label)
             axes.set_title(title, fontsize=8)
             axes.set_xlabel("step")
-            if title.startswith(("confidence", "spread", "test", "agreement")):
+            if "loss" not in title:
                 axes.set_ylim(-0.03, 1.03)
+            if len(curves) > 1:
+                axes.legend(fontsize=7)
             if not measured:
                 axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
         if len(runs) > 1:
-            figure.axes[0].legend(fontsize=6)
+            generator = figure.axes[1]  # the panel with room for the names of the runs
+            generator.legend(generator.lines[: len(runs)], list(runs), fontsize=7)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

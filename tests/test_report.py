@@ -1,0 +1,154 @@
+"""A report: one page that needs nothing else, true numbers, safe whatever runs are called; grids of images."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zskt import report
+from zskt.config import Config, replace, to_toml
+from zskt.figures import image_grid, run_curves, save_image, series
+from zskt.files import ZsktError, write_json, write_text
+from zskt.report import write_report
+
+
+def line(step: int, **more: Any) -> dict[str, Any]:
+    losses = {"generator_loss": [-0.1 * step], "student_loss": [0.5, 0.3 / step]}
+    beliefs = {"teacher_confidence": 0.7, "student_confidence": 0.6, "pseudo_agreement": 0.8, "class_spread": 0.9}
+    return {"step": step, **losses, **beliefs, **more}
+
+
+def make_run(
+    folder: Path, accuracy: float | None = 0.5, *, steps: int = 4, finished: bool = True, **facts: Any
+) -> Path:
+    """A run folder as `distill` leaves it."""
+    config = replace(Config(), {"steps": steps, "seed": 3})
+    write_text(folder / "config.toml", to_toml(config))
+    lines = [line(step) for step in range(1, steps)] + [line(steps, accuracy=accuracy, agreement=0.75)]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
+    for step in range(1, steps + 1):
+        save_image(folder / "samples" / f"{step:08d}.png", image_grid(torch.rand(8, 3, 8, 8)))
+    if finished:
+        measured = {"accuracy": accuracy, "agreement": 0.75}
+        facts = {"parameters": 1234567, "measured": measured, "warnings": [], "versions": {"zskt": "9.9"}} | facts
+        write_json(folder / "student.json", facts)
+    return folder
+
+
+def page_of(folders: list[Path], path: Path) -> str:
+    write_report(folders, path)
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_page_is_self_contained(tmp_path: Path) -> None:
+    page = page_of([make_run(tmp_path / "a", steps=20, warnings=["collapse: <one> class"])], tmp_path / "report.html")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 7  # the curves, and six of twenty samples
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    text = re.sub(r'"data:[^"]*"', '""', page)
+    assert not re.search(r"https?:|//|url\(|@import|<script|<link|<iframe", text)
+    assert page.startswith("<!doctype html>")
+    assert "charset" in text[:80]
+    assert [int(step) for step in re.findall(r"step (\d+)<", text)] == [1, 5, 9, 12, 16, 20]  # first and last included
+    for words in ("0.5000", "1,234,567", "not measured", "student.loss.attention", "zskt 9.9", "&lt;one&gt; class"):
+        assert words in text
+    assert "has not finished" not in text
+    assert [p.name for p in tmp_path.iterdir() if not p.is_dir()] == ["report.html"]
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / '<b onload="x">&amp;', finished=False), make_run(tmp_path / "plain")]
+    text = re.sub(r'"data:[^"]*"', '""', page_of(runs, tmp_path / "report.html"))
+    assert "<b" not in text
+    assert text.count("&lt;b onload=&quot;x&quot;&gt;&amp;amp;") == 6  # title, heading, two tables, warning, samples
+
+
+@pytest.mark.parametrize("names", [("a$\\frac$", "b"), ("_a", "_b")])
+def test_the_legend_takes_any_name(names: tuple[str, str]) -> None:
+    assert run_curves({name: [line(1)] for name in names}).startswith(b"\x89PNG")
+
+
+def test_several_runs_give_mean_and_deviation(tmp_path: Path) -> None:
+    values = [0.61, 0.65, 0.72]
+    runs = [make_run(tmp_path / f"run{i}", value) for i, value in enumerate(values)]
+    summary = write_report(runs, tmp_path / "report.html")
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    assert summary["accuracy"]["values"] == values
+    assert summary["accuracy"]["mean"] == pytest.approx(mean)
+    assert summary["accuracy"]["std"] == pytest.approx(deviation)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<td>{mean:.4f} ± {deviation:.4f}</td>" in page
+    assert all(f"<td>{value:.4f}</td>" in page for value in values)
+    alone = write_report(runs[:1], tmp_path / "report.html")
+    assert (alone["accuracy"]["mean"], alone["accuracy"]["std"]) == (0.61, None)
+
+
+def test_an_unfinished_run_says_so_and_has_no_numbers(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "done", 0.6), make_run(tmp_path / "begun", 0.9, finished=False)]
+    summary = write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "begun has not finished" in page
+    assert "done has not finished" not in page
+    assert summary == {}  # a mean over the finished ones alone would not be what the heading says
+    assert "±" not in page.replace("mean ± std", "")
+
+
+def test_curves_of_every_run_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "run_curves", lambda runs: (drawn.append(runs), run_curves(runs))[1])
+    write_report([make_run(tmp_path / "seed0" / "run"), make_run(tmp_path / "seed1" / "run")], tmp_path / "report.html")
+    assert len(drawn[0]) == 2  # also where two folders have one name
+
+
+def test_a_run_is_named_also_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_run(tmp_path / "inside"))
+    assert "inside" in page_of([Path()], tmp_path / "report.html")
+
+
+def test_pictures_of_other_origin_do_not_matter(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    save_image(folder / "samples" / "mine.png", image_grid(torch.rand(4, 3, 8, 8)))
+    assert "Pseudo images" in page_of([folder], tmp_path / "report.html")
+
+
+def test_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "absent", tmp_path / "empty"):
+        with pytest.raises(ZsktError, match=f"expected a run folder at {folder}"):
+            write_report([folder], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_are_placed_pixel_by_pixel(channels: int) -> None:
+    images = torch.rand(5, channels, 8, 10, generator=torch.Generator().manual_seed(0))
+    grid = np.asarray(image_grid(images, columns=3, smallest=20))  # enlarged three times: 24 x 30 each
+    assert grid.shape[:2] == (2 * 25 - 1, 3 * 31 - 1)
+    expected = np.full((49, 92, 3 if channels == 3 else 1), 255)
+    pixels = images if channels == 3 else images.mean(dim=1, keepdim=True)
+    for n in range(5):
+        for i, j in np.ndindex(24, 30):
+            expected[n // 3 * 25 + i, n % 3 * 31 + j] = np.round(pixels[n, :, i // 3, j // 3].numpy() * 255)
+    assert np.array_equal(grid, expected if channels == 3 else expected[:, :, 0])
+
+
+def test_large_images_are_not_enlarged_and_values_are_clipped(tmp_path: Path) -> None:
+    images = torch.tensor([-1.0, 0.0, 0.5, 7.0]).view(4, 1, 1, 1).expand(4, 3, 40, 40)
+    save_image(tmp_path / "grid.png", image_grid(images, columns=4))
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (4 * 41 - 1, 40)
+        assert [image.getpixel((41 * i + 5, 5)) for i in range(4)] == [(v, v, v) for v in (0, 0, 128, 255)]
+        assert image.getpixel((40, 5)) == (255, 255, 255)  # the gap
+
+
+def test_series_skips_lines_without_the_key() -> None:
+    lines = [{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 4.0, "b": [5.0, 6.0]}]
+    assert series(lines, "a") == ([1, 3], [2.0, 4.0])
+    assert series(lines, "b", -1) == ([3], [6.0])
+    assert run_curves({"a": []}).startswith(b"\x89PNG")  # nothing measured yet
