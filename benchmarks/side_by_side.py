@@ -10,7 +10,6 @@ alone, so curves are compared, not weights: tests/test_parity.py does that in fl
 import argparse
 import copy
 import statistics
-import time
 
 import matplotlib
 import torch
@@ -69,11 +68,7 @@ def main() -> None:
 
     curves: dict[str, list[dict[str, float]]] = {"engine": [], "reference": []}
     for step in range(1, config.steps + 1):
-        begun = time.perf_counter()
-        ours = matching.step()
-        middle = time.perf_counter()
-        theirs = next(oracle)
-        ended = time.perf_counter()
+        ours, theirs = matching.step(), next(oracle)
         beliefs = pseudo_beliefs(ours.teacher_logits, ours.student_logits)
         curves["engine"].append(
             {
@@ -82,7 +77,6 @@ def main() -> None:
                 "student_loss": statistics.fmean(float(update.total) for update in ours.student),
                 "teacher_confidence": beliefs["teacher_confidence"],
                 "student_confidence": beliefs["student_confidence"],
-                "seconds": middle - begun,
             }
         )
         curves["reference"].append(
@@ -92,7 +86,6 @@ def main() -> None:
                 "student_loss": statistics.fmean(map(float, theirs.student_losses)),
                 "teacher_confidence": float(theirs.teacher_confidence),
                 "student_confidence": float(theirs.student_confidence),
-                "seconds": ended - middle,
             }
         )
         if step == 1 or step % EVALUATE_EVERY == 0:
@@ -120,8 +113,6 @@ def finish(curves: dict[str, list[dict[str, float]]]) -> None:
         means = [statistics.fmean(line[key] for line in lines[-last_fifth:]) for lines in curves.values()]
         rows.append([f"{label}, mean of the last {last_fifth} steps", *(f"{mean:.4f}" for mean in means)])
     rows.append([f"{keys['accuracy']}, last", *(f"{lines[-1]['accuracy']:.4f}" for lines in curves.values())])
-    seconds = [statistics.median(line["seconds"] for line in lines) for lines in curves.values()]
-    rows.append(["median time of a step, reference = 1", f"{seconds[0] / seconds[1]:.3f}", "1"])
     name = "side-by-side"
     path = record.write(name, "Engine and released loop side by side, fp32", {"curves": curves}, ["", *curves], rows)
     with matplotlib.rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):

@@ -50,8 +50,12 @@ def test_accuracy_and_agreement(answers: tuple[Tensor, Tensor, Tensor]) -> None:
     assert agreement(first, first) == 1
 
 
-def test_calibration_error(answers: tuple[Tensor, Tensor, Tensor]) -> None:
-    first, _, labels = answers
+@pytest.mark.parametrize(("classes", "scale"), [(K, 2.0), (30, 0.3)])  # 30: confidences around the lowest edge, 1/15
+def test_calibration_error(classes: int, scale: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    first = scale * torch.randn(M, classes, generator=rng)
+    half = torch.rand(M, generator=rng) < 0.5  # too modest when unsure, too sure when sure: gaps of both signs
+    labels = torch.where(half, first.argmax(dim=1), torch.randint(classes, (M,), generator=rng))
     expected = 0.0
     p = probabilities(first)
     for lower in range(15):

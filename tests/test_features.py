@@ -97,9 +97,24 @@ class Tokens(nn.Module):
         return self.head(self.block(self.patches(x).flatten(2).transpose(1, 2)).mean(dim=1))
 
 
+class FunctionallyInPlace(nn.Module):
+    """In-place ReLUs that are no modules: what the BatchNorms returned is overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, _ = conv_bn_relu(3, 4)
+        self.conv2, self.bn2, _ = conv_bn_relu(4, 4, 2)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x))))))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
 def flat_vgg() -> nn.Module:
     trunk = [*conv_bn_relu(3, 4), nn.MaxPool2d(2), *conv_bn_relu(4, 8), *conv_bn_relu(8, 8), nn.MaxPool2d(2)]
-    return nn.Sequential(*trunk, *conv_bn_relu(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    features = nn.Sequential(*trunk, *conv_bn_relu(8, 8))
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 @pytest.mark.parametrize(
@@ -116,12 +131,13 @@ def test_our_networks_name_the_stages_that_would_be_found(spec: str, monkeypatch
     ("module", "size", "stages", "sides"),
     [
         (TorchvisionLike(), 64, ("relu", "layer1", "layer2", "layer3", "layer4"), [32, 16, 8, 4, 2]),
-        (flat_vgg(), 32, ("2", "9", "13"), [32, 16, 8]),  # the ReLUs: the BatchNorms before them are overwritten
+        (flat_vgg(), 32, ("0.2", "0.9", "0.13"), [32, 16, 8]),  # the ReLUs: what is before them is overwritten
+        (FunctionallyInPlace(), 32, ("conv1", "conv2"), [32, 16]),
         (Preactivated(), 32, ("block1", "block2", "block3"), [32, 16, 8]),
         (Listed(), 32, ("stem", "layers.0", "layers.1"), [32, 16, 8]),
         (Tokens(), 32, (), []),
     ],
-    ids=["torchvision", "vgg", "preactivated", "listed", "tokens"],
+    ids=["torchvision", "vgg", "in place", "preactivated", "listed", "tokens"],
 )
 def test_stages_of_foreign_networks(module: nn.Module, size: int, stages: tuple[str, ...], sides: list[int]) -> None:
     assert find_stages(module, (3, size, size)) == stages
@@ -145,7 +161,7 @@ def test_observed_outputs_are_the_networks_own() -> None:
 
 
 def test_a_stage_that_is_overwritten_in_place_is_refused() -> None:
-    observer = Observer(flat_vgg(), ("1",))
+    observer = Observer(flat_vgg(), ("0.1",))
     with pytest.raises(ZsktError, match="in place"):
         observer(torch.randn(2, 3, 32, 32))
 
@@ -177,11 +193,11 @@ def test_batchnorm_statistics_are_those_of_the_input() -> None:
 
 def test_calls_by_others_do_not_enter_an_observation() -> None:
     module, x = flat_vgg(), torch.randn(2, 3, 32, 32)
-    observer = Observer(module, ("2",), statistics=True)
+    observer = Observer(module, ("0.2",), statistics=True)
     module(x + 1)  # a callback that looks at the teacher between two steps, say
     seen = observer(x)
     assert len(seen.statistics) == len(batchnorm_layers(module))
-    torch.testing.assert_close(seen.statistics[0].mean, module[0](x).mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(seen.statistics[0].mean, module[0][0](x).mean(dim=(0, 2, 3)))
 
 
 def test_evaluating_gives_every_submodule_its_mode_back() -> None:

@@ -18,6 +18,8 @@ def test_images_have_the_exact_size(size: tuple[int, int], channels: int) -> Non
     assert images.shape == (2, channels, *size)
     assert images.isfinite().all()
     _, height, width = generator.start
+    assert 2**generator.doublings * height >= size[0]  # the last interpolation never more than doubles
+    assert 2**generator.doublings * width >= size[1]
     assert 5 <= min(height, width) <= 11  # near 8 pixels wide, whatever the size
     assert count_parameters(generator) < 100_000  # a start at a quarter of 224 would have half a million
 

@@ -119,7 +119,9 @@ def test_pictures_of_other_origin_do_not_matter(tmp_path: Path) -> None:
 
 def test_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "absent", tmp_path / "empty"):
+    (make_run(tmp_path / "no config") / "config.toml").unlink()
+    (make_run(tmp_path / "no metrics") / "metrics.jsonl").unlink()
+    for folder in (tmp_path / name for name in ("absent", "empty", "no config", "no metrics")):
         with pytest.raises(ZsktError, match=f"expected a run folder at {folder}"):
             write_report([folder], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

@@ -74,6 +74,11 @@ def plan(
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[Config, str]:
     """The complete config of a run, with every choice made, and why this recipe."""
+    if not isinstance(teacher, Teacher):
+        raise UsageError(
+            f"expected a zskt.Teacher, found {type(teacher).__name__}: wrap it, as in zskt.Teacher(module, "
+            "input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
+        )
     config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
     config = replace(config, settings or {})
     check_pair(teacher, student)

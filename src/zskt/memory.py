@@ -91,8 +91,9 @@ class Bank:
         if self.images is None:
             self.images = stored
         elif len(self.images) < self.capacity:
-            self.images = torch.cat([self.images, stored])
+            self.images = torch.cat([self.images.to(stored.device), stored])
         else:
+            self.images = self.images.to(stored.device)  # a restored bank comes from the CPU
             self.images[self.added % self.capacity] = stored[0]
         self.added += 1
         everything = self.images.flatten(0, 1)  # (filled N, C, H, W)
