@@ -50,12 +50,12 @@ def test_accuracy_and_agreement(answers: tuple[Tensor, Tensor, Tensor]) -> None:
     assert agreement(first, first) == 1
 
 
-@pytest.mark.parametrize(("classes", "scale"), [(K, 2.0), (30, 0.3)])  # 30: confidences around the lowest edge, 1/15
-def test_calibration_error(classes: int, scale: float) -> None:
-    rng = torch.Generator().manual_seed(0)
-    first = scale * torch.randn(M, classes, generator=rng)
-    half = torch.rand(M, generator=rng) < 0.5  # too modest when unsure, too sure when sure: gaps of both signs
-    labels = torch.where(half, first.argmax(dim=1), torch.randint(classes, (M,), generator=rng))
+@pytest.mark.parametrize(("classes", "scale", "threshold"), [(K, 2.0, 0.5), (30, 0.3, 1 / 15)])
+def test_calibration_error(classes: int, scale: float, threshold: float) -> None:
+    first = scale * torch.randn(M, classes, generator=torch.Generator().manual_seed(0))
+    sure = first.softmax(dim=1).amax(dim=1) > threshold  # right exactly then, so that gaps have both signs
+    labels = torch.where(sure, first.argmax(dim=1), first.argmin(dim=1))
+    assert 10 < sure.sum() < M - 10
     expected = 0.0
     p = probabilities(first)
     for lower in range(15):

@@ -82,7 +82,8 @@ def test_distil_evaluate_sample_report(
         assert measured[key] == pytest.approx(result[key], rel=1e-4)  # other memory format, other rounding
     assert run(capsys, "evaluate", teacher, "--data", data).keys() == {"accuracy", "calibration_error"}
     run(capsys, "sample", tmp_path / "run0", "--out", tmp_path / "samples.png")
-    assert Image.open(tmp_path / "samples.png").size == (8 * 33 - 1, 8 * 33 - 1)
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.size == (8 * 33 - 1, 8 * 33 - 1)
     report = run(capsys, "report", tmp_path / "run0", tmp_path / "run1", "--out", tmp_path / "report.html")
     assert report["accuracy"]["mean"] == pytest.approx(np.mean(report["accuracy"]["values"]))
     found = run(capsys, "inspect", tmp_path / "run0", "--student", "wrn-10-1")

@@ -37,6 +37,7 @@ STORY = [
     "reference",
     "progress",
     "demo",
+    "cli_teachers",
     "cli",
 ]
 """The reading order: each module imports only modules above it."""

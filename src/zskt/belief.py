@@ -28,9 +28,11 @@ def check_images(network: Teacher, images: Tensor, labels: Tensor | None = None)
         raise ZsktError(
             f"expected a label for each of at least one image, found {len(labels)} for {len(images)} images"
         )
-    if int(labels.max()) >= network.num_classes:
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= network.num_classes:
         raise ZsktError(
-            f"expected labels of {network.num_classes} classes, found label {int(labels.max())}; give its own data"
+            f"expected labels of {network.num_classes} classes, found label {lowest if lowest < 0 else highest}; "
+            "give the data that it was trained for"
         )
 
 

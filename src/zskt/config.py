@@ -5,7 +5,9 @@ The defaults are the released ZSKT code's for CIFAR-10, WRN-40-2 -> WRN-16-1 (po
 is an error, and so is one that nothing would read.
 """
 
+import contextlib
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -163,11 +165,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in flat(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{name} = {value!r}: expected a finite number")
             if name in _POSITIVE and not (value == "auto" or value > 0):
                 raise UsageError(f"{name} = {value!r}: expected a positive number")
             if name in _NOT_NEGATIVE and value < 0:
                 raise UsageError(f"{name} = {value!r}: expected 0 or a positive number")
-        student, schedule = self.student, self.schedule
+        student, schedule, loss = self.student, self.schedule, self.generator.loss
         if student.optimizer == "adam" and student.momentum:
             raise UsageError("student.momentum is for sgd, and student.optimizer is adam: drop one of them")
         if (self.memory.kind == "bank") != (self.memory.capacity > 0):
@@ -181,10 +185,17 @@ class Config:
         divergences = ("kl", "l1", "jensen_shannon")
         if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
             raise UsageError("student.loss has no term with a weight: set student.loss.kl")
-        if not any(value for name, value in vars(self.generator.loss).items() if name != "kl_scale"):
+        if not any(value for name, value in vars(loss).items() if name != "kl_scale"):
             raise UsageError("generator.loss has no term with a weight: set generator.loss.kl")
-        if student.loss.temperature != 1 and not student.loss.kl:
-            raise UsageError("student.loss.temperature is for student.loss.kl, which is 0: drop one of them")
+        unread = {
+            "student.loss.temperature": (student.loss.temperature != 1 and not student.loss.kl, "student.loss.kl"),
+            "student.loss.kl_scale": (student.loss.kl_scale != "per_class" and not student.loss.kl, "student.loss.kl"),
+            "generator.loss.kl_scale": (loss.kl_scale != "per_class" and not loss.kl, "generator.loss.kl"),
+            "schedule.factor": (schedule.factor != 0.1 and schedule.kind != "multistep", "schedule.kind = multistep"),
+        }
+        for name, (nobody_reads_it, needed) in unread.items():
+            if nobody_reads_it:
+                raise UsageError(f"{name} is for {needed}, which is not set: drop one of them or set both")
 
     def interval(self, what: Literal["log_every", "evaluate_every", "checkpoint_every"]) -> int:
         """The number of steps between two of these, with `auto` resolved."""
@@ -253,6 +264,8 @@ def from_text(assignment: str) -> tuple[str, Any]:
     try:
         return name.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        with contextlib.suppress(ValueError):
+            return name.strip(), float(text)  # .5 and 1e-3 are numbers to everybody but TOML
         return name.strip(), text.strip()
 
 

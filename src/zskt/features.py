@@ -83,6 +83,8 @@ class Observer:
 
     def __call__(self, images: Tensor) -> Observation:
         """Observe one forward of `images` (N, C, H, W)."""
+        self._outputs.clear()  # somebody else may have called the network since
+        self._statistics.clear()
         try:
             logits = logits_of(self.module(images))
             for name, (output, version) in self._outputs.items():
@@ -130,19 +132,31 @@ def forward_flops(module: nn.Module, size: tuple[int, ...]) -> int:
     return int(counter.get_total_flops())
 
 
+class _Call(NamedTuple):
+    """One module's forward on maps: (H, W) of its input and output, the output, and its version at that moment."""
+
+    came_with: tuple[int, ...]
+    resolution: tuple[int, ...]
+    output: Tensor
+    version: int
+
+
 def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...]:
     """Names of the submodules whose outputs are the stage outputs for images of `size` = (C, H, W), finest first."""
     named = getattr(module, "stages", None)
     if isinstance(named, (tuple, list)) and all(isinstance(name, str) for name in named):
         return tuple(named)
-    calls: dict[str, tuple[tuple[int, ...], tuple[int, ...], Tensor, int]] = {}
+    calls: dict[str, _Call] = {}
+    tokens = False
 
     def watch(name: str) -> Any:
         def hook(child: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            nonlocal tokens
             x = inputs[0] if inputs else None
+            tokens |= isinstance(output, Tensor) and output.ndim == 3
             if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim == output.ndim == 4:
                 calls.pop(name, None)  # a module called twice counts where it was called last
-                calls[name] = (tuple(x.shape[2:]), tuple(output.shape[2:]), output, output._version)
+                calls[name] = _Call(tuple(x.shape[2:]), tuple(output.shape[2:]), output, output._version)
 
         return hook
 
@@ -153,16 +167,22 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
     finally:
         for handle in handles:
             handle.remove()
+    if tokens:  # a transformer: its one map, the patch embedding, is no stage
+        return ()
 
-    def children(parent: str) -> list[str]:
-        prefix = f"{parent}." if parent else ""
-        return [name for name in calls if name.startswith(prefix) and "." not in name[len(prefix) :]]
+    # A container that is never called itself, such as a ModuleList, leaves its children to the next one up.
+    children: dict[str, list[str]] = {name: [] for name in ("", *calls)}
+    for name in calls:
+        above = name.split(".")[:-1]
+        while ".".join(above) not in children:
+            above.pop()
+        children[".".join(above)].append(name)
 
     def visit(parent: str) -> Iterator[str]:
-        for name in children(parent):
+        for name in children[parent]:
             # A block that halves the resolution once also contains layers at its input's: only a child with several
             # resolutions of its own is a trunk that holds several stages.
-            own = {calls[child][1] for child in children(name)} - {calls[name][0]}
+            own = {calls[child].resolution for child in children[name]} - {calls[name].came_with}
             if len(own) > 1:
                 yield from visit(name)
             else:
@@ -170,12 +190,12 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
 
     last: dict[tuple[int, ...], str] = {}
     for name in visit(""):
-        _, resolution, output, version = calls[name]
-        if resolution == (1, 1) or output._version != version:  # pooled away, or overwritten by an in-place ReLU
+        call = calls[name]
+        if call.resolution == (1, 1) or call.output._version != call.version:  # pooled away, or overwritten in place
             continue
         # A composite (a block) is a better place than a norm or an activation that follows it.
-        if resolution not in last or children(name) or not children(last[resolution]):
-            last[resolution] = name
+        if call.resolution not in last or children[name] or not children[last[call.resolution]]:
+            last[call.resolution] = name
     return tuple(last.values())
 
 

@@ -85,7 +85,7 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
                 axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
         if len(runs) > 1:
             generator = figure.axes[1]  # the panel with room for the names of the runs
-            generator.legend(generator.lines[: len(runs)], list(runs), fontsize=7)
+            generator.legend(generator.lines[: len(runs)], [name.replace("$", r"\$") for name in runs], fontsize=7)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

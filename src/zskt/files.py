@@ -33,6 +33,12 @@ def unknown(what: str, name: str, valid: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {what} {name!r}: {advice}valid are {', '.join(valid)}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, short enough to stand inside a line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:150] if lines else type(error).__name__
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` only once it is complete: temporary file, fsync, rename.
@@ -77,7 +83,8 @@ def cannot(verb: str, path: Path, error: OSError) -> ZsktError:
         13: "check the permissions or choose another place with --out",  # EACCES
         30: "choose a writable place with --out",  # EROFS
         2: "check the path",  # ENOENT
-        20: "a folder was expected, part of the path is a file",  # ENOTDIR
+        17: "part of the path is a file; choose another place with --out",  # EEXIST
+        20: "part of the path is a file; choose another place with --out",  # ENOTDIR
     }.get(error.errno or 0, "check the path and try again")
     return ZsktError(f"cannot {verb} {path}: {reason}; {remedy}")
 

@@ -4,6 +4,7 @@ N batch, K classes, C x H x W images. Logits (N, K); all functions return a scal
 whatever precision the networks ran in. Weights and signs belong to the caller: minus a divergence is an adversary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -43,7 +44,7 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     """mean_n [KL(t || m) + KL(s || m)] / 2 with m = (t + s) / 2, of logits (N, K), in nats: at most log 2."""
     log_student = F.log_softmax(at_least_float32(student), dim=1)  # (N, K)
     log_teacher = F.log_softmax(at_least_float32(teacher), dim=1)  # (N, K)
-    log_middle = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0))  # (N, K)
+    log_middle = torch.logaddexp(log_student, log_teacher) - math.log(2)  # (N, K)
     halves = (F.kl_div(log_middle, side, reduction="batchmean", log_target=True) for side in (log_student, log_teacher))
     return torch.stack(list(halves)).mean()
 
@@ -93,8 +94,10 @@ def one_hot(teacher: Tensor, labels: Tensor | None = None) -> Tensor:
 
 def class_balance(teacher: Tensor) -> Tensor:
     """sum_k p_k log p_k of the batch-mean teacher probability p (K,): minus its entropy in nats. Source: DAFL, DFQ."""
-    mean = F.softmax(at_least_float32(teacher), dim=1).mean(dim=0)  # (K,)
-    return torch.xlogy(mean, mean).sum()
+    log_probabilities = F.log_softmax(at_least_float32(teacher), dim=1)  # (N, K)
+    # By logarithms: a class that no image belongs to underflows to 0, where the gradient of p log p is infinite.
+    log_mean = torch.logsumexp(log_probabilities, dim=0) - math.log(len(teacher))  # (K,)
+    return (log_mean.exp() * log_mean).sum()
 
 
 def activation(features: Tensor) -> Tensor:

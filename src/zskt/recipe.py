@@ -109,7 +109,7 @@ def _weighted(weight: float, term: Term) -> Term:
 
 def learning_rate(schedule: Schedule, initial: float, steps: int, updates: int) -> Callable[[int], float]:
     """The rate at a player's t-th update, of `updates` per step in a run of `steps`."""
-    milestones = [int(steps * fraction) for fraction in schedule.milestones]
+    milestones = [max(1, math.floor(steps * fraction + 1e-9)) for fraction in schedule.milestones]
 
     def rate(t: int) -> float:
         step = t // updates if schedule.clock == "step" else t / updates

@@ -175,4 +175,4 @@ def cosine_decay(t: int, total: int) -> float:
 
 def step_decay(t: int, total: int) -> float:
     """1, then 0.1 from iteration total // 5 on and 0.01 from 2 * total // 5 on (mmrazor: 5,000, 10,000 of 25,000)."""
-    return 0.01 if t >= 2 * total // 5 else 0.1 if t >= total // 5 else 1.0
+    return 0.01 if t >= max(1, 2 * total // 5) else 0.1 if t >= max(1, total // 5) else 1.0

@@ -35,7 +35,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         )
     student = folder / "student.json"
     return {
-        "name": folder.name,
+        "name": folder.resolve().name,
         "config": flat(from_toml((folder / "config.toml").read_text(encoding="utf-8"), f"{folder}/config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "facts": read_json(student) if student.exists() else {},
@@ -46,6 +46,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
     """Write the page for these run folders to `path`; returns each measure over the runs: values, mean and std."""
     runs = [read_run(Path(folder)) for folder in folders]
+    if len({run["name"] for run in runs}) < len(runs):
+        for run, folder in zip(runs, folders, strict=True):
+            run["name"] = str(folder)
     title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
     body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
     for run in runs:
@@ -97,7 +100,7 @@ def _samples(paths: list[Path]) -> str:
     shown = [paths[round(i * (len(paths) - 1) / 5)] for i in range(6)] if len(paths) > 6 else paths
     figures = [
         f'<figure><img alt="pseudo images" src="{_inline(p.read_bytes())}">'
-        f"<figcaption>step {int(p.stem):,}</figcaption></figure>"
+        f"<figcaption>step {html.escape(p.stem.lstrip('0'))}</figcaption></figure>"
         for p in shown
     ]
     return f'<div class="samples">{"".join(figures)}</div>'

@@ -7,6 +7,7 @@ import argparse
 import copy
 import hashlib
 import pickle
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from zskt import models
 from zskt.features import batchnorm_layers, evaluating, logits_of
-from zskt.files import ZsktError, cannot, read_json, read_tensors, write_json, write_tensors
+from zskt.files import ZsktError, cannot, first_line, read_json, read_tensors, write_json, write_tensors
 
 FORMAT = 1
 """Version of the JSON beside the weights."""
@@ -55,7 +56,7 @@ class Teacher(nn.Module):
                 f"expected a mean and a standard deviation for each of {channels} channels, found {len(mean)} and "
                 f"{len(std)}: give --mean and --std with {channels} numbers each"
             )
-        if max(map(abs, mean)) > 1 or max(std) > 1 or min(std) <= 0:
+        if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
             raise ZsktError(f"expected mean and std of pixels in [0, 1], found {list(mean)} and {list(std)}")
         self.input_size = (channels, height, width)
         self.module = copy.deepcopy(module).requires_grad_(False)
@@ -75,10 +76,12 @@ class Teacher(nn.Module):
         with torch.no_grad():
             try:
                 logits = self(noise.to(like.device, like.dtype))
-            except RuntimeError as error:  # how torch reports a shape that does not fit
+            except ZsktError:
+                raise
+            except Exception as error:  # a module of somebody else's may refuse a shape in any way
                 size = " x ".join(map(str, self.input_size))
                 raise ZsktError(
-                    f"the network does not take images of {size} ({str(error).splitlines()[0]}); check the input size"
+                    f"the network does not take images of {size} ({first_line(error)}); check the input size"
                 ) from error
         if not torch.isfinite(logits).all():
             raise ZsktError("the network answers noise with NaN or infinity; check its weights")
@@ -139,10 +142,11 @@ def check_pair(teacher: Teacher, student: nn.Module) -> None:
     try:
         with evaluating(student):
             classes = logits_of(student(blank)).shape[1]
-    except RuntimeError as error:
+    except ZsktError:
+        raise
+    except Exception as error:  # as in Teacher
         raise ZsktError(
-            f"the student does not take the teacher's images of {size} ({str(error).splitlines()[0]}); build it for "
-            "that size"
+            f"the student does not take the teacher's images of {size} ({first_line(error)}); build it for that size"
         ) from error
     if classes != teacher.num_classes:
         raise ZsktError(
@@ -204,14 +208,15 @@ def _load(folder: Path, stem: str) -> Teacher:
             else ("make one with zskt teach, zskt import or zskt distill")
         )
         raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what} without it; {near}")
-    facts = read_json(path)
-    missing = {"model", "num_classes", "input_size", "mean", "std"} - set(facts)
-    if missing or facts.get("format") != FORMAT:
-        raise ZsktError(f"{path} lacks {sorted(missing)} or is not of format {FORMAT}; write the folder anew")
+    facts = _checked_facts(path)
     if facts["model"] is None:
         raise ZsktError(f"{path} describes a Python object: rebuild it yourself and load {stem}.safetensors into it")
     module = models.build(facts["model"], facts["num_classes"], _input_size(facts["input_size"]))
     tensors, _ = read_tensors(folder / f"{stem}.safetensors")
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            module.to(torch.promote_types(tensor.dtype, torch.float32))  # float64 stays, half precisions are widened
+            break
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -229,6 +234,30 @@ def _load(folder: Path, stem: str) -> Teacher:
     )
 
 
+def _checked_facts(path: Path) -> dict[str, Any]:
+    """The JSON beside a network's weights, after a look at whether it says what a network needs."""
+    facts: Any = read_json(path)
+    if not isinstance(facts, dict):
+        raise ZsktError(f"expected an object in {path}, found {type(facts).__name__}; write the folder anew")
+
+    def numbers(value: Any, *kinds: type) -> bool:
+        return isinstance(value, list) and bool(value) and all(type(item) in kinds for item in value)
+
+    right = {
+        "format": facts.get("format") == FORMAT,
+        "model": "model" in facts and isinstance(facts["model"], str | None),
+        "num_classes": type(facts.get("num_classes")) is int,
+        "input_size": numbers(facts.get("input_size"), int),
+        "mean": numbers(facts.get("mean"), int, float),
+        "std": numbers(facts.get("std"), int, float),
+        "class_names": facts.get("class_names") is None or numbers(facts["class_names"], str),
+    }
+    wrong = [name for name, fine in right.items() if not fine]
+    if wrong:
+        raise ZsktError(f"{path} lacks {', '.join(wrong)} or holds a wrong value there; write the folder anew")
+    return facts
+
+
 def read_weights(path: Path) -> Any:
     """What a `.safetensors` or torch checkpoint file holds, without executing anything in it.
 
@@ -244,14 +273,13 @@ def read_weights(path: Path) -> Any:
     except OSError as error:
         raise cannot("read", path, error) from error
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported global" in reason or "GLOBAL" in reason:
-            found = next((word for word in reason.split() if "." in word and "torch" not in word), "foreign code")
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise ZsktError(
-                f"{path} wants to run {found} while loading, which is refused; save the plain state dict (safetensors "
-                "or torch.save(model.state_dict(), ...)) and import that"
+                f"{path} wants to run {wanted[1]} while loading, which is refused; save the plain state dict "
+                "(safetensors or torch.save(model.state_dict(), ...)) and import that"
             ) from error
-        raise ZsktError(f"{path} is not a torch checkpoint ({reason.splitlines()[0][:120]}); fetch it again") from error
+        raise ZsktError(f"{path} is not a plain torch checkpoint ({first_line(error)}); fetch it again") from error
     except Exception as error:  # damaged files fail in every way that a parser can
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ZsktError(f"{path} is truncated or not a weights file ({reason}); fetch or save it again") from error
+        raise ZsktError(
+            f"{path} is truncated or not a weights file ({first_line(error)}); fetch or save it again"
+        ) from error

@@ -1,0 +1,224 @@
+"""The subcommands that make and inspect teachers. Their docstrings are the help texts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.table import Table
+from torch import Tensor
+
+from zskt import models
+from zskt.baselines import Teaching, teach
+from zskt.belief import measure
+from zskt.data import KNOWN, Dataset, read
+from zskt.distill import plan
+from zskt.features import batchnorm_layers, find_stages, forward_flops
+from zskt.files import UsageError, ZsktError
+from zskt.importing import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
+from zskt.progress import bar, console, notice, teaching
+from zskt.recipe import AUTO, choose
+from zskt.teacher import Teacher, count_parameters, load_network, save_teacher
+
+Result = dict[str, Any]
+Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]
+Size = tuple[int, int, int]
+
+
+def read_images(sources: Sequence[str], split: Literal["train", "test"], size: Size | None) -> Dataset:
+    """One split of the data, with a progress bar."""
+    with bar(f"reading {split} images", "images") as show:
+        return read(sources, split, size=size, progress=lambda done, total: show(done, total, ""), notice=notice)
+
+
+def test_images(sources: Sequence[str], network: Teacher) -> tuple[Tensor, Tensor]:
+    """Test images (M, C, H, W) and labels (M,) for a network, after a look at whether the classes are the network's."""
+    test = read_images(sources, "test", network.input_size)
+    if len(test.class_names) != network.num_classes:
+        raise ZsktError(
+            f"expected data of {network.num_classes} classes, found {len(test.class_names)}: "
+            f"{', '.join(test.class_names[:5])}, ...; give the data that the network was trained for"
+        )
+    if network.class_names is not None and network.class_names != test.class_names:
+        notice(
+            f"note: the network's classes are called {network.class_names[:3]}..., the data's {test.class_names[:3]}..."
+        )
+    return test.images, test.labels
+
+
+def run_teach(
+    *,
+    model: str,
+    data: Data,
+    out: Path,
+    input_size: Size | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    epochs: int = 60,
+    batch_size: int = 128,
+    learning_rate: float = 0.1,
+    weight_decay: float = 5e-4,
+    shift: int | None = None,
+    mirrored: bool | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    stop_after: str | None = None,
+    resume: bool = False,
+) -> Result:
+    """Train a teacher on labelled images and write it, with its normalisation and accuracy, to a folder.
+
+    Example: zskt teach --model wrn-16-2 --data cifar10-train.zip cifar10-test.zip --out teacher
+
+    Args:
+        model: wrn-DEPTH-WIDTH, resnet-18, resnet-34, vgg-11, lenet-5, lenet-5-half or convnet-WIDTH.
+        data: zips or folders of split/class/file images, the files of MNIST, CIFAR or SVHN, or the word digits.
+        out: folder of the teacher.
+        input_size: channels, height and width; by default the images' own.
+        mean: per channel, of pixels in [0, 1]; by default the known data set's, else the training images'.
+        std: likewise.
+        epochs: passes over the training images.
+        batch_size: images per update.
+        learning_rate: peak of the one-cycle schedule.
+        weight_decay: L2 penalty on weights.
+        shift: largest random shift in pixels, each way; by default an eighth of the image.
+        mirrored: whether to mirror images at random; by default only where a known data set allows it.
+        seed: of initialisation, order and augmentation.
+        device: auto, cpu, cuda or cuda:N.
+        precision: bf16 is faster on hardware that has it.
+        stop_after: leave early, after a time (90s, 9m, 2h) or a number of epochs, to go on with --resume.
+        resume: go on with an unfinished training in --out.
+    """
+    train = read_images(data, "train", input_size)
+    size = train.images.shape[1], train.images.shape[2], train.images.shape[3]
+    test = read_images(data, "test", size)
+    if test.class_names != train.class_names:
+        raise ZsktError(
+            f"expected equal classes in train and test, found {len(train.class_names)} and {len(test.class_names)}, "
+            "or other names; correct the folders"
+        )
+    known = KNOWN.get(train.name)
+    if bool(mean) != bool(std):
+        raise UsageError("--mean and --std go together: give both or neither")
+    if mean:
+        mean, std, lines = unit_normalisation(mean, std)
+        for line in lines:
+            notice(line)
+    elif known is not None and size == known.size:
+        mean, std = known.mean, known.std
+    else:
+        pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255
+        mean, std = (tuple(round(v, 4) for v in m(dim=(0, 2, 3)).tolist()) for m in (pixels.mean, pixels.std))
+        notice(f"normalisation from the training images: mean {mean}, std {std}")
+    settings = Teaching(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        shift=min(size[1:]) // 8 if shift is None else shift,
+        mirrored=bool(known and known.mirrored) if mirrored is None else mirrored,
+        seed=seed,
+        device=device,
+        precision=precision,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = models.build(model, len(train.class_names), size)
+    with teaching() as callback:
+        result = teach(
+            module,
+            (train.images, train.labels),
+            (test.images, test.labels),
+            settings,
+            mean=mean,
+            std=std,
+            class_names=train.class_names,
+            out=out,
+            resume=resume,
+            stop_after=stop_after,
+            callbacks=[callback],
+        )
+    return {"finished": result.finished, "epoch": result.epoch, **result.measured, "teacher": str(out)}
+
+
+def run_import(
+    weights: tyro.conf.Positional[Path],
+    /,
+    *,
+    model: str,
+    input_size: Size,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    out: Path,
+    rename: tuple[str, ...] = (),
+    data: Data = (),
+) -> Result:
+    """Turn somebody else's checkpoint into a teacher folder. Nothing in the file is executed.
+
+    Example: zskt import wrn.pth.tar --model wrn-16-1 --input-size 3 32 32 --num-classes 10
+    --mean .4914 .4822 .4465 --std .2023 .1994 .2010 --out teacher --data cifar10-test.zip
+
+    Args:
+        weights: a .pth, .pth.tar, .pt or .safetensors file with a state dict somewhere in it.
+        model: the network the weights belong to, as in zskt teach.
+        input_size: channels, height and width.
+        num_classes: classes of the network.
+        mean: per channel, of pixels in [0, 1]; numbers above 1 are read as 0..255.
+        std: likewise.
+        out: folder of the teacher.
+        rename: FOREIGN=OURS name components, where no single renaming fits; FOREIGN= drops, FOREIGN=- leaves out.
+        data: labelled test images to verify the result with.
+    """
+    teacher, report = import_weights(weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename))
+    for line in report.notices:
+        notice(line)
+    measured: dict[str, float] = {}
+    if data:
+        measured = measure(teacher, *test_images(data, teacher))
+        notice(f"accuracy {measured['accuracy']:.4f}")
+    else:
+        notice(NOT_VERIFIED)
+    save_teacher(out, teacher, **report.facts, measured=measured)
+    return {"teacher": str(out), "renamed": report.facts["renamed"], "verified": bool(data), **measured}
+
+
+def run_inspect(teacher: tyro.conf.Positional[Path], /, *, student: str | None = None) -> Result:
+    """Show what was found in a teacher folder or a run, and which recipe auto would choose for it.
+
+    Example: zskt inspect teacher --student wrn-10-1
+
+    Args:
+        teacher: a teacher folder, or a run folder (its student).
+        student: also say what distilling into this network would do.
+    """
+    network = load_network(teacher)
+    stages = find_stages(network.module, network.input_size)
+    config, reason = choose(AUTO, network)
+    result: Result = {
+        "model": getattr(network.module, "spec", None),
+        "input_size": list(network.input_size),
+        "num_classes": network.num_classes,
+        "mean": network.mean.flatten().tolist(),
+        "std": network.std.flatten().tolist(),
+        "parameters": count_parameters(network.module),
+        "flops": forward_flops(network.module, network.input_size),
+        "batchnorm_layers": len(batchnorm_layers(network.module)),
+        "stages": list(stages),
+        "recipe": config.recipe,
+        "reason": reason,
+    }
+    if student is not None:
+        module = models.build(student, network.num_classes, network.input_size)
+        config, _ = plan(network, module)
+        result |= {
+            "student_parameters": count_parameters(module),
+            "student_flops": forward_flops(module, network.input_size),
+            "generator_width": config.generator.width,
+        }
+    table = Table("", "found", title=str(teacher))
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    console().print(table)
+    return result
