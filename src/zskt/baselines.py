@@ -5,6 +5,7 @@ class, mirrored images. No label smoothing and no mixing of images: both are rep
 """
 
 import dataclasses
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from zskt import checkpoint
 from zskt.belief import check_images, measure, network_like
+from zskt.config import check_bounds
 from zskt.distill import seeded, versions
 from zskt.files import UsageError, ZsktError
 from zskt.recipe import pick_device
@@ -51,6 +53,8 @@ class Teaching:
     """bf16: autocast; weights stay in fp32"""
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            check_bounds(name, value)
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected a positive number")
@@ -106,6 +110,8 @@ def teach(
         raise ZsktError(f"{folder} holds an unfinished training; continue it with --resume or choose another --out")
     device = pick_device(settings.device)
     size = tuple(train[0].shape[1:])
+    if settings.shift >= min(size[1:]):
+        raise UsageError(f"shift = {settings.shift}: expected less than the image's {min(size[1:])} pixels")
     teacher = Teacher(module, input_size=size, mean=mean, std=std, class_names=class_names).to(device)
     for images, labels in (train, test):
         check_images(teacher, images, labels)
@@ -114,10 +120,11 @@ def teach(
     batches = -(-len(train[0]) // settings.batch_size)
     seconds, epochs = checkpoint.parse_budget(stop_after)
     result = TeachResult(teacher)
+    beginnings = {"settings": dataclasses.asdict(settings), "mean": [*mean], "std": [*std], "data": digest(*train)}
     with seeded(settings.seed, device), checkpoint.stopping(seconds, signals=state is not None) as request:
         if resume:
             assert state is not None
-            result.epoch = restore(state, module, optimizer, settings)
+            result.epoch = restore(state, module, optimizer, beginnings)
         last = min(settings.epochs, result.epoch + epochs)
         while result.epoch < last:
             module.train()
@@ -137,13 +144,17 @@ def teach(
                 for callback in callbacks:
                     callback(Epoch(update + 1, settings.epochs * batches))
             result.epoch += 1
+            if not math.isfinite(float(loss.detach())):
+                raise ZsktError(
+                    f"the loss is {float(loss.detach())} after epoch {result.epoch}: it diverged; lower --learning-rate"
+                )
             leaving = request.reached() or result.epoch == last
             if leaving or result.epoch % max(1, settings.epochs // 20) == 0:
                 result.measured = measure(network_like(teacher, module), *test)
                 for callback in callbacks:
                     callback(Epoch(result.epoch * batches, settings.epochs * batches, result.measured["accuracy"]))
             if state is not None:
-                keep(state, result.epoch, module, optimizer, settings)
+                keep(state, result.epoch, module, optimizer, beginnings)
             if leaving:
                 request.raise_if_signalled(f"stopped after epoch {result.epoch} of {settings.epochs}")
                 break
@@ -194,24 +205,32 @@ def augment(images: Tensor, shift: int, mirrored: bool) -> Tensor:
     return images
 
 
-def keep(folder: Path, epoch: int, module: nn.Module, optimizer: torch.optim.Optimizer, settings: Teaching) -> None:
+def digest(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of labels (M,) and about a thousand of the images (M, C, H, W): are these the same data?"""
+    some = images[:: max(1, len(images) // 1000)].contiguous()
+    return hashlib.sha256(labels.cpu().numpy().tobytes() + some.cpu().numpy().tobytes()).hexdigest()
+
+
+def keep(
+    folder: Path, epoch: int, module: nn.Module, optimizer: torch.optim.Optimizer, beginnings: dict[str, Any]
+) -> None:
     """Write a checkpoint of everything that the rest of the training depends on."""
     tensors = {
         **checkpoint.prefixed("module", module.state_dict()),
         **checkpoint.prefixed("optimizer", checkpoint.optimizer_state(optimizer)),
         **checkpoint.random_state(next(module.parameters()).device),
     }
-    checkpoint.save(folder, epoch, tensors, {"settings": dataclasses.asdict(settings)})
+    checkpoint.save(folder, epoch, tensors, beginnings)
 
 
-def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: Teaching) -> int:
+def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, beginnings: dict[str, Any]) -> int:
     """Take up the newest checkpoint; returns the number of epochs done."""
     tensors, facts = checkpoint.load(folder)
-    if facts["settings"] != dataclasses.asdict(settings):
-        raise ZsktError(
-            f"{folder.parent} was begun with other settings: {facts['settings']}; resume with the same ones"
-        )
-    module.load_state_dict(checkpoint.under("module", tensors))
-    checkpoint.restore_optimizer(optimizer, checkpoint.under("optimizer", tensors))
-    checkpoint.restore_random_state(tensors, next(module.parameters()).device)
+    different = [name for name, value in beginnings.items() if facts.get(name) != value]
+    if different:
+        raise ZsktError(f"{folder.parent} was begun with other {' and '.join(different)}; resume with the same ones")
+    with checkpoint.restoring(folder):
+        module.load_state_dict(checkpoint.under("module", tensors))
+        checkpoint.restore_optimizer(optimizer, checkpoint.under("optimizer", tensors))
+        checkpoint.restore_random_state(tensors, next(module.parameters()).device)
     return int(facts["step"])

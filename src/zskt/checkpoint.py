@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zskt.files import UsageError, ZsktError, cannot, read_tensors, write_tensors
+from zskt.files import UsageError, ZsktError, cannot, first_line, read_tensors, write_tensors
 
 KEPT = 2
 """Checkpoints kept: the newest and the one before it."""
@@ -45,11 +45,23 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             tensors, metadata = read_tensors(path)
+            return tensors, json.loads(metadata["facts"])
         except ZsktError as error:
             problem = problem or error
-        else:
-            return tensors, json.loads(metadata["facts"])
-    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; start the run without --resume")
+        except (KeyError, ValueError):
+            problem = problem or ZsktError(f"{path} is no checkpoint of ours; remove it and resume")
+    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start anew")
+
+
+@contextlib.contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is put back into one line: it belongs to something else."""
+    try:
+        yield
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ZsktError(
+            f"the checkpoint in {folder} does not fit ({first_line(error)}); resume with the same model and settings"
+        ) from error
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,13 @@ The last line on stdout is one JSON object; everything else goes to stderr. Exit
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich.table import Table
 
@@ -20,7 +20,7 @@ from zskt.belief import measure
 from zskt.checkpoint import Interrupted
 from zskt.cli_teachers import Data, Result, run_import, run_inspect, run_teach, test_images
 from zskt.config import flat, from_text, to_toml
-from zskt.distill import distill, plan, sample
+from zskt.distill import distill, plan, sample, seeded
 from zskt.figures import image_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot
 from zskt.progress import console, distilling, notice
@@ -86,8 +86,7 @@ def run_distill(
     changes = dict(map(from_text, settings))
     given = {"steps": steps, "seed": seed, "batch_size": batch_size, "device": device, "precision": precision}
     changes = {name: value for name, value in given.items() if value is not None} | changes
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         module = models.build(student, network.num_classes, network.input_size)
     config, reason = plan(network, module, recipe, changes)
     notice(f"recipe {config.recipe} ({reason}), {config.steps:,} steps, generator width {config.generator.width}")
@@ -218,6 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         notice(f"zskt: {cannot('use', Path(str(error.filename or 'a file')), error)}")
+        return 1
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not re.search(r"memory|overflow", f"{type(error).__name__} {error}", re.IGNORECASE):
+            raise
+        notice("zskt: not enough memory for this; use a smaller --batch-size, network or generator.width")
         return 1
     except KeyboardInterrupt:
         notice("zskt: interrupted")

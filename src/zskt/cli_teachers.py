@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.table import Table
 from torch import Tensor
@@ -13,7 +12,7 @@ from zskt import models
 from zskt.baselines import Teaching, teach
 from zskt.belief import measure
 from zskt.data import KNOWN, Dataset, read
-from zskt.distill import plan
+from zskt.distill import plan, seeded
 from zskt.features import batchnorm_layers, find_stages, forward_flops
 from zskt.files import UsageError, ZsktError
 from zskt.importing import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
@@ -122,8 +121,7 @@ def run_teach(
         device=device,
         precision=precision,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         module = models.build(model, len(train.class_names), size)
     with teaching() as callback:
         result = teach(

@@ -165,8 +165,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in flat(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"{name} = {value!r}: expected a finite number")
+            check_bounds(name, value)
             if name in _POSITIVE and not (value == "auto" or value > 0):
                 raise UsageError(f"{name} = {value!r}: expected a positive number")
             if name in _NOT_NEGATIVE and value < 0:
@@ -202,6 +201,18 @@ class Config:
         value: int | str = getattr(self, what)
         times = {"log_every": 1_000, "evaluate_every": 20, "checkpoint_every": 50}[what]
         return -(-self.steps // times) if isinstance(value, str) else value
+
+
+LARGEST = 10**9
+"""of a whole number: beyond it nothing here makes sense, and libraries below overflow"""
+
+
+def check_bounds(name: str, value: Any) -> None:
+    """Raise UsageError for a number that is not finite, or a whole number that no run could mean."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} = {value!r}: expected a finite number")
+    if type(value) is int and abs(value) > LARGEST:
+        raise UsageError(f"{name} = {value!r}: expected at most {LARGEST:,}")
 
 
 _POSITIVE = {

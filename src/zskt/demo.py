@@ -4,12 +4,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zskt import models
 from zskt.baselines import Teaching, teach
 from zskt.data import KNOWN, digits
-from zskt.distill import distill
+from zskt.distill import distill, seeded
 from zskt.progress import distilling, notice, teaching
 from zskt.report import write_report
 from zskt.teacher import count_parameters, load_teacher
@@ -27,8 +25,7 @@ def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path |
     folder = fresh_folder(Path("runs"), "demo") if out is None else out
     known = KNOWN["digits"]
     train, test = digits(split_seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         teacher_module = models.build(TEACHER, len(known.class_names), known.size)
         student = models.build(STUDENT, len(known.class_names), known.size)
     notice(f"training a teacher, {TEACHER}, on {len(train.images):,} images of handwritten digits")

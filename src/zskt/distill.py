@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zskt import checkpoint
 from zskt.belief import check_images, judge, network_like, predict, pseudo_beliefs, warning_lights
-from zskt.config import Config, flat, from_toml, replace, to_toml
+from zskt.config import LARGEST, Config, flat, from_toml, replace, to_toml
 from zskt.figures import image_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot, read_tensors, write_tensors, write_text
 from zskt.generator import Generator
@@ -27,6 +27,7 @@ from zskt.recipe import arrange, assemble, choose, pick_device, settle_width
 from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
 from zskt.version import __version__
 
+CPU = torch.device("cpu")
 SAMPLES = 64
 """Pseudo images in a sample grid; the generator runs in train mode, so it needs a batch of this order."""
 
@@ -260,22 +261,23 @@ class Run:
         assert self.metrics is not None
         assert self.timing is not None
         tensors, facts = checkpoint.load(self.folder / "checkpoint")
-        if facts["teacher"] != self.teacher.fingerprint():
+        if facts.get("teacher") != self.teacher.fingerprint():
             raise ZsktError(f"{self.folder} was begun with another teacher; resume it with the same one")
         matching = self.matching
-        self.student.load_state_dict(checkpoint.under("student", tensors))
-        matching.generator.load_state_dict(checkpoint.under("generator", tensors))
-        for updates, name in ((matching.student_updates, "student"), (matching.generator_updates, "generator")):
-            checkpoint.restore_optimizer(updates.optimizer, checkpoint.under(f"{name}_optimizer", tensors))
-            updates.done = facts["step"] * updates.count
-        matching.memory.load_state_dict(checkpoint.under("memory", tensors))
-        for i, rng in enumerate(self.rngs):
-            rng.set_state(tensors[f"rng/{i}"])
-        checkpoint.restore_random_state(tensors, self.rngs[0].device)
-        self.step = facts["step"]
-        self.seconds_before = facts["seconds"]
-        self.metrics.cut(facts["metrics_bytes"])
-        self.timing.cut(facts["timing_bytes"])
+        with checkpoint.restoring(self.folder):
+            self.student.load_state_dict(checkpoint.under("student", tensors))
+            matching.generator.load_state_dict(checkpoint.under("generator", tensors))
+            for updates, name in ((matching.student_updates, "student"), (matching.generator_updates, "generator")):
+                checkpoint.restore_optimizer(updates.optimizer, checkpoint.under(f"{name}_optimizer", tensors))
+                updates.done = facts["step"] * updates.count
+            matching.memory.load_state_dict(checkpoint.under("memory", tensors))
+            for i, rng in enumerate(self.rngs):
+                rng.set_state(tensors[f"rng/{i}"])
+            checkpoint.restore_random_state(tensors, self.rngs[0].device)
+            self.step = facts["step"]
+            self.seconds_before = facts["seconds"]
+            self.metrics.cut(facts["metrics_bytes"])
+            self.timing.cut(facts["timing_bytes"])
 
     def finish(self, result: DistillResult) -> None:
         """Measure the last iterate and write the finished student and the generator."""
@@ -358,8 +360,10 @@ def sample(folder: str | Path, seed: int = 0) -> Tensor:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """Torch's global random numbers start from `seed` inside, and go on afterwards as if nothing had been drawn."""
+    if not 0 <= seed <= LARGEST:
+        raise UsageError(f"seed = {seed}: expected a number from 0 to {LARGEST:,}")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
