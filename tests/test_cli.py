@@ -176,8 +176,8 @@ def test_import(capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path) -
     module = zskt.models.wide_resnet(10, 1)
     foreign = {name.replace("shortcut", "convShortcut"): tensor for name, tensor in module.state_dict().items()}
     torch.save({"state_dict": foreign, "epoch": 3}, tmp_path / "wrn.pth")
-    command = ["import", tmp_path / "wrn.pth", "--model", "wrn-10-1", "--input-size", 3, 16, 16, "--num-classes", 10]
-    command += ["--mean", 125.3, 123.0, 113.9, "--std", 51.6, 50.8, 51.3]
+    command = ["import", tmp_path / "wrn.pth", "--model", "wrn-10-1", "--input-size", 3, 16, 16]
+    command += ["--mean", 125.3, 123.0, 113.9, "--std", 51.6, 50.8, 51.3, "--num-classes", 10]
     result = run(capsys, *command, "--out", tmp_path / "a")
     assert result["renamed"] == {"convShortcut": "shortcut"}
     assert not result["verified"]
@@ -186,7 +186,7 @@ def test_import(capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path) -
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(teacher(x), module.eval()(x))
     assert "accuracy" in run(capsys, *command, "--out", tmp_path / "b", "--data", data)
-    assert "fc.weight" in refused(capsys, 1, *command, "--out", tmp_path / "c", "--num-classes", 100)
+    assert "fc.weight" in refused(capsys, 1, *command[:-2], "--out", tmp_path / "c", "--num-classes", 100)
     assert not (tmp_path / "c").exists()
 
 
@@ -220,6 +220,21 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], teacher: str,
     (tmp_path / "teacher" / "teacher.safetensors").write_bytes(b"\x00" * 20)
     assert "not a whole safetensors file" in refused(capsys, 1, "inspect", teacher)
     assert not out.exists()
+
+
+def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path) -> None:
+    command = ["distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", *TINY]
+    assert "--set is given twice" in refused(capsys, 2, *command, "--set", "student.updates=3")
+    assert "use --seed" in refused(capsys, 2, *command, "seed=3")  # a value of the --set before it
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_demo_with_an_unknown_recipe_trains_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean zskt" in refused(capsys, 2, "demo", "--recipe", "zskd")
+    assert not (tmp_path / "runs").exists()
 
 
 def one_class(tmp_path: Path) -> Path:

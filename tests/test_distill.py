@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import zskt
 from small import make_teacher
-from zskt import models
+from zskt import checkpoint, models
 from zskt.checkpoint import Interrupted
 from zskt.distill import Event, distill
 
@@ -215,7 +215,7 @@ sys.modules["zskt.data"] = None  # importing it fails
 import torch
 sys.path.insert(0, {tests!r})
 from small import make_teacher
-from zskt import models
+from zskt import checkpoint, models
 from zskt.distill import distill
 teacher, student = make_teacher(), models.wide_resnet(10, 1)
 DATA = tuple(".png .jpg .jpeg .webp .gif .bmp .zip .tar .gz .npy .npz .mat .bin ubyte".split())
@@ -296,6 +296,49 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
             distill(teacher, student, **({"recipe": "zskt", "out": out} | arguments))
         assert "\n" not in str(caught.value)
         assert not out.exists()
+
+
+def test_auto_leaves_out_attention_where_stages_do_not_pair_up() -> None:
+    def network(width: int, stride: int) -> nn.Module:
+        layers = [nn.Conv2d(3, width, 3, stride), nn.ReLU(), nn.Conv2d(width, width, 3, 2), nn.ReLU()]
+        return nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+    teacher = make_teacher(network(8, 1))
+    result = distill(teacher, network(4, 2), settings=TINY)
+    assert (result.config.recipe, result.config.student.loss.attention) == ("zskt-fresh", 0.0)
+    assert "without attention" in result.reason
+    assert distill(teacher, network(4, 1), settings=TINY).config.student.loss.attention == 250.0
+
+
+def test_a_failure_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        distill(
+            make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", callbacks=[die_at(1)]
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    def meanwhile(event: Event) -> None:
+        with pytest.raises(zskt.ZsktError, match="another process is at work"), checkpoint.owning(tmp_path / "run"):
+            pass
+
+    distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", callbacks=[meanwhile])
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_log_shorter_than_its_checkpoint_says_is_refused(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY | KEEP, "out": tmp_path / "run"}
+    distill(make_teacher(), new_student(), "zskt", stop_after=3, **arguments)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(zskt.ZsktError, match="shorter than its checkpoint"):
+        distill(make_teacher(), new_student(), "zskt", resume=True, **arguments)
+
+
+def test_resuming_a_finished_run_keeps_what_was_measured(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    first = distill(make_teacher(), new_student(), "zskt", evaluate=images(), **arguments)
+    assert distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).measured == first.measured
 
 
 def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ STORY = [
     "data",
     "importing",
     "reference",
+    "bench",
     "progress",
     "demo",
     "cli_teachers",

@@ -23,7 +23,7 @@ from zskt.config import check_bounds
 from zskt.distill import seeded, versions
 from zskt.files import UsageError, ZsktError
 from zskt.recipe import pick_device
-from zskt.teacher import Teacher, save_teacher
+from zskt.teacher import Teacher, check_teacher_folder, save_teacher
 
 Images = tuple[Tensor, Tensor]
 """uint8 images (M, C, H, W) and their labels (M,)"""
@@ -101,8 +101,8 @@ def teach(
     there. `stop_after` ("9m", or a number of epochs) leaves early.
     """
     folder = Path(out) if out is not None else None
-    if folder is not None and (folder / "teacher.json").exists():
-        raise ZsktError(f"{folder} already holds a teacher; choose another --out or remove it")
+    if folder is not None:
+        check_teacher_folder(folder)
     if (resume or stop_after) and folder is None:
         raise UsageError("a training that is resumed or stopped early needs a folder: give out")
     state = folder / "checkpoint" if folder is not None else None
@@ -121,7 +121,11 @@ def teach(
     seconds, epochs = checkpoint.parse_budget(stop_after)
     result = TeachResult(teacher)
     beginnings = {"settings": dataclasses.asdict(settings), "mean": [*mean], "std": [*std], "data": digest(*train)}
-    with seeded(settings.seed, device), checkpoint.stopping(seconds, signals=state is not None) as request:
+    with (
+        checkpoint.owning(folder),
+        seeded(settings.seed, device),
+        checkpoint.stopping(seconds, signals=state is not None) as request,
+    ):
         if resume:
             assert state is not None
             result.epoch = restore(state, module, optimizer, beginnings)
@@ -130,6 +134,8 @@ def teach(
             module.train()
             order = torch.randperm(len(train[0]))
             for i, chosen in enumerate(torch.split(order, settings.batch_size)):
+                if len(chosen) == 1:  # one image has no statistics for BatchNorm; another epoch has another last one
+                    continue
                 update = result.epoch * batches + i
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * one_cycle(update / (settings.epochs * batches))
@@ -158,17 +164,13 @@ def teach(
             if leaving:
                 request.raise_if_signalled(f"stopped after epoch {result.epoch} of {settings.epochs}")
                 break
-    result.teacher = network_like(teacher, module.eval())
-    result.finished = result.epoch == settings.epochs
-    if result.finished and folder is not None and state is not None:
-        facts = {
-            "how": "zskt teach",
-            **dataclasses.asdict(settings),
-            "measured": result.measured,
-            "versions": versions(),
-        }
-        save_teacher(folder, result.teacher, **facts)
-        shutil.rmtree(state)
+        result.teacher = network_like(teacher, module.eval())
+        result.finished = result.epoch == settings.epochs
+        result.measured = result.measured or measure(result.teacher, *test)
+        if result.finished and folder is not None and state is not None:
+            facts = {"how": "zskt teach", **dataclasses.asdict(settings)}
+            save_teacher(folder, result.teacher, **facts, measured=result.measured, versions=versions())
+            shutil.rmtree(state)
     return result
 
 

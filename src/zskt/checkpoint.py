@@ -1,10 +1,12 @@
 """State on disk that a run can be continued from, exactly: tensors, random numbers, log positions. No pickle."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -18,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zskt.files import UsageError, ZsktError, cannot, first_line, read_tensors, write_tensors
+from zskt.config import Config, flat, from_toml
+from zskt.files import UsageError, ZsktError, cannot, first_line, read_tensors, read_text, write_tensors
 
 KEPT = 2
 """Checkpoints kept: the newest and the one before it."""
@@ -143,6 +146,8 @@ class JsonLines:
 
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes: lines newer than the checkpoint."""
+        if self.size() < size:
+            raise ZsktError(f"{self.path} is shorter than its checkpoint says; put it back or start anew elsewhere")
         try:
             with self.path.open("ab") as file:
                 file.truncate(size)
@@ -152,13 +157,73 @@ class JsonLines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line cut short by a kill is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    texts = read_text(path).splitlines()
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text)
+            line["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(texts):
+                raise ZsktError(f"line {number} of {path} is damaged; mend or remove it") from error
+        else:
+            lines.append(line)
     return lines
+
+
+def check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Raise unless a new run may begin in `folder` or, with `resume`, this very run may go on there."""
+    path = folder / "config.toml"
+    try:
+        there = path.exists()
+        if not resume and there:
+            raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
+        if not resume:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ZsktError(f"expected a new or empty folder at {folder}, found other things; choose another --out")
+            return
+    except OSError as error:
+        raise cannot("use", folder, error) from error
+    if not there:
+        raise ZsktError(f"expected a run to resume in {folder}, found no config.toml; start it without --resume")
+    recorded = from_toml(read_text(path), str(path))
+    if recorded != config:
+        ours, theirs = flat(config), flat(recorded)
+        different = [f"{name} = {theirs[name]!r}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+        raise ZsktError(
+            f"{folder} was begun with other settings ({'; '.join(different)}); resume it with the same ones"
+        )
+
+
+@contextlib.contextmanager
+def owning(folder: Path | None) -> Iterator[None]:
+    """Keep other processes out of a folder while this one works there; made if need be.
+
+    If the work fails before its first checkpoint, what it wrote is removed: there is nothing to resume.
+    """
+    if folder is None:
+        yield
+        return
+    lock = folder / ".lock"
+    try:
+        fresh = not folder.exists() or not any(folder.iterdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise cannot("write", folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ZsktError(f"another process is at work in {folder}; wait for it or choose another --out") from error
+        try:
+            yield
+        except BaseException:
+            if fresh and not any((folder / "checkpoint").glob("*.safetensors")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @dataclass

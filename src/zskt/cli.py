@@ -84,6 +84,9 @@ def run_distill(
     """
     network = load_network(teacher)
     changes = dict(map(from_text, settings))
+    for name in ("seed", "steps", "batch_size", "device", "precision", "recipe"):
+        if name in changes:
+            raise UsageError(f"--set {name}: there is an option for it, use --{name.replace('_', '-')}")
     given = {"steps": steps, "seed": seed, "batch_size": batch_size, "device": device, "precision": precision}
     changes = {name: value for name, value in given.items() if value is not None} | changes
     with seeded(seed):
@@ -205,18 +208,26 @@ COMMANDS: dict[str, Callable[..., Result]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
+        for option in options:
+            if options.count(option) > 1:
+                raise UsageError(f"{option} is given twice: give all its values after one, as in {option} A B")
         result = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="zskt", description=__doc__, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
         )
+        print(json.dumps(result, allow_nan=False), flush=True)
     except Interrupted as error:
-        notice(f"zskt: {error}")
+        notice(f"zskt: {printable(error)}")
         return error.status
     except ZsktError as error:
-        notice(f"zskt: {error}")
+        notice(f"zskt: {printable(error)}")
         return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:
+        return 1
     except OSError as error:
-        notice(f"zskt: {cannot('use', Path(str(error.filename or 'a file')), error)}")
+        notice(f"zskt: {printable(cannot('use', Path(str(error.filename or 'a file')), error))}")
         return 1
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not re.search(r"memory|overflow", f"{type(error).__name__} {error}", re.IGNORECASE):
@@ -226,8 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         notice("zskt: interrupted")
         return 130
-    print(json.dumps(result))
     return 0
+
+
+def printable(error: Exception) -> str:
+    """A message as one line, whatever names of files and tensors it quotes."""
+    return "".join(character if character.isprintable() else " " for character in str(error))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from zskt.files import UsageError, ZsktError
 from zskt.importing import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
 from zskt.progress import bar, console, notice, teaching
 from zskt.recipe import AUTO, choose
-from zskt.teacher import Teacher, count_parameters, load_network, save_teacher
+from zskt.teacher import Teacher, check_teacher_folder, count_parameters, load_network, save_teacher
 
 Result = dict[str, Any]
 Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]
@@ -169,6 +170,7 @@ def run_import(
         rename: FOREIGN=OURS name components, where no single renaming fits; FOREIGN= drops, FOREIGN=- leaves out.
         data: labelled test images to verify the result with.
     """
+    check_teacher_folder(out)
     teacher, report = import_weights(weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename))
     for line in report.notices:
         notice(line)
@@ -215,8 +217,8 @@ def run_inspect(teacher: tyro.conf.Positional[Path], /, *, student: str | None =
             "student_flops": forward_flops(module, network.input_size),
             "generator_width": config.generator.width,
         }
-    table = Table("", "found", title=str(teacher))
+    table = Table("", "found", title=escape(str(teacher)))
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(str(value)))
     console().print(table)
     return result

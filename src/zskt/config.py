@@ -170,6 +170,8 @@ class Config:
                 raise UsageError(f"{name} = {value!r}: expected a positive number")
             if name in _NOT_NEGATIVE and value < 0:
                 raise UsageError(f"{name} = {value!r}: expected 0 or a positive number")
+        if self.batch_size < 2:
+            raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
         student, schedule, loss = self.student, self.schedule, self.generator.loss
         if student.optimizer == "adam" and student.momentum:
             raise UsageError("student.momentum is for sgd, and student.optimizer is adam: drop one of them")
@@ -284,7 +286,7 @@ def from_toml(text: str, where: str) -> Config:
     """A config from TOML text that holds differences from the defaults; `where` names it in errors."""
     try:
         return _config(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{where} is not valid TOML: {error}") from error
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error

@@ -9,6 +9,7 @@ from zskt.baselines import Teaching, teach
 from zskt.data import KNOWN, digits
 from zskt.distill import distill, seeded
 from zskt.progress import distilling, notice, teaching
+from zskt.recipe import AUTO, load_recipe
 from zskt.report import write_report
 from zskt.teacher import count_parameters, load_teacher
 
@@ -22,6 +23,8 @@ def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path |
 
     `seed` is that of both networks, the generator and the latents; the split of the data does not depend on it.
     """
+    if recipe != AUTO:
+        load_recipe(recipe)  # an unknown name is said before anything is trained
     folder = fresh_folder(Path("runs"), "demo") if out is None else out
     known = KNOWN["digits"]
     train, test = digits(split_seed)

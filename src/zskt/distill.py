@@ -18,18 +18,16 @@ from torch import Tensor, nn
 
 from zskt import checkpoint
 from zskt.belief import check_images, judge, network_like, predict, pseudo_beliefs, warning_lights
-from zskt.config import LARGEST, Config, flat, from_toml, replace, to_toml
+from zskt.config import LARGEST, Config, from_toml, replace, to_toml
 from zskt.figures import image_grid, save_image
-from zskt.files import UsageError, ZsktError, cannot, read_tensors, write_tensors, write_text
-from zskt.generator import Generator
+from zskt.files import UsageError, ZsktError, read_json, read_tensors, read_text, write_tensors, write_text
+from zskt.generator import Generator, pseudo_images
 from zskt.matching import BeliefMatching, StepLosses
-from zskt.recipe import arrange, assemble, choose, pick_device, settle_width
+from zskt.recipe import AUTO, arrange, assemble, choose, pick_device, settle_width, stages_pair_up
 from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
 from zskt.version import __version__
 
 CPU = torch.device("cpu")
-SAMPLES = 64
-"""Pseudo images in a sample grid; the generator runs in train mode, so it needs a batch of this order."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,11 @@ def plan(
             "input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
         )
     config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
-    config = replace(config, settings or {})
     check_pair(teacher, student)
-    return settle_width(config, teacher, student), reason
+    if recipe == AUTO and config.student.loss.attention and not stages_pair_up(teacher, student):
+        config = replace(config, {"student.loss.attention": 0.0})
+        reason += "; without attention transfer, as the stages of teacher and student do not pair up"
+    return settle_width(replace(config, settings or {}), teacher, student), reason
 
 
 def distill(
@@ -117,7 +117,7 @@ def distill(
         raise UsageError("a run that is resumed or stopped early needs a folder: give out")
     folder = Path(out) if out is not None else None
     if folder is not None:
-        check_folder(folder, config, resume)
+        checkpoint.check_folder(folder, config, resume)
     device = pick_device(config.device)
     student.to(device)
     arrange(student, config)
@@ -126,7 +126,7 @@ def distill(
     if evaluate is not None:
         check_images(teacher, *evaluate)  # wrong size or labels: said now, not after the first hours
 
-    with seeded(config.seed, device):
+    with checkpoint.owning(folder), seeded(config.seed, device):
         rng = torch.Generator(device).manual_seed(config.seed)
         bank_rng = torch.Generator().manual_seed(config.seed)
         matching = assemble(config, working_teacher, student, rng, bank_rng)
@@ -246,6 +246,11 @@ class Run:
             **{f"rng/{i}": rng.get_state() for i, rng in enumerate(self.rngs)},
             **checkpoint.random_state(self.rngs[0].device),
         }
+        if not all(bool(t.isfinite().all()) for t in self.student.state_dict().values() if t.is_floating_point()):
+            raise ZsktError(
+                f"the student has left the numbers by step {self.step:,}: the run has diverged; lower "
+                "student.learning_rate or set student.clip, and start anew"
+            )
         facts = {
             "teacher": self.teacher.fingerprint(),
             "metrics_bytes": self.metrics.size(),
@@ -274,6 +279,8 @@ class Run:
             for i, rng in enumerate(self.rngs):
                 rng.set_state(tensors[f"rng/{i}"])
             checkpoint.restore_random_state(tensors, self.rngs[0].device)
+            if not 0 <= facts["step"] <= self.config.steps:
+                raise ValueError(f"step {facts['step']} of {self.config.steps}")
             self.step = facts["step"]
             self.seconds_before = facts["seconds"]
             self.metrics.cut(facts["metrics_bytes"])
@@ -284,6 +291,9 @@ class Run:
         network = network_like(self.teacher, self.student)
         if self.evaluate is not None:
             result.measured = self.measured or self.measure()
+        elif self.folder is not None and (self.folder / "student.json").exists():
+            # resumed though finished, without images: what was measured then still holds
+            result.measured = read_json(self.folder / "student.json").get("measured", {})
         images = pseudo_images(self.matching.generator, self.matching.latent)
         with torch.no_grad():
             result.warnings = warning_lights(pseudo_beliefs(self.teacher(images), network(images)))
@@ -328,34 +338,16 @@ def check_finite(line: Mapping[str, Any]) -> None:
             )
 
 
-def pseudo_images(generator: nn.Module, latent: int, seed: int = 0) -> Tensor:
-    """SAMPLES images (64, C, H, W) from latents fixed by `seed`, in the teacher's normalised space, leaving no trace.
-
-    The generator runs in train mode, as the student sees it; its buffers and all random numbers stay as they were.
-    """
-    like = next(generator.parameters())
-    z = torch.randn(SAMPLES, latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)  # (64, Z)
-    before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
-    training = generator.training
-    generator.train()
-    try:
-        with torch.no_grad():
-            images: Tensor = generator(z.to(like.device))
-            return images
-    finally:
-        generator.train(training)
-        for name, buffer in generator.named_buffers():
-            buffer.copy_(before[name])
-
-
 def sample(folder: str | Path, seed: int = 0) -> Tensor:
     """64 pseudo images (64, C, H, W) in [0, 1] from the generator of a finished run."""
     folder = Path(folder)
     network = load_student(folder)
-    config = from_toml((folder / "config.toml").read_text(encoding="utf-8"), str(folder / "config.toml"))
-    assert isinstance(config.generator.width, int), "a run's config.toml has every choice made"
+    config = from_toml(read_text(folder / "config.toml"), str(folder / "config.toml"))
+    if config.generator.width == "auto":
+        raise ZsktError(f"expected a number for generator.width in {folder / 'config.toml'}, found auto; put it back")
     generator = Generator(config.generator.latent, network.input_size, config.generator.width)
-    generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
+    with checkpoint.restoring(folder):
+        generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
     return network.denormalise(pseudo_images(generator, config.generator.latent, seed))
 
 
@@ -367,30 +359,6 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raise unless a new run may begin in `folder` or, with `resume`, this very run may go on there."""
-    path = folder / "config.toml"
-    try:
-        there = path.exists()
-        if not resume and there:
-            raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
-        if not resume:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ZsktError(f"expected a new or empty folder at {folder}, found other things; choose another --out")
-            return
-        if not there:
-            raise ZsktError(f"expected a run to resume in {folder}, found no config.toml; start it without --resume")
-        recorded = from_toml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise cannot("use", folder, error) from error
-    if recorded != config:
-        ours, theirs = flat(config), flat(recorded)
-        different = [f"{name} = {theirs[name]!r}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
-        raise ZsktError(
-            f"{folder} was begun with other settings ({'; '.join(different)}); resume it with the same ones"
-        )
 
 
 def versions() -> dict[str, str]:

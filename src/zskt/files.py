@@ -46,6 +46,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     On any error the temporary file is removed and what stood at `path` before is untouched.
     """
     temporary = None
+    if path.exists() and not path.is_file():
+        raise ZsktError(f"cannot write {path}: a folder or a device is there; choose another place with --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -100,13 +102,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """A whole text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except UnicodeDecodeError as error:
+        raise ZsktError(f"{path} is not UTF-8 text; write it anew or fetch it again") from error
+
+
 def read_json(path: Path) -> Any:
     """Read one JSON document."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise cannot("read", path, error) from error
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ZsktError(f"{path} is not valid JSON ({error}); write it anew or fetch it again") from error
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,3 +62,27 @@ def choose_width(latent: int, size: tuple[int, int, int], budget: int) -> int:
     """
     fitting = [w for w in WIDTHS if forward_flops(Generator(latent, size, w), (latent,)) <= budget]
     return max(fitting, default=min(WIDTHS))
+
+
+SAMPLES = 64
+"""Pseudo images in a sample; the generator runs in train mode, so it needs a batch of this order."""
+
+
+def pseudo_images(generator: nn.Module, latent: int, seed: int = 0) -> Tensor:
+    """SAMPLES images (64, C, H, W) from latents fixed by `seed`, in the teacher's normalised space, leaving no trace.
+
+    The generator runs in train mode, as the student sees it; its buffers and all random numbers stay as they were.
+    """
+    like = next(generator.parameters())
+    z = torch.randn(SAMPLES, latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)  # (64, Z)
+    before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
+    training = generator.training
+    generator.train()
+    try:
+        with torch.no_grad():
+            images: Tensor = generator(z.to(like.device))
+            return images
+    finally:
+        generator.train(training)
+        for name, buffer in generator.named_buffers():
+            buffer.copy_(before[name])

@@ -135,10 +135,19 @@ def stage_pairs(teacher: Teacher, student: nn.Module) -> tuple[tuple[str, ...], 
     return teacher_stages, student_stages
 
 
+def stages_pair_up(teacher: Teacher, student: nn.Module) -> bool:
+    """Whether attention transfer can compare these two."""
+    try:
+        stage_pairs(teacher, student)
+    except ZsktError:
+        return False
+    return True
+
+
 def arrange(module: nn.Module, config: Config) -> None:
     """Lay a network's weights out, in place, as the config wants them; images follow the first convolution."""
-    if config.memory_format == "channels_last":
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    formats = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+    module.to(memory_format=formats[config.memory_format])  # type: ignore[call-overload]
 
 
 def assemble(

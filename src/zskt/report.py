@@ -10,7 +10,7 @@ from typing import Any
 from zskt.checkpoint import read_lines
 from zskt.config import flat, from_toml
 from zskt.figures import run_curves
-from zskt.files import ZsktError, read_json, write_text
+from zskt.files import UsageError, ZsktError, first_line, read_json, read_text, write_text
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
@@ -36,7 +36,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     student = folder / "student.json"
     return {
         "name": folder.resolve().name,
-        "config": flat(from_toml((folder / "config.toml").read_text(encoding="utf-8"), f"{folder}/config.toml")),
+        "config": flat(from_toml(read_text(folder / "config.toml"), f"{folder}/config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "facts": read_json(student) if student.exists() else {},
         "samples": sorted((folder / "samples").glob("*.png")),
@@ -45,10 +45,23 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
     """Write the page for these run folders to `path`; returns each measure over the runs: values, mean and std."""
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise UsageError("expected every run once, found one twice: each counts as a sample of its own")
     runs = [read_run(Path(folder)) for folder in folders]
     if len({run["name"] for run in runs}) < len(runs):
         for run, folder in zip(runs, folders, strict=True):
             run["name"] = str(folder)
+    try:
+        page = _page(runs)
+        summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        names = ", ".join(map(str, folders))
+        raise ZsktError(f"metrics.jsonl or student.json in {names} is damaged ({first_line(error)})") from error
+    write_text(path, page)
+    return summaries
+
+
+def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
     body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
     for run in runs:
@@ -62,8 +75,7 @@ def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
         body += [f"<h2>Pseudo images of {html.escape(run['name'])}</h2>", _samples(run["samples"])]
     body.append(_settings(runs))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    write_text(path, f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n")
-    return {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
+    return f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n"
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import hashlib
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -56,7 +57,7 @@ class Teacher(nn.Module):
                 f"expected a mean and a standard deviation for each of {channels} channels, found {len(mean)} and "
                 f"{len(std)}: give --mean and --std with {channels} numbers each"
             )
-        if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        if not all(0 <= m <= 1 for m in mean) or not all(1e-6 <= s <= 1 for s in std):
             raise ZsktError(f"expected mean and std of pixels in [0, 1], found {list(mean)} and {list(std)}")
         self.input_size = (channels, height, width)
         self.module = copy.deepcopy(module).requires_grad_(False)
@@ -176,10 +177,18 @@ def save_network(folder: Path, stem: str, network: Teacher, **facts: Any) -> Non
     write_json(folder / f"{stem}.json", description)
 
 
+def check_teacher_folder(folder: Path) -> None:
+    """Raise ZsktError unless a teacher may be written to `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise ZsktError(f"expected a folder or nothing at {folder}, found a file; choose another --out")
+    for name, what in (("teacher.json", "a teacher"), ("config.toml", "a run"), ("student.json", "a student")):
+        if (folder / name).exists():
+            raise ZsktError(f"{folder} already holds {what}; choose another --out or remove it")
+
+
 def save_teacher(folder: Path, teacher: Teacher, **facts: Any) -> None:
-    """Write a teacher folder; refuses one that already holds a teacher."""
-    if (folder / "teacher.json").exists():
-        raise ZsktError(f"{folder} already holds a teacher; choose another --out or remove it")
+    """Write a teacher folder; refuses one that already holds a teacher or a run."""
+    check_teacher_folder(folder)
     save_network(folder, "teacher", teacher, **facts)
 
 
@@ -217,6 +226,10 @@ def _load(folder: Path, stem: str) -> Teacher:
         if tensor.is_floating_point():
             module.to(torch.promote_types(tensor.dtype, torch.float32))  # float64 stays, half precisions are widened
             break
+    own = module.state_dict()
+    for name, tensor in tensors.items():
+        if name in own and (tensor.is_floating_point(), tensor.is_complex()) != (own[name].is_floating_point(), False):
+            raise ZsktError(f"expected {own[name].dtype} for {name} in {folder}, found {tensor.dtype}; write it anew")
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -267,11 +280,18 @@ def read_weights(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:
-        with path.open("rb"), torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual pickle protocols: what matters is whether it loads
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            damaged = zipfile.ZipFile(file).testzip() if zipfile.is_zipfile(file) else None
     except OSError as error:
         raise cannot("read", path, error) from error
+    except Exception as error:
+        raise ZsktError(f"{path} is a damaged archive ({first_line(error)}); fetch or save it again") from error
+    if damaged is not None:  # torch does not look at checksums
+        raise ZsktError(f"{path} is damaged: the checksum of {damaged} is wrong; fetch or save it again")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickle protocols: what matters is whether it loads
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise ZsktError(

@@ -40,11 +40,11 @@ def build(spec: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
     Raises UsageError for an unknown spec or one that does not fit the size.
     """
     channels = input_size[0]
-    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
+    if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4})", spec):
         return wide_resnet(int(match[1]), int(match[2]), num_classes=num_classes, channels=channels)
     if match := re.fullmatch(r"resnet-(18|34)", spec):
         return resnet(int(match[1]), num_classes=num_classes, channels=channels)
-    if match := re.fullmatch(r"convnet-(\d+)", spec):
+    if match := re.fullmatch(r"convnet-([0-9]{1,5})", spec):
         return convnet(int(match[1]), num_classes=num_classes, channels=channels)
     if spec == "vgg-11":
         return vgg11(num_classes=num_classes, input_size=input_size)

@@ -1,0 +1,184 @@
+"""How long a step takes on this machine: the engine beside the released loop, fairly.
+
+Both arms run interleaved, A B A B, in one process with the same threads and with denormals flushed, after a warm-up;
+the median of the pairs counts. Peak memory is taken in a short process of its own per arm. The reference's operations
+are counted and compared with a count by hand, so that it cannot be handicapped unnoticed.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zskt import models
+from zskt.config import Config, replace
+from zskt.distill import seeded
+from zskt.features import forward_flops
+from zskt.files import ZsktError, unknown
+from zskt.generator import Generator
+from zskt.recipe import arrange, assemble, load_recipe, pick_device
+from zskt.reference import released_loop
+from zskt.teacher import Teacher
+
+Arm = Literal["reference", "fp32", "bf16"]
+ARMS: tuple[Arm, ...] = ("reference", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student to time, under the recipe and batch size that they are distilled with."""
+
+    teacher: str
+    student: str
+    input_size: tuple[int, int, int]
+    recipe: str = "zskt"
+    batch_size: int = 128
+
+
+PAIRS = {
+    "wrn": Pair("wrn-40-2", "wrn-16-1", (3, 32, 32)),
+    "resnet": Pair("resnet-34", "resnet-18", (3, 32, 32), "zskt-mmrazor"),
+    "lenet": Pair("lenet-5", "lenet-5-half", (1, 28, 28)),
+    "digits": Pair("convnet-32", "convnet-8", (1, 8, 8)),
+    "large": Pair("resnet-18", "resnet-18", (3, 224, 224), batch_size=8),
+}
+
+
+def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
+    """A fresh teacher, student and generator with random weights; returns the function that does one step."""
+    steps = 1_000_000  # of the schedule, far longer than any timing: the learning rate stays where it starts
+    config = replace(load_recipe(pair.recipe), {"steps": steps, "batch_size": pair.batch_size})
+    with seeded(0):
+        module = models.build(pair.teacher, 10, pair.input_size)
+        student = models.build(pair.student, 10, pair.input_size).to(device)
+        channels = pair.input_size[0]
+        teacher = Teacher(module, input_size=pair.input_size, mean=[0.5] * channels, std=[0.25] * channels).to(device)
+        rng = torch.Generator(device).manual_seed(0)
+        if arm == "reference":
+            return _reference(config, teacher, student, rng)
+        config = replace(config, {"precision": arm})
+        arrange(teacher, config)
+        arrange(student, config)
+        return assemble(config, teacher, student, rng, torch.Generator()).step
+
+
+def _reference(config: Config, teacher: Teacher, student: nn.Module, rng: torch.Generator) -> Callable[[], Any]:
+    settings, device = config.generator, rng.device
+    assert isinstance(settings.width, int)
+    generator = Generator(settings.latent, teacher.input_size, settings.width).to(device)
+    teacher.module.requires_grad_(config.recipe == "zskt")  # as released; mmrazor freezes its teacher
+    shape = (config.batch_size, settings.latent)
+    loop: Iterator[Any] = released_loop(
+        teacher.module,
+        student,
+        generator,
+        lambda: torch.randn(shape, generator=rng, device=device),
+        student.stages,  # type: ignore[arg-type]
+        total=config.steps,
+        method=config.recipe,
+    )
+    return lambda: next(loop)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a CUDA device; a CPU is always done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_pair(
+    pair: Pair, device: torch.device, *, rounds: int = 5, report: Callable[[int, int, str], None] = lambda *_: None
+) -> dict[Arm, list[float]]:
+    """Seconds of one step per arm, `rounds` times each, interleaved, after one untimed step each."""
+    arms = {arm: start(pair, arm, device) for arm in ARMS}
+    seconds: dict[Arm, list[float]] = {arm: [] for arm in ARMS}
+    torch.set_flush_denormal(True)
+    try:
+        for i in range(rounds + 1):
+            for arm, step in arms.items():
+                synchronise(device)
+                begun = time.perf_counter()
+                step()
+                synchronise(device)
+                if i:
+                    seconds[arm].append(time.perf_counter() - begun)
+                report(i * len(arms) + ARMS.index(arm) + 1, (rounds + 1) * len(arms), arm)
+    finally:
+        torch.set_flush_denormal(False)
+    return seconds
+
+
+def check_operations(pair: Pair) -> int:
+    """Operations per image of one reference step, counted as it runs; raises unless a count by hand gives the same.
+
+    With t, s and g the forward operations per image of teacher, student and generator: the search runs each forwards
+    and, twice as dear, backwards; then the teacher answers once and ten student updates run student and generator both
+    ways. That is 4 t + 33 s + 33 g, less the gradient of the latent, which nobody wants.
+    """
+    small = Pair(pair.teacher, pair.student, pair.input_size, "zskt", 2)
+    step = start(small, "reference", torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counted = counter.get_total_flops() // small.batch_size
+    size = pair.input_size
+    generator = Generator(100, size)
+    t, s = (forward_flops(models.build(spec, 10, size), size) for spec in (pair.teacher, pair.student))
+    g = forward_flops(generator, (100,))
+    by_hand = 4 * t + 33 * s + 33 * g - 11 * 2 * generator.linear.weight.numel()
+    if abs(counted - by_hand) > 0.001 * by_hand:
+        raise ZsktError(f"expected {by_hand:,} operations per image in a reference step, found {counted:,}; mend it")
+    return int(counted)
+
+
+def peak_memory(name: str, arm: Arm, device: str) -> float:
+    """MiB that two steps of an arm need beyond what stood before the first, in a process of its own."""
+    code = f"from zskt.bench import print_peak_memory; print_peak_memory({name!r}, {arm!r}, {device!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise ZsktError(f"the memory measurement of {arm} failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(json.loads(done.stdout))
+
+
+def print_peak_memory(name: str, arm: Arm, device_name: str) -> None:
+    """What `peak_memory` runs: resident high-water on a CPU, the allocator's maximum on CUDA."""
+    device = pick_device(device_name)
+    step = start(PAIRS[name], arm, device)
+    before = _high_water(device)
+    step()
+    step()
+    print(json.dumps((_high_water(device) - before) / 2**20))
+
+
+def _high_water(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every platform
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(
+    name: str = "wrn", device_name: str = "auto", report: Callable[[int, int, str], None] = lambda *_: None
+) -> dict[str, Any]:
+    """Time one pair and measure its memory; the keys are those that `zskt bench` prints."""
+    if name not in PAIRS:
+        raise unknown("pair", name, PAIRS)
+    device = pick_device(device_name)
+    operations = check_operations(PAIRS[name])
+    seconds = time_pair(PAIRS[name], device, report=report)
+    median = {arm: statistics.median(values) for arm, values in seconds.items()}
+    ratios = {arm: [a / b for a, b in zip(seconds["reference"], seconds[arm], strict=True)] for arm in ARMS[1:]}
+    result: dict[str, Any] = {"pair": name, "reference_flops_per_image": operations}
+    for arm, values in ratios.items():
+        result |= {f"speedup_{arm}": statistics.median(values), f"speedup_{arm}_range": [min(values), max(values)]}
+    result |= {f"seconds_{arm}": value for arm, value in median.items()}
+    result |= {f"peak_mib_{arm}": peak_memory(name, arm, device_name) for arm in ARMS}
+    return result
