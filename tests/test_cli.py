@@ -102,24 +102,20 @@ def test_stop_and_resume(capsys: pytest.CaptureFixture[str], teacher: str, tmp_p
     assert whole.read_bytes() == parts.read_bytes()
 
 
+def distilling(teacher: str, out: Path, until: str, *more: str) -> tuple[list[str], subprocess.Popen[str]]:
+    """A `zskt distill` in a process of its own, once it has written something at `until` (a pattern below `out`)."""
+    command = [sys.executable, "-m", "zskt", "distill", teacher, "--student", "wrn-10-1", "--out", str(out)]
+    command += ["--recipe", "zskt", "--batch-size", "8", *more]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in out.glob(until)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return command, process
+
+
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int, teacher: str, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "zskt",
-        "distill",
-        teacher,
-        "--student",
-        "wrn-10-1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    process = subprocess.Popen([*command, "--recipe", "zskt", "--batch-size", "8"], stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    _, process = distilling(teacher, tmp_path / "run", "metrics.jsonl")
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
@@ -130,24 +126,10 @@ def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int
 
 def test_killed_run_resumes(teacher: str, tmp_path: Path) -> None:
     """SIGKILL at any moment leaves whole files only, and the run goes on from them."""
-    command = [
-        sys.executable,
-        "-m",
-        "zskt",
-        "distill",
-        teacher,
-        "--student",
-        "wrn-10-1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    command += ["--recipe", "zskt", "--batch-size", "8", "--set", "checkpoint_every=1", "log_every=1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "run" / "checkpoint").glob("*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    settings = ("--set", "checkpoint_every=1", "log_every=1")
+    command, process = distilling(teacher, tmp_path / "run", "checkpoint/*.safetensors", *settings)
     process.kill()
-    process.wait()
+    process.communicate()
     done = subprocess.run([*command, "--resume", "--stop-after", "1"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["step"] >= 2
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -167,6 +167,14 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         exec(block.replace("2_000", "2").replace("1_000", "2"), namespace)
 
 
+def test_readme_table_is_a_recorded_result() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (source,) = set(re.findall(r"\((benchmarks/results/[^)]*demo[^)]*)\)", readme))
+    rows = [line for line in (ROOT / source).read_text().splitlines() if line.startswith("|")]
+    assert len(rows) == 6
+    assert "\n".join(rows) in readme
+
+
 def test_links_in_the_documents_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
