@@ -22,7 +22,7 @@ from zskt import models
 from zskt.config import Config, replace
 from zskt.distill import seeded
 from zskt.features import forward_flops
-from zskt.files import ZsktError, unknown
+from zskt.files import UsageError, ZsktError, unknown
 from zskt.generator import Generator
 from zskt.recipe import arrange, assemble, load_recipe, pick_device
 from zskt.reference import released_loop
@@ -165,20 +165,36 @@ def _high_water(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def describe(name: str) -> str:
+    """A pair in words."""
+    pair = PAIRS[name]
+    size = " x ".join(map(str, pair.input_size))
+    return f"{pair.teacher} -> {pair.student}, {size}, recipe {pair.recipe}, batch {pair.batch_size}"
+
+
 def run(
-    name: str = "wrn", device_name: str = "auto", report: Callable[[int, int, str], None] = lambda *_: None
+    name: str = "wrn",
+    device_name: str = "auto",
+    *,
+    rounds: int = 5,
+    report: Callable[[int, int, str], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Time one pair and measure its memory; the keys are those that `zskt bench` prints."""
+    """Time one pair and measure its memory; the keys are those that `zskt bench` prints.
+
+    `report` is called after every step with (done, of how many, arm). Speed-ups are medians over the interleaved pairs
+    of timings; their ranges are given beside them.
+    """
     if name not in PAIRS:
         raise unknown("pair", name, PAIRS)
+    if rounds < 1:
+        raise UsageError(f"rounds = {rounds}: expected at least 1")
     device = pick_device(device_name)
     operations = check_operations(PAIRS[name])
-    seconds = time_pair(PAIRS[name], device, report=report)
-    median = {arm: statistics.median(values) for arm, values in seconds.items()}
-    ratios = {arm: [a / b for a, b in zip(seconds["reference"], seconds[arm], strict=True)] for arm in ARMS[1:]}
-    result: dict[str, Any] = {"pair": name, "reference_flops_per_image": operations}
-    for arm, values in ratios.items():
-        result |= {f"speedup_{arm}": statistics.median(values), f"speedup_{arm}_range": [min(values), max(values)]}
-    result |= {f"seconds_{arm}": value for arm, value in median.items()}
+    seconds = time_pair(PAIRS[name], device, rounds=rounds, report=report)
+    result: dict[str, Any] = {"pair": name, "device": str(device), "reference_flops_per_image": operations}
+    for arm in ARMS[1:]:
+        ratios = [a / b for a, b in zip(seconds["reference"], seconds[arm], strict=True)]
+        result |= {f"speedup_{arm}": statistics.median(ratios), f"speedup_{arm}_range": [min(ratios), max(ratios)]}
+    result |= {f"seconds_{arm}": statistics.median(values) for arm, values in seconds.items()}
     result |= {f"peak_mib_{arm}": peak_memory(name, arm, device_name) for arm in ARMS}
     return result

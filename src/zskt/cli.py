@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Table
 
-from zskt import demo, models
+from zskt import bench, demo, models
 from zskt.belief import measure
 from zskt.checkpoint import Interrupted
 from zskt.cli_teachers import Data, Result, run_import, run_inspect, run_teach, test_images
@@ -23,7 +23,7 @@ from zskt.config import flat, from_text, to_toml
 from zskt.distill import distill, plan, sample, seeded
 from zskt.figures import image_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot
-from zskt.progress import console, distilling, notice
+from zskt.progress import bar, console, distilling, notice
 from zskt.recipe import AUTO, load_recipe, recipe_texts
 from zskt.report import write_report
 from zskt.teacher import count_parameters, load_network
@@ -170,6 +170,30 @@ def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | N
     return {"report": str(path), **measured}
 
 
+def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5) -> Result:
+    """Time a step of the engine on this machine, in fp32 and bf16, against the released loop.
+
+    Example: zskt bench --pair digits
+
+    Args:
+        pair: wrn (WRN-40-2 -> WRN-16-1, 3 x 32 x 32), resnet, lenet, digits or large (224 x 224).
+        device: auto, cpu, cuda or cuda:N.
+        rounds: timings of each, interleaved; the median counts.
+    """
+    with bar("timing", "steps") as show:
+        result = bench.run(pair, device, rounds=rounds, report=show)
+    table = Table("", "reference", "fp32", "bf16", title=f"one step of {bench.describe(pair)}")
+    for label, key, form in (
+        ("seconds", "seconds_{}", "{:.3f}"),
+        ("times as fast", "speedup_{}", "{:.2f}"),
+        ("peak MiB", "peak_mib_{}", "{:.0f}"),
+    ):
+        values = (result.get(key.format(arm)) for arm in bench.ARMS)
+        table.add_row(label, *("1" if value is None else form.format(value) for value in values))
+    console().print(table)
+    return result
+
+
 def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
     """List the recipes, or print one with every value spelled out.
 
@@ -203,6 +227,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "sample": run_sample,
     "report": run_report,
     "recipes": run_recipes,
+    "bench": run_bench,
 }
 
 

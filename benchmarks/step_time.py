@@ -1,0 +1,35 @@
+"""`zskt bench`, recorded: the time of one step against the released loop, fp32 and bf16, and peak memory.
+
+python benchmarks/step_time.py [--pairs wrn lenet digits] [--device cuda]
+
+Run it on a machine with nothing else to do: the ratios come from interleaved timings, but a busy machine slows the arms
+unequally.
+"""
+
+import argparse
+
+import record
+from zskt import bench
+
+
+def main() -> None:
+    """Time each pair; one result file for all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", nargs="+", default=["wrn"], choices=bench.PAIRS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    results = {name: bench.run(name, arguments.device, rounds=arguments.rounds) for name in arguments.pairs}
+    rows = []
+    for name, result in results.items():
+        for arm in bench.ARMS:
+            ratio, spread = result.get(f"speedup_{arm}", 1.0), result.get(f"speedup_{arm}_range")
+            times = f"{ratio:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
+            cells = [f"{result[f'seconds_{arm}']:.3f}", times, f"{result[f'peak_mib_{arm}']:.0f}"]
+            rows.append([bench.describe(name), arm, *cells])
+    head = ["pair", "arm", "seconds", "times as fast, median (range)", "peak MiB"]
+    record.write("step-time", "One step: engine and released loop, interleaved", results, head, rows)
+
+
+if __name__ == "__main__":
+    main()

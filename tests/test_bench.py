@@ -1,0 +1,62 @@
+"""What a step costs, counted in operations and forwards rather than seconds: these guards cannot flake."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import zskt
+from small import make_matching, make_teacher
+from zskt import bench, models
+from zskt.cli import main
+from zskt.features import forward_flops
+
+
+@pytest.mark.parametrize("name", ["wrn", "lenet", "digits"])
+def test_the_reference_costs_what_a_count_by_hand_gives(name: str) -> None:
+    assert bench.check_operations(bench.PAIRS[name]) > 0
+
+
+def test_a_handicapped_reference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zskt.reference.STUDENT_UPDATES", 11)
+    with pytest.raises(zskt.ZsktError, match="operations per image in a reference step"):
+        bench.check_operations(bench.PAIRS["digits"])
+
+
+def test_the_engine_computes_no_gradient_that_nobody_wants() -> None:
+    """Per image, with t, s, g the forward operations: what is left of 4 t + 33 s + 33 g."""
+    teacher, student = make_teacher(), models.wide_resnet(10, 1)
+    matching, config = make_matching("zskt", teacher, student)
+    size = teacher.input_size
+    t, s = forward_flops(teacher.module, size), forward_flops(student, size)
+    g = forward_flops(matching.generator, (config.generator.latent,))
+    linear = 2 * matching.generator.linear.weight.numel()  # its input is the latent, which wants no gradient
+    stem = 2 * student.conv1.weight.numel() * size[1] * size[2]  # nor do the student's images in its own updates
+    search = 2 * t + 2 * s + 3 * g - linear  # forwards; input gradients of the networks, both of the generator
+    by_hand = search + (g + t) + 10 * (3 * s - stem)
+    with FlopCounterMode(display=False) as counter:
+        matching.step()
+    assert counter.get_total_flops() == by_hand * config.batch_size
+
+
+def test_timings_are_interleaved_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(bench, "start", lambda pair, arm, device: lambda: order.append(arm))
+    seconds = bench.time_pair(bench.PAIRS["digits"], torch.device("cpu"), rounds=3)
+    assert order == ["reference", "fp32", "bf16"] * 4
+    assert {arm: len(values) for arm, values in seconds.items()} == {"reference": 3, "fp32": 3, "bf16": 3}
+
+
+def test_command_prints_the_stable_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.PAIRS, "digits", bench.Pair("convnet-4", "convnet-2", (1, 8, 8), batch_size=4))
+    assert main(["bench", "--pair", "digits", "--rounds", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    keys = {"speedup_fp32", "speedup_bf16", "seconds_reference", "seconds_fp32", "seconds_bf16"}
+    assert keys | {"peak_mib_reference", "peak_mib_fp32"} <= set(result)
+    assert all(result[key] > 0 for key in keys)
+
+
+def test_unknown_pairs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--pair", "wrm"]) == 2
+    assert "did you mean wrn" in capsys.readouterr().err
