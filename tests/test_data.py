@@ -1,5 +1,6 @@
 """Every format is written here with small arrays and must come back pixel by pixel."""
 
+import errno
 import gzip
 import io
 import json
@@ -697,3 +698,19 @@ def test_the_cache_holds_no_pickle(tmp_path: Path, cache: Path) -> None:
     (about,), (array,) = cache.glob("*.json"), cache.glob("*.npy")
     assert set(json.loads(about.read_text())) == {"sha256", "notices"}
     assert np.load(array, allow_pickle=False).shape == (8, 3, 4, 4)
+
+
+def test_a_full_cache_disk_is_said_and_gone_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "images" / "test" / "cat"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(folder / "cat.png")
+    monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("zskt.files.os.fsync", full)
+    said: list[str] = []
+    images = read([str(tmp_path / "images")], "test", notice=said.append).images
+    assert images.eq(9).all()
+    assert any("no space left" in line for line in said)

@@ -5,6 +5,7 @@ Names say which part of a set a file is, its content is checked. Nothing is unpa
 N images, C channels, H x W pixels, K classes.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -93,7 +94,8 @@ KNOWN: dict[str, KnownSet] = {
 # Image files: decoding, resizing, the cache
 
 _IMAGE = re.compile(  # [top/]split/class/file; the shortest reading counts, because CIFAR-100 has a class called train
-    r"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/.+\.(?:png|jpe?g|webp|bmp|gif|tiff?|p[gp]m)", re.IGNORECASE
+    r"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/.+\.(?:png|jpe?g|webp|bmp|gif|tiff?|p[gp]m)",
+    re.IGNORECASE | re.DOTALL,
 )
 _DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS: Pillow would start Ghostscript on it
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}  # 8-bit modes
@@ -150,8 +152,14 @@ def _kept(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) 
         except OSError as error:
             notice(f"decoded images are not kept: {path.parent} is not writable ({error.strerror}); set ZSKT_CACHE")
             return _in_memory(decode, notice)
-        with replacing(path) as file:
-            lines = decode(file)
+        try:
+            with replacing(path) as file:
+                lines = decode(file)
+        except ZsktError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.ENOSPC:
+                raise
+            notice(f"decoded images are not kept: no space left for {path.parent}; set ZSKT_CACHE")
+            return _in_memory(decode, notice)
         write_json(about, {"sha256": _file_digest(path), "notices": lines})
     for line in lines:
         notice(line)

@@ -6,6 +6,7 @@ from typing import Any
 
 from zskt import models
 from zskt.baselines import Teaching, teach
+from zskt.checkpoint import Interrupted
 from zskt.data import KNOWN, digits
 from zskt.distill import distill, seeded
 from zskt.progress import distilling, notice, teaching
@@ -25,6 +26,13 @@ def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path |
     """
     if recipe != AUTO:
         load_recipe(recipe)  # an unknown name is said before anything is trained
+    try:
+        return _run(recipe, seed, split_seed, out)
+    except Interrupted as error:
+        raise Interrupted(error.status - 128, "the demo was interrupted; start it again") from error
+
+
+def _run(recipe: str, seed: int, split_seed: int, out: Path | None) -> dict[str, Any]:
     folder = fresh_folder(Path("runs"), "demo") if out is None else out
     known = KNOWN["digits"]
     train, test = digits(split_seed)

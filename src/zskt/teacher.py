@@ -298,7 +298,7 @@ def read_weights(path: Path) -> Any:
                 f"{path} wants to run {wanted[1]} while loading, which is refused; save the plain state dict "
                 "(safetensors or torch.save(model.state_dict(), ...)) and import that"
             ) from error
-        raise ZsktError(f"{path} is not a plain torch checkpoint ({first_line(error)}); fetch it again") from error
+        raise ZsktError(f"{path} is not a plain torch checkpoint; fetch it again, or save the state dict") from error
     except Exception as error:  # damaged files fail in every way that a parser can
         raise ZsktError(
             f"{path} is truncated or not a weights file ({first_line(error)}); fetch or save it again"

@@ -8,13 +8,15 @@ import re
 
 from torch import nn
 
-from zskt.files import unknown
+from zskt.files import UsageError, unknown
 from zskt.models.convnet import ConvNet, convnet
 from zskt.models.lenet import LeNet5, lenet5
 from zskt.models.resnet import ResNet, resnet
 from zskt.models.vgg import VGG, vgg11
 from zskt.models.wide_resnet import WideResNet, wide_resnet
 
+LARGEST = 100_000
+"""classes, channels or pixels: more than any network here could mean"""
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
 """Examples of what `build` accepts; wrn-DEPTH-WIDTH and convnet-WIDTH take any fitting number."""
 
@@ -39,6 +41,11 @@ def build(spec: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
 
     Raises UsageError for an unknown spec or one that does not fit the size.
     """
+    if not 2 <= num_classes <= LARGEST or len(input_size) != 3 or not all(1 <= side <= LARGEST for side in input_size):
+        raise UsageError(
+            f"expected at least 2 classes and an input size C H W of positive numbers below {LARGEST:,}, found "
+            f"{num_classes} and {list(input_size)}"
+        )
     channels = input_size[0]
     if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4})", spec):
         return wide_resnet(int(match[1]), int(match[2]), num_classes=num_classes, channels=channels)
