@@ -273,3 +273,10 @@ def test_demo(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, m
         assert result[key] >= 0
     assert result["student_parameters"] <= result["teacher_parameters"] / 4
     assert result["recipe"] == ("zskt-prior" if recipe == "auto" else "zskt")
+
+
+@pytest.mark.slow
+def test_demo_reaches_its_target(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = run(capsys, "demo", "--out", tmp_path / "demo")
+    assert result["teacher_accuracy"] >= 0.985
+    assert result["student_accuracy"] >= 0.95

@@ -19,7 +19,7 @@ import zskt
 from small import make_teacher
 from zskt import checkpoint, models
 from zskt.checkpoint import Interrupted
-from zskt.distill import Event, distill
+from zskt.distill import Event, distill, stream
 
 TINY = {"steps": 6, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
 KEEP = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3}
@@ -189,11 +189,12 @@ def test_the_users_teacher_comes_back_as_it_was() -> None:
 
 def test_process_wide_state_is_restored_and_the_student_is_ready() -> None:
     torch.manual_seed(11)
-    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    random_state, denormal = torch.get_rng_state(), torch.tensor(1e-310, dtype=torch.float64)
     student = new_student()
     result = distill(make_teacher(), student, "zskt", settings=TINY)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert torch.get_num_threads() == threads
+    assert float(denormal * 1) > 0  # flushed during the run
+    assert all(parameter.grad is None for parameter in student.parameters())
     assert result.student is student
     assert not any(module.training for module in student.modules())
     assert not any(module._forward_hooks for module in student.modules())
@@ -218,7 +219,7 @@ from small import make_teacher
 from zskt import checkpoint, models
 from zskt.distill import distill
 teacher, student = make_teacher(), models.wide_resnet(10, 1)
-DATA = tuple(".png .jpg .jpeg .webp .gif .bmp .zip .tar .gz .npy .npz .mat .bin ubyte".split())
+DATA = tuple("_batch _batch_1 .png .jpg .jpeg .webp .gif .bmp .zip .tar .gz .npy .npz .mat .bin ubyte".split())
 opened = []
 def audit(event, arguments):
     if event == "open" and str(arguments[0]).lower().endswith(DATA):
@@ -232,8 +233,8 @@ if {cheat}:
     distill.__globals__["judge"] = lambda *a: open("some.png", "rb").read()
 rng = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (4, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(4)
-for out in ({out!r}, None):
-    distill(teacher, student, "zskt", settings={settings!r}, out=out, evaluate=images)
+for out, recipe in (({out!r}, "zskt-prior"), (None, "zskt")):
+    distill(teacher, student, recipe, settings={settings!r}, out=out, evaluate=images)
 assert "zskt.data" not in {{name for name, module in sys.modules.items() if module is not None}}
 print("data-free")
 """
@@ -339,6 +340,40 @@ def test_resuming_a_finished_run_keeps_what_was_measured(tmp_path: Path) -> None
     arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
     first = distill(make_teacher(), new_student(), "zskt", evaluate=images(), **arguments)
     assert distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).measured == first.measured
+
+
+def test_resuming_otherwise_than_begun_is_refused_or_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    distill(make_teacher(), new_student(), "zskt", stop_after=2, **arguments)
+    with pytest.raises(zskt.ZsktError, match="begun without images to measure on"):
+        distill(make_teacher(), new_student(), "zskt", resume=True, evaluate=images(), **arguments)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    (line,) = (
+        line
+        for line in distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).warnings
+        if "resumed" in line
+    )
+    assert "threads 64 after 1" in line
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (nn.Flatten(), "found none that wants gradients"),
+        (new_student().requires_grad_(False), "found none that wants gradients"),
+        (new_student().double(), "both in float32 or both in float64"),
+        (new_student().half(), "both in float32 or both in float64"),
+    ],
+)
+def test_students_that_cannot_be_trained_are_refused(student: nn.Module, message: str) -> None:
+    with pytest.raises(zskt.ZsktError, match=message):
+        distill(make_teacher(), student, "zskt", settings=TINY)
+
+
+def test_each_use_of_random_numbers_has_its_own() -> None:
+    seeds = [stream(seed, purpose) for seed in range(50) for purpose in ("run", "latents", "bank")]
+    assert len(set(seeds)) == 150
+    assert stream(0, "latents") == stream(0, "latents")
 
 
 def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def test_story_names_every_module() -> None:
     assert set(modules()) == set(STORY)
 
 
+def test_design_names_every_module() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    for name in modules():
+        assert f"`{name}.py`" in text or f"`{name}/`" in text, name
+
+
 @pytest.mark.parametrize("name", STORY)
 def test_modules_import_only_modules_above_them(name: str) -> None:
     above = {*STORY[: STORY.index(name)], *(["models"] if name == "models" else [])}

@@ -66,8 +66,8 @@ def compare(
         method=recipe,
     )
     loss_difference = 0.0
-    for _, theirs in zip(range(OUTER_ITERATIONS), oracle, strict=False):
-        ours = matching.step()
+    for _ in range(OUTER_ITERATIONS):
+        ours, theirs = matching.step(), next(oracle)
         for mine, other in zip(ours.generator, theirs.generator_losses, strict=True):
             loss_difference = max(loss_difference, distance(mine.total, other))
         for mine, other in zip(ours.student, theirs.student_losses, strict=True):

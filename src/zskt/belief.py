@@ -99,13 +99,13 @@ def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, 
     """What both networks think of a pseudo batch; logits (N, K) each.
 
     `*_confidence` is the mean maximum probability; `class_counts` (K numbers) counts the teacher's classes;
-    `class_spread` is the entropy of their distribution over log K: 1 is uniform, 0 a single class.
+    `class_spread` is the entropy of their distribution over log min(N, K): 1 is even, 0 a single class.
     """
     teacher = teacher_logits.float().softmax(dim=1)  # (N, K)
     student = student_logits.float().softmax(dim=1)  # (N, K)
     counts = torch.bincount(teacher.argmax(dim=1), minlength=teacher.shape[1]).float()  # (K,)
     share = counts / counts.sum()
-    spread = float(-torch.xlogy(share, share).sum()) / math.log(teacher.shape[1])
+    spread = float(-torch.xlogy(share, share).sum()) / math.log(min(teacher.shape))
     return {
         "teacher_confidence": float(teacher.amax(dim=1).mean()),
         "student_confidence": float(student.amax(dim=1).mean()),

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zskt import models
 from zskt.config import Config, replace
-from zskt.distill import seeded
+from zskt.distill import denormals_flushed, seeded
 from zskt.features import forward_flops
 from zskt.files import UsageError, ZsktError, unknown
 from zskt.generator import Generator
@@ -100,8 +100,7 @@ def time_pair(
     """Seconds of one step per arm, `rounds` times each, interleaved, after one untimed step each."""
     arms = {arm: start(pair, arm, device) for arm in ARMS}
     seconds: dict[Arm, list[float]] = {arm: [] for arm in ARMS}
-    torch.set_flush_denormal(True)
-    try:
+    with denormals_flushed():
         for i in range(rounds + 1):
             for arm, step in arms.items():
                 synchronise(device)
@@ -111,8 +110,6 @@ def time_pair(
                 if i:
                     seconds[arm].append(time.perf_counter() - begun)
                 report(i * len(arms) + ARMS.index(arm) + 1, (rounds + 1) * len(arms), arm)
-    finally:
-        torch.set_flush_denormal(False)
     return seconds
 
 

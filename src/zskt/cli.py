@@ -24,7 +24,7 @@ from zskt.distill import distill, plan, sample, seeded
 from zskt.figures import image_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot
 from zskt.progress import bar, console, distilling, notice
-from zskt.recipe import AUTO, load_recipe, recipe_texts
+from zskt.recipe import AUTO, load_recipe, pick_device, recipe_texts
 from zskt.report import write_report
 from zskt.teacher import count_parameters, load_network
 
@@ -124,7 +124,9 @@ def run_distill(
     }
 
 
-def run_evaluate(model: tyro.conf.Positional[Path], /, *, data: Data, teacher: Path | None = None) -> Result:
+def run_evaluate(
+    model: tyro.conf.Positional[Path], /, *, data: Data, teacher: Path | None = None, device: str = "auto"
+) -> Result:
     """Measure a teacher or a student on labelled test images and, beside a teacher, how far they agree.
 
     Example: zskt evaluate runs/a --data cifar10-test.zip --teacher teacher
@@ -133,9 +135,11 @@ def run_evaluate(model: tyro.conf.Positional[Path], /, *, data: Data, teacher: P
         model: a teacher folder, or a run folder (its student).
         data: labelled images, as in zskt teach; their test split is used.
         teacher: also measure agreement and divergence from this one.
+        device: auto, cpu, cuda or cuda:N.
     """
-    network = load_network(model)
-    other = load_network(teacher) if teacher is not None else None
+    where = pick_device(device)
+    network = load_network(model).to(where)
+    other = load_network(teacher).to(where) if teacher is not None else None
     return measure(network, *test_images(data, network), other)
 
 
@@ -255,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notice(f"zskt: {printable(cannot('use', Path(str(error.filename or 'a file')), error))}")
         return 1
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not re.search(r"memory|overflow", f"{type(error).__name__} {error}", re.IGNORECASE):
+        if not re.search(
+            r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{type(error).__name__} {error}"
+        ):
             raise
         notice("zskt: not enough memory for this; use a smaller --batch-size, network or generator.width")
         return 1

@@ -29,7 +29,9 @@ Size = tuple[int, int, int]
 def read_images(sources: Sequence[str], split: Literal["train", "test"], size: Size | None) -> Dataset:
     """One split of the data, with a progress bar."""
     with bar(f"reading {split} images", "images") as show:
-        return read(sources, split, size=size, progress=lambda done, total: show(done, total, ""), notice=notice)
+        dataset = read(sources, split, size=size, progress=lambda done, total: show(done, total, ""), notice=notice)
+        show(len(dataset.images), len(dataset.images), "")
+    return dataset
 
 
 def test_images(sources: Sequence[str], network: Teacher) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,7 @@ def run_teach(
         seed: of initialisation, order and augmentation.
         device: auto, cpu, cuda or cuda:N.
         precision: bf16 is faster on hardware that has it.
-        stop_after: leave early, after a time (90s, 9m, 2h) or a number of epochs, to go on with --resume.
+        stop_after: leave after the epoch in which a time (90s, 9m, 2h) is up, or after so many epochs.
         resume: go on with an unfinished training in --out.
     """
     train = read_images(data, "train", input_size)
@@ -211,8 +213,9 @@ def run_inspect(teacher: tyro.conf.Positional[Path], /, *, student: str | None =
     }
     if student is not None:
         module = models.build(student, network.num_classes, network.input_size)
-        config, _ = plan(network, module)
+        config, reason = plan(network, module)
         result |= {
+            "reason": reason,
             "student_parameters": count_parameters(module),
             "student_flops": forward_flops(module, network.input_size),
             "generator_width": config.generator.width,

@@ -192,6 +192,7 @@ class Config:
             "student.loss.temperature": (student.loss.temperature != 1 and not student.loss.kl, "student.loss.kl"),
             "student.loss.kl_scale": (student.loss.kl_scale != "per_class" and not student.loss.kl, "student.loss.kl"),
             "generator.loss.kl_scale": (loss.kl_scale != "per_class" and not loss.kl, "generator.loss.kl"),
+            "schedule.clock": (schedule.clock != "step" and schedule.kind == "constant", "another schedule.kind"),
             "schedule.factor": (schedule.factor != 0.1 and schedule.kind != "multistep", "schedule.kind = multistep"),
         }
         for name, (nobody_reads_it, needed) in unread.items():

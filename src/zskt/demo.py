@@ -1,6 +1,7 @@
 """The whole story in a minute, on 8x8 digits: a teacher is trained, its data dropped, a student distilled, measured."""
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from zskt import models
 from zskt.baselines import Teaching, teach
 from zskt.checkpoint import Interrupted
 from zskt.data import KNOWN, digits
-from zskt.distill import distill, seeded
+from zskt.distill import distill, plan, seeded
 from zskt.progress import distilling, notice, teaching
 from zskt.recipe import AUTO, load_recipe
 from zskt.report import write_report
@@ -26,14 +27,16 @@ def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path |
     """
     if recipe != AUTO:
         load_recipe(recipe)  # an unknown name is said before anything is trained
+    folder = fresh_folder(Path("runs"), "demo") if out is None else out
     try:
-        return _run(recipe, seed, split_seed, out)
+        return _run(recipe, seed, split_seed, folder)
     except Interrupted as error:
+        for part in ("teacher", "run"):
+            shutil.rmtree(folder / part, ignore_errors=True)
         raise Interrupted(error.status - 128, "the demo was interrupted; start it again") from error
 
 
-def _run(recipe: str, seed: int, split_seed: int, out: Path | None) -> dict[str, Any]:
-    folder = fresh_folder(Path("runs"), "demo") if out is None else out
+def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any]:
     known = KNOWN["digits"]
     train, test = digits(split_seed)
     with seeded(seed):
@@ -55,18 +58,17 @@ def _run(recipe: str, seed: int, split_seed: int, out: Path | None) -> dict[str,
     del train, teacher_module  # from here on there is no training data; the test images only measure
     notice("the training data is dropped; distilling into a student that never sees an image of a digit")
     teacher = load_teacher(folder / "teacher")
+    config, reason = plan(teacher, student, recipe, {"steps": STEPS, "seed": seed})
+    notice(f"recipe {config.recipe} ({reason}), generator width {config.generator.width}")
     with distilling() as progress:
         result = distill(
             teacher,
             student,
-            recipe,
-            steps=STEPS,
-            seed=seed,
+            config,
             out=folder / "run",
             evaluate=(test.images, test.labels),
             callbacks=[progress],
         )
-    notice(f"recipe {result.config.recipe} ({result.reason}), generator width {result.config.generator.width}")
     report = folder / "report.html"
     write_report([folder / "run"], report)
     notice(f"look at {report}")

@@ -5,6 +5,7 @@ Nothing here reads data, nor any image file: images to measure on are handed in 
 
 import contextlib
 import copy
+import hashlib
 import math
 import platform
 import time
@@ -126,9 +127,9 @@ def distill(
     if evaluate is not None:
         check_images(teacher, *evaluate)  # wrong size or labels: said now, not after the first hours
 
-    with checkpoint.owning(folder), seeded(config.seed, device):
-        rng = torch.Generator(device).manual_seed(config.seed)
-        bank_rng = torch.Generator().manual_seed(config.seed)
+    with checkpoint.owning(folder), denormals_flushed(), seeded(stream(config.seed, "run"), device):
+        rng = torch.Generator(device).manual_seed(stream(config.seed, "latents"))
+        bank_rng = torch.Generator().manual_seed(stream(config.seed, "bank"))
         matching = assemble(config, working_teacher, student, rng, bank_rng)
         run = Run(config, matching, working_teacher, folder, evaluate, [rng, bank_rng], started)
         try:
@@ -139,10 +140,11 @@ def distill(
             run.train(callbacks, budget)
         finally:
             matching.close()
-            student.eval()
+            student.eval().zero_grad()
         result = DistillResult(student, teacher, config, reason, run.step, run.step == config.steps, out=folder)
         if result.finished:
             run.finish(result)
+        result.warnings += run.warnings
     return result
 
 
@@ -170,6 +172,7 @@ class Run:
         self.seconds_before = 0.0
         self.answers: Tensor | None = None
         self.measured: dict[str, float] = {}
+        self.warnings: list[str] = []
         self.metrics = checkpoint.JsonLines(folder / "metrics.jsonl") if folder else None
         self.timing = checkpoint.JsonLines(folder / "timing.jsonl") if folder else None
 
@@ -257,6 +260,8 @@ class Run:
             "timing_bytes": self.timing.size(),
             "seconds": round(self.seconds, 3),
             "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "evaluated": self.evaluate is not None,
         }
         checkpoint.save(self.folder / "checkpoint", self.step, tensors, facts)
 
@@ -268,6 +273,15 @@ class Run:
         tensors, facts = checkpoint.load(self.folder / "checkpoint")
         if facts.get("teacher") != self.teacher.fingerprint():
             raise ZsktError(f"{self.folder} was begun with another teacher; resume it with the same one")
+        if facts.get("evaluated") != (self.evaluate is not None) and facts.get("step") != self.config.steps:
+            how = "with" if facts.get("evaluated") else "without"
+            raise ZsktError(f"{self.folder} was begun {how} images to measure on; resume it likewise")
+        now = {"threads": torch.get_num_threads(), "versions": versions()}
+        self.warnings += [
+            f"resumed with {name} {now[name]} after {facts.get(name)}: not bit for bit what one run would have been"
+            for name in now
+            if now[name] != facts.get(name)
+        ]
         matching = self.matching
         with checkpoint.restoring(self.folder):
             self.student.load_state_dict(checkpoint.under("student", tensors))
@@ -308,6 +322,8 @@ class Run:
             steps=self.config.steps,
             seed=self.config.seed,
             teacher_fingerprint=self.teacher.fingerprint(),
+            reason=result.reason,
+            teacher_model=getattr(self.teacher.module, "spec", None),
             teacher_parameters=count_parameters(self.teacher.module),
             measured=result.measured,
             warnings=result.warnings,
@@ -359,6 +375,22 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def stream(seed: int, purpose: str) -> int:
+    """A seed of its own for each use of random numbers, so that weights and latents are not drawn alike."""
+    return int(hashlib.sha256(f"{seed} {purpose}".encode()).hexdigest()[:7], 16)
+
+
+@contextlib.contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Numbers too small to be normal count as 0 for a while: they carry nothing and can be 100 times slower."""
+    already = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(already)
 
 
 def versions() -> dict[str, str]:

@@ -77,7 +77,7 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
                 axes.plot([], [], style, color="black", linewidth=1, label=label)
             axes.set_title(title, fontsize=8)
             axes.set_xlabel("step")
-            if "loss" not in title:
+            if "loss" not in title and "test" not in title:
                 axes.set_ylim(-0.03, 1.03)
             if len(curves) > 1:
                 axes.legend(fontsize=7)

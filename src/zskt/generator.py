@@ -15,9 +15,10 @@ WIDTHS = (16, 32, 64, 128)
 class Generator(nn.Module):
     """Latent (N, Z) -> image (N, C, H, W).
 
-    A linear layer makes a small image near 8 pixels wide, two or more convolutions follow, each after a doubling of the
-    resolution, the last doubling going to the exact size. At 3 x 32 x 32 and width 128 this is the released ZSKT
-    generator, less the biases of convolutions that a BatchNorm follows: their gradient is zero.
+    A linear layer makes a small image near 8 pixels wide; two or more convolutions follow, the last ones each after a
+    doubling of the resolution, as many as it takes, the final doubling going to the exact size. At 3 x 32 x 32 and
+    width 128 this is the released ZSKT generator, less the biases of convolutions that a BatchNorm follows: their
+    gradient is zero.
     """
 
     def __init__(self, latent: int, size: tuple[int, int, int], width: int = 128) -> None:

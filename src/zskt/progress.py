@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -29,26 +29,35 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+class _TwoLines(Progress):
+    """The bar on one line and what is worth knowing beside it on the next, so that both fit 80 columns."""
+
+    beside = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.beside:
+            yield Text(self.beside)
+
+
 @contextlib.contextmanager
 def bar(phase: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar; call it with (done, total, what to show beside it)."""
-    progress = Progress(
+    progress = _TwoLines(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=15),
         MofNCompleteColumn(),
         TextColumn(unit),
         _Rate(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[beside]}"),
         console=console(),
     )
     with progress:
-        task = progress.add_task(phase, total=None, beside="")
+        task = progress.add_task(phase, total=None)
 
         def show(done: int, total: int, beside: str = "") -> None:
+            progress.beside = beside or progress.beside
             progress.update(task, completed=done, total=total)
-            if beside:
-                progress.update(task, beside=beside)
 
         yield show
 

@@ -27,6 +27,16 @@ MEASURES = {
 }
 
 
+FACTS = {
+    "teacher_model": "teacher",
+    "model": "student",
+    "teacher_parameters": "teacher parameters",
+    "parameters": "student parameters",
+    "reason": "why this recipe",
+    "seconds": "seconds",
+}
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Everything a report shows of one run; raises ZsktError where `folder` holds none."""
     if not (folder / "metrics.jsonl").exists() or not (folder / "config.toml").exists():
@@ -73,6 +83,7 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     body += ["<h2>Course</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
     for run in runs:
         body += [f"<h2>Pseudo images of {html.escape(run['name'])}</h2>", _samples(run["samples"])]
+    body.append('<p class="note">They are what the student learned from. They need not look like the data.</p>')
     body.append(_settings(runs))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     return f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n"
@@ -99,8 +110,11 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
         summary = summarise(runs, key)
         mean = f"{summary['mean']:.4f} ± {summary['std']:.4f}" if several and summary else "-"
         rows.append([label, *cells, *([mean] if several else [])])
-    for key, label in (("teacher_parameters", "teacher parameters"), ("parameters", "student parameters")):
-        cells = [f"{run['facts'][key]:,}" if key in run["facts"] else "-" for run in runs]
+    for key, label in FACTS.items():
+        values = [run["facts"].get(key) for run in runs]
+        cells = [
+            "-" if value is None else f"{value:,}" if isinstance(value, (int, float)) else value for value in values
+        ]
         rows.append([label, *cells, *([""] if several else [])])
     head = ["last iterate", *(run["name"] for run in runs), *(["mean ± std"] if several else [])]
     return "<h2>Result</h2>" + _table(head, rows)

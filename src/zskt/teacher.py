@@ -137,7 +137,15 @@ def count_parameters(module: nn.Module) -> int:
 
 def check_pair(teacher: Teacher, student: nn.Module) -> None:
     """Raise ZsktError unless the student takes the teacher's images and has its classes."""
-    like = next(iter(student.parameters()))
+    like = next((p for p in student.parameters() if p.requires_grad), None)
+    if like is None:
+        raise ZsktError("expected a student with parameters to train, found none that wants gradients")
+    theirs = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), like.dtype)
+    if like.dtype != theirs or like.dtype not in (torch.float32, torch.float64):
+        raise ZsktError(
+            f"expected teacher and student both in float32 or both in float64, found {theirs} and {like.dtype}; "
+            "convert one, as in student.float(); for bfloat16 arithmetic use precision bf16"
+        )
     blank = torch.zeros(2, *teacher.input_size, dtype=like.dtype, device=like.device)
     size = " x ".join(map(str, teacher.input_size))
     try:
