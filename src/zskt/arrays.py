@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zskt.files import ZsktError
-from zskt.sources import Member, reason
+from zskt.files import ZsktError, first_line
+from zskt.sources import Member
 
 Split = Literal["train", "test"]
 Pixels = NDArray[np.uint8]
@@ -84,7 +84,7 @@ def _read_cifar(parts: dict[str, Member], split: Split) -> Arrays:
             labels.append(np.array(batch[b"labels" if ten or binary else b"fine_labels"], np.int64))
         except Exception as error:  # a pickle can raise nearly anything
             raise ZsktError(
-                f"{member} is not a whole CIFAR batch ({reason(error)}); do not use it, fetch it again"
+                f"{member} is not a whole CIFAR batch ({first_line(error)}); do not use it, fetch it again"
             ) from error
     return np.concatenate(images), np.concatenate(labels), "cifar10" if ten else "cifar100"
 
@@ -116,7 +116,7 @@ def _read_svhn(parts: dict[str, Member], split: Split) -> Arrays:
         content = loadmat(data, variable_names=["X", "y"])
         images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1)  # (N, 3, 32, 32), (N,)
     except Exception as error:  # SciPy raises many kinds
-        raise ZsktError(f"{member} is not SVHN's cropped format ({reason(error)}); fetch it again") from error
+        raise ZsktError(f"{member} is not SVHN's cropped format ({first_line(error)}); fetch it again") from error
     return images, np.where(labels == 10, 0, labels), "svhn"
 
 

@@ -29,8 +29,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from zskt.arrays import Pixels, Split, find_arrays, read_arrays
-from zskt.files import UsageError, ZsktError, replacing, unknown, write_json
-from zskt.sources import Member, Notice, members_of, reason
+from zskt.files import UsageError, ZsktError, first_line, replacing, unknown, write_json
+from zskt.sources import Member, Notice, members_of
 
 Size = tuple[int, int, int]  # (C, H, W), C 1 or 3
 Progress = Callable[[int, int], None]  # (images done, images in all)
@@ -227,7 +227,7 @@ def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, lis
     except UnidentifiedImageError:
         raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
     except Exception as error:  # broken images and decompression bombs raise many kinds
-        raise ZsktError(f"{member} is not a whole image ({reason(error)}); replace or remove it") from error
+        raise ZsktError(f"{member} is not a whole image ({first_line(error)}); replace or remove it") from error
     if image.mode not in _CHANNELS:
         raise ZsktError(f"{member}: expected 8 bits per channel, found mode {image.mode}; convert it")
     native = (_CHANNELS[image.mode], image.height, image.width)

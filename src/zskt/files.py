@@ -34,9 +34,10 @@ def unknown(what: str, name: str, valid: Iterable[str]) -> UsageError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, short enough to stand inside a line of ours."""
+    """What an error of somebody else's says, on one line and short enough to stand inside a line of ours."""
     lines = str(error).strip().splitlines()
-    return lines[0][:150] if lines else type(error).__name__
+    text = lines[0][:150] if lines else type(error).__name__
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 @contextlib.contextmanager

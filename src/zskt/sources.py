@@ -11,17 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from zskt.files import ZsktError, cannot
+from zskt.files import ZsktError, cannot, first_line
 
 Notice = Callable[[str], None]  # one line for the user
 
 LARGEST = 2**30  # bytes; no file of a known set is larger, a decompression bomb is
 _HIDDEN = re.compile(r"(.*/)?(\.[^/]|__MACOSX/).*")
-
-
-def reason(error: Exception) -> str:
-    """What another library's error says, on one line."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(error))[:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Member:
             data = self.load()
             return gzip.GzipFile(fileobj=io.BytesIO(data)).read(LARGEST) if data[:2] == b"\x1f\x8b" else data
         except Exception as error:  # a damaged or encrypted archive can raise nearly anything
-            raise ZsktError(f"{self} cannot be read ({reason(error)}); check it or fetch it again") from error
+            raise ZsktError(f"{self} cannot be read ({first_line(error)}); check it or fetch it again") from error
 
 
 def members_of(path: Path, notice: Notice) -> list[Member]:
@@ -66,7 +61,7 @@ def members_of(path: Path, notice: Notice) -> list[Member]:
     except OSError as error:
         raise cannot("read", path, error) from error
     except (EOFError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise ZsktError(f"{path} is not a whole archive ({reason(error)}); fetch it again") from error
+        raise ZsktError(f"{path} is not a whole archive ({first_line(error)}); fetch it again") from error
     return [member for member in found if not _HIDDEN.fullmatch(member.name)]
 
 

@@ -15,7 +15,7 @@ from zskt.models.resnet import ResNet, resnet
 from zskt.models.vgg import VGG, vgg11
 from zskt.models.wide_resnet import WideResNet, wide_resnet
 
-LARGEST = 100_000
+MOST = 100_000
 """classes, channels or pixels: more than any network here could mean"""
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
 """Examples of what `build` accepts; wrn-DEPTH-WIDTH and convnet-WIDTH take any fitting number."""
@@ -41,9 +41,9 @@ def build(spec: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
 
     Raises UsageError for an unknown spec or one that does not fit the size.
     """
-    if not 2 <= num_classes <= LARGEST or len(input_size) != 3 or not all(1 <= side <= LARGEST for side in input_size):
+    if not 2 <= num_classes <= MOST or len(input_size) != 3 or not all(1 <= side <= MOST for side in input_size):
         raise UsageError(
-            f"expected at least 2 classes and an input size C H W of positive numbers below {LARGEST:,}, found "
+            f"expected at least 2 classes and an input size C H W of positive numbers below {MOST:,}, found "
             f"{num_classes} and {list(input_size)}"
         )
     channels = input_size[0]
