@@ -98,7 +98,8 @@ def run_distill(
         result = distill(
             network,
             module,
-            config,
+            recipe,
+            settings=changes,
             out=out,
             evaluate=images,
             callbacks=[callback],

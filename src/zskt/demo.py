@@ -64,7 +64,9 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
         result = distill(
             teacher,
             student,
-            config,
+            recipe,
+            steps=STEPS,
+            seed=seed,
             out=folder / "run",
             evaluate=(test.images, test.labels),
             callbacks=[progress],
