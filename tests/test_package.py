@@ -25,6 +25,7 @@ STORY = [
     "matching",
     "recipe",
     "belief",
+    "transitions",
     "figures",
     "checkpoint",
     "report",

@@ -1,15 +1,16 @@
-"""The oracle itself, checked by hand: loops over numbers for the losses, hand-written optimisers for the updates."""
+"""The oracle itself, by hand: loops over numbers (losses), hand-written optimisers (updates), numpy (curves)."""
 
 import copy
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from zskt.reference import METHODS, Iteration, attention_distance, mean_kl, released_loop
+from zskt.reference import METHODS, Iteration, attention_distance, mean_kl, released_loop, released_transitions
 
 BATCH, LATENT, CLASSES, SIZE = 5, 6, 4, 6
 STAGES = ["low", "high"]
@@ -392,3 +393,101 @@ def test_results_are_detached_scalars_of_the_networks_dtype(method: str, dtype: 
 def test_an_unknown_method_is_an_error() -> None:
     with pytest.raises(ValueError, match="zskt-frsh"):
         next(released_loop(*networks(), Latents(), STAGES, total=1, method="zskt-frsh"))
+
+
+# Transition curves, on linear classifiers, whose gradients have a closed form: weights^T (p - one-hot of j)
+
+
+def linear_pair(dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
+    """Two linear softmax classifiers of four classes, and two images for them."""
+    torch.manual_seed(3)
+    stepped = nn.Sequential(nn.Flatten(), nn.Linear(3 * 2 * 2, CLASSES)).to(dtype)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(3 * 2 * 2, CLASSES)).to(dtype)
+    return stepped, other, torch.randn(2, 3, 2, 2, dtype=dtype)
+
+
+def test_transitions_agree_with_numpy() -> None:
+    stepped, other, images = linear_pair()
+    scale, shift = torch.tensor([0.5, 2.0, 1.5]).view(3, 1, 1), torch.tensor([0.3, -1.0, 0.7]).view(3, 1, 1)
+    before = images.clone()
+    curves = released_transitions(
+        stepped,
+        other,
+        images,
+        torch.tensor([2, 0]),
+        CLASSES,
+        steps=3,
+        step_size=0.7,
+        renormalise=lambda x: scale * x + shift,
+    )
+    assert torch.equal(images, before)
+
+    weights_a, bias_a, weights_b, bias_b = (p.detach().numpy() for p in (*stepped.parameters(), *other.parameters()))
+    spread, offset = np.repeat(scale.flatten().numpy(), 4), np.repeat(shift.flatten().numpy(), 4)
+    expected_a, expected_b = np.empty((2, 3, 3)), np.empty((2, 3, 3))
+    for m, targets in enumerate([[3, 0, 1], [1, 2, 3]]):
+        for r, j in enumerate(targets):
+            x = images[m].numpy().flatten()
+            for k in range(3):
+                exp_a = np.exp(weights_a @ x + bias_a)
+                exp_b = np.exp(weights_b @ (spread * x + offset) + bias_b)
+                p = exp_a / exp_a.sum()
+                expected_a[m, r, k], expected_b[m, r, k] = p[j], exp_b[j] / exp_b.sum()
+                x = x - 0.7 * weights_a.T @ (p - np.eye(4)[j])
+    for curve, expected in zip(curves, (expected_a, expected_b), strict=True):
+        np.testing.assert_allclose(curve.numpy(), expected, rtol=1e-12)
+    assert (np.diff(expected_a) > 0.02).all()  # or a step more or less would hardly show
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transitions_begin_at_the_untouched_image_and_show_it_as_it_is(dtype: torch.dtype) -> None:
+    stepped, _, images = linear_pair(dtype)
+    starts = torch.tensor([1, 3])
+    curves, same = released_transitions(stepped, lambda x: stepped(x), images, starts, CLASSES, steps=2, step_size=1.0)
+    assert torch.equal(curves, same)
+    assert (curves.shape, curves.dtype, curves.requires_grad) == ((2, 3, 2), dtype, False)
+    p = stepped(images).softmax(dim=1)
+    torch.testing.assert_close(curves[:, :, 0], torch.stack([p[0, [2, 3, 0]], p[1, [0, 1, 2]]]))
+
+
+def test_transitions_compute_weight_gradients_and_leave_the_networks_as_they_were() -> None:
+    stepped, other, images = linear_pair()
+    weight, bias = stepped.parameters()
+    weight.grad = torch.ones_like(weight)
+    stepped.train()
+    other.eval()
+    kept, before = weight.grad, copy.deepcopy([stepped.state_dict(), other.state_dict()])
+    shapes: list[torch.Size] = []
+    gradients: dict[nn.Parameter, list[Tensor]] = {weight: [], bias: []}
+    for network in (stepped, other):
+        network.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    for parameter in (weight, bias):
+        parameter.register_post_accumulate_grad_hook(lambda p: gradients[p].append(p.grad.clone()))
+    curves, _ = released_transitions(stepped, other, images, torch.tensor([2, 0]), CLASSES, steps=3, step_size=0.7)
+
+    assert shapes == [(1, 3, 2, 2)] * (2 * 2 * 3 * 3)
+    assert len(gradients[weight]) == 2 * 3 * 3
+    targets = [j for j in (3, 0, 1, 1, 2, 3) for _ in range(3)]
+    seen = [gradient[j].item() for gradient, j in zip(gradients[bias], targets, strict=True)]
+    assert seen == pytest.approx((curves - 1).flatten().tolist())  # p_j - 1: nothing adds up over the steps
+
+    assert weight.grad is kept
+    assert (kept == 1).all()
+    assert bias.grad is None
+    assert all(p.grad is None for p in other.parameters())
+    assert all(p.requires_grad for p in (*stepped.parameters(), *other.parameters()))
+    torch.testing.assert_close([stepped.state_dict(), other.state_dict()], before, rtol=0, atol=0)
+    assert (stepped.training, other.training) == (True, False)
+
+
+def test_transitions_put_gradients_back_when_a_network_fails() -> None:
+    stepped, _, images = linear_pair()
+    for parameter in stepped.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    def fail(_x: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        released_transitions(stepped, fail, images, torch.tensor([2, 0]), CLASSES, steps=1, step_size=1.0)
+    assert all(p.grad is not None and (p.grad == 1).all() for p in stepped.parameters())

@@ -13,12 +13,14 @@ from zskt.matching import BeliefMatching, Beliefs, Latent, StepLosses, Updates
 from zskt.memory import Bank, Fresh, Same
 from zskt.report import write_report
 from zskt.teacher import Teacher, load_student, load_teacher, save_teacher
+from zskt.transitions import Comparison, compare
 from zskt.version import __version__
 
 __all__ = [
     "Bank",
     "BeliefMatching",
     "Beliefs",
+    "Comparison",
     "DistillResult",
     "Event",
     "Fresh",
@@ -31,6 +33,7 @@ __all__ = [
     "UsageError",
     "ZsktError",
     "__version__",
+    "compare",
     "distill",
     "load_student",
     "load_teacher",

@@ -1,20 +1,24 @@
 """How close are two networks' beliefs? Measures on tensors of images, and warning lights that need no data at all.
 
-M images, K classes. Images are uint8 or in [0, 1]; a network's own normalisation is part of it (`Teacher`).
+M images, K classes. Images are uint8 or in [0, 1]; a network's own normalisation is part of it (`Teacher`). How the
+beliefs change on the way to a decision boundary is in `transitions.py`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zskt.features import evaluating
+from zskt.features import evaluating, layout
 from zskt.files import ZsktError
 from zskt.losses import forward_kl
 from zskt.teacher import Teacher
 
 CALIBRATION_BINS = 15
+RESAMPLES = 1_000
 
 
 def check_images(network: Teacher, images: Tensor, labels: Tensor | None = None) -> None:
@@ -39,9 +43,17 @@ def check_images(network: Teacher, images: Tensor, labels: Tensor | None = None)
 def predict(network: Teacher, images: Tensor, *, batch_size: int = 500) -> Tensor:
     """Logits (M, K) of images (M, C, H, W), on the CPU in float32 or better; the network's state is left alone."""
     check_images(network, images)
+    memory_format = layout(network.module, network.input_size)
+    batches = []
     with evaluating(network):
-        batches = [network(network.normalise(batch)).cpu() for batch in torch.split(images, batch_size)]
+        for batch in torch.split(images, batch_size):
+            batches.append(network(network.normalise(batch).contiguous(memory_format=memory_format)).cpu())
     logits = torch.cat(batches)  # (M, K)
+    if not torch.isfinite(logits).all():
+        bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+        raise ZsktError(
+            f"the network answers {bad:,} of {len(images):,} images with NaN or infinity; check its weights"
+        )
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -93,6 +105,50 @@ def judge(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> dict
             "kl_student_teacher": float(forward_kl(answers, logits)),
         }
     return result
+
+
+def per_image(logits: Tensor, answers: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """What `judge` averages over images, before the average: name -> (M,); logits (M, K) of student and teacher."""
+    student, teacher = F.log_softmax(logits.double(), dim=1), F.log_softmax(answers.double(), dim=1)  # (M, K) each
+    values = {
+        "agreement": logits.argmax(dim=1) == answers.argmax(dim=1),
+        "kl_teacher_student": (teacher.exp() * (teacher - student)).sum(dim=1),
+        "kl_student_teacher": (student.exp() * (student - teacher)).sum(dim=1),
+    }
+    if labels is not None:
+        values["accuracy"] = logits.argmax(dim=1) == labels
+        values["teacher_accuracy"] = answers.argmax(dim=1) == labels
+    return {name: value.double() for name, value in values.items()}
+
+
+def bootstrap(values: Tensor, *, seed: int = 0) -> list[float]:
+    """The 95 % percentile interval [low, high] of the mean of values (M,), from 1,000 resamples of the M images."""
+    rng = torch.Generator().manual_seed(seed)
+    means = [values[torch.randint(len(values), (len(values),), generator=rng)].mean() for _ in range(RESAMPLES)]
+    edges = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.stack(means).double().quantile(edges).tolist()
+    return [low, high]
+
+
+def disagreements(
+    logits: Tensor, answers: Tensor, class_names: Sequence[str] | None = None, *, most: int = 10
+) -> dict[str, Any]:
+    """Where student and teacher disagree: logits (M, K) each.
+
+    `disagreement_by_class` has, for each class that the teacher sees, the share of those images on which the student
+    says otherwise (None where the teacher never sees the class); `most_disagreements` the commonest pairs.
+    """
+    classes = logits.shape[1]
+    pairs = answers.argmax(dim=1) * classes + logits.argmax(dim=1)  # (M,)
+    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes)  # (K, K) by teacher's, student's class
+    seen, same = counts.sum(dim=1).tolist(), counts.diagonal().tolist()
+    names = class_names or [str(k) for k in range(classes)]
+    off = counts.clone().fill_diagonal_(0).flatten()  # (K * K,)
+    top = [(int(i) // classes, int(i) % classes) for i in off.topk(min(most, len(off))).indices if off[i]]
+    return {
+        "disagreement_by_class": [1 - s / n if n else None for s, n in zip(same, seen, strict=True)],
+        "most_disagreements": [{"teacher": names[t], "student": names[s], "images": int(counts[t, s])} for t, s in top],
+    }
 
 
 def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, Any]:

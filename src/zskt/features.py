@@ -125,6 +125,20 @@ def _blank(module: nn.Module, size: tuple[int, ...]) -> Tensor:
     return torch.zeros(1, *size, dtype=like.dtype, device=like.device)
 
 
+def layout(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
+    """The memory format in which to hand over images of `size` = (C, H, W): channels_last where the network takes it.
+
+    On a CPU it is up to twice as fast. A network that reshapes maps by `view` takes contiguous images only.
+    """
+    blank = _blank(module, size).expand(2, *size).contiguous(memory_format=torch.channels_last)
+    try:
+        with evaluating(module):
+            module(blank)
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 def forward_flops(module: nn.Module, size: tuple[int, ...]) -> int:
     """Operations (two per multiply-accumulate) of one forward of one input of `size`: convolutions and products."""
     with evaluating(module), FlopCounterMode(display=False) as counter:

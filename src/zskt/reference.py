@@ -1,12 +1,13 @@
-"""The released ZSKT training loop, restated plainly and with its waste: the oracle and the yardstick.
+"""The released ZSKT loop and transition curves, restated plainly and with their waste: oracle and yardstick.
 
-Sources: Micaelli and Storkey, "Zero-shot Knowledge Transfer via Adversarial Belief Matching", NeurIPS 2019 (algorithm
-1), with the settings of the code they released (polo5/ZeroShotKnowledgeTransfer@e24915d), which decides where the paper
-is silent; Ferles et al., ReScience 2020, for fresh pseudo batches; open-mmlab/mmrazor's ZSKT configs for that variant.
-Written from descriptions of their behaviour; no code is copied.
+Sources: Micaelli and Storkey, "Zero-shot Knowledge Transfer via Adversarial Belief Matching", NeurIPS 2019
+(algorithms 1 and 2), with the settings of the code they released (polo5/ZeroShotKnowledgeTransfer@e24915d), which
+decides where the paper is silent; Ferles et al., ReScience 2020, for fresh pseudo batches; open-mmlab/mmrazor's ZSKT
+configs for that variant. Written from descriptions of their behaviour; no code is copied.
 
 The point of this file is to be obviously right, not fast: in float64 it is what an optimised engine has to agree with,
-and its wall time is the honest "before". So what the released code wastes is wasted here too, on purpose:
+and its wall time is the honest "before". So what the released code wastes is wasted here too, on purpose
+(for the transition curves see `released_transitions`):
 
 * the generator is run again for every student update, even where latent and weights, and so the images, are unchanged;
 * the pseudo batch is not detached, so every student backward also runs through the generator, whose gradients from it
@@ -128,6 +129,61 @@ def released_loop(
             student_losses.append(loss.detach())
 
         yield Iteration(generator_losses, student_losses, confidence(teacher_logits), confidence(student_logits))
+
+
+def released_transitions(
+    stepped: Callable[[Tensor], Tensor],
+    other: Callable[[Tensor], Tensor],
+    images: Tensor,
+    starts: Tensor,
+    num_classes: int,
+    *,
+    steps: int,
+    step_size: float,
+    renormalise: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Walk every image to every other class by gradient steps on `stepped`; p_j of `stepped` and `other` on the way.
+
+    Source: algorithm 2 of the paper ("transition curves"), with what their code decides: p_j is recorded before each
+    step, so that column 0 is the untouched image; the steps are taken in the normalised space of `stepped`; the
+    cross-entropy is that of one image. Both networks map images to logits and should be in eval mode, the caller's job.
+
+    `images` (M, C, H, W) are normalised for `stepped`; `other` is shown `renormalise(x)`, or x where that is None.
+    `starts` (M,) are the classes to start from: the common prediction in the paper, the true label in their code.
+    Returns two tensors (M, K - 1, steps) of the images' dtype; target r of an image is class (start + 1 + r) mod K.
+
+    The waste: one image and one target at a time; a full backward, which also computes weight gradients of `stepped`
+    (where they are not frozen) that nobody reads; the untouched image evaluated anew for each target; a last step that
+    nothing is recorded after. Gradients the parameters of `stepped` had before are put back, if it is a Module; behind
+    any other callable we see no parameters, and theirs add up.
+    """
+    count = len(images)
+    stepped_curves = images.new_empty(count, num_classes - 1, steps)  # (M, K - 1, steps)
+    other_curves = images.new_empty(count, num_classes - 1, steps)  # (M, K - 1, steps)
+    parameters = list(stepped.parameters()) if isinstance(stepped, nn.Module) else []
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for m, start in enumerate(starts.tolist()):
+            for r in range(num_classes - 1):
+                j = (start + 1 + r) % num_classes
+                target = torch.tensor([j], device=images.device)  # (1,)
+                x = images[m : m + 1].detach()  # (1, C, H, W)
+                for k in range(steps):
+                    for parameter in parameters:
+                        parameter.grad = None
+                    x.requires_grad_()
+                    logits = stepped(x)  # (1, K)
+                    with torch.no_grad():
+                        other_logits = other(x if renormalise is None else renormalise(x))  # (1, K)
+                    stepped_curves[m, r, k] = logits.detach().softmax(dim=1)[0, j]  # ()
+                    other_curves[m, r, k] = other_logits.softmax(dim=1)[0, j]  # ()
+                    torch.autograd.backward(F.cross_entropy(logits, target))
+                    assert x.grad is not None
+                    x = x.detach() - step_size * x.grad  # (1, C, H, W)
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+    return stepped_curves, other_curves  # (M, K - 1, steps) each
 
 
 def run(network: nn.Module, x: Tensor, stages: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
