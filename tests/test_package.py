@@ -30,6 +30,7 @@ STORY = [
     "checkpoint",
     "report",
     "distill",
+    "training",
     "baselines",
     "sources",
     "arrays",
@@ -40,6 +41,7 @@ STORY = [
     "progress",
     "demo",
     "cli_teachers",
+    "cli_paper",
     "cli",
 ]
 """The reading order: each module imports only modules above it."""

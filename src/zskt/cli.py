@@ -18,6 +18,7 @@ from rich.table import Table
 from zskt import bench, demo, models
 from zskt.belief import measure
 from zskt.checkpoint import Interrupted
+from zskt.cli_paper import run_belief
 from zskt.cli_teachers import Data, Result, run_import, run_inspect, run_teach, test_images
 from zskt.config import flat, from_text, to_toml
 from zskt.distill import distill, plan, sample, seeded
@@ -229,6 +230,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "inspect": run_inspect,
     "distill": run_distill,
     "evaluate": run_evaluate,
+    "belief": run_belief,
     "sample": run_sample,
     "report": run_report,
     "recipes": run_recipes,

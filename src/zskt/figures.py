@@ -1,19 +1,29 @@
-"""PNG figures of a run: curves over its steps, and grids of pseudo images."""
+"""PNG figures: curves over a run's steps, grids of pseudo images, transition curves."""
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from zskt.files import replacing
+from zskt.transitions import Transitions
 
 Lines = Sequence[Mapping[str, Any]]
+
+
+def styled() -> AbstractContextManager[None]:
+    """Small print and faint grids, without changing the settings of the process."""
+    return matplotlib.rc_context(
+        {"font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 7}
+    )
 
 
 def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32) -> Image.Image:
@@ -64,7 +74,7 @@ PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
 
 def run_curves(runs: Mapping[str, Lines]) -> bytes:
     """A PNG of losses, confidences, class spread and accuracy over the steps of one or several runs."""
-    with matplotlib.rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
+    with styled():
         figure = Figure(figsize=(10, 5), layout="constrained")
         figure.subplots(2, 3)
         for axes, (title, curves) in zip(figure.axes, PANELS.items(), strict=True):
@@ -75,17 +85,77 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
                     axes.plot(steps, values, style, color=f"C{i % 10}", linewidth=1)
                     measured |= bool(steps)
                 axes.plot([], [], style, color="black", linewidth=1, label=label)
-            axes.set_title(title, fontsize=8)
+            axes.set_title(title)
             axes.set_xlabel("step")
             if "loss" not in title and "test" not in title:
                 axes.set_ylim(-0.03, 1.03)
             if len(curves) > 1:
-                axes.legend(fontsize=7)
+                axes.legend()
             if not measured:
                 axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
         if len(runs) > 1:
             generator = figure.axes[1]  # the panel with room for the names of the runs
-            generator.legend(generator.lines[: len(runs)], [name.replace("$", r"\$") for name in runs], fontsize=7)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
+            generator.legend(generator.lines[: len(runs)], [name.replace("$", r"\$") for name in runs])
+        return _png(figure)
+
+
+def average_transitions(transitions: Transitions, names: Sequence[str], note: str = "") -> bytes:
+    """A PNG of both networks' mean probability of the target class over the steps, with 2 standard errors over images.
+
+    ZSKT, figure 4. `names` are the two networks'; `note` stands in the title.
+    """
+    with styled():
+        figure = Figure(figsize=(5, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for curves, name, style in zip((transitions.first, transitions.second), names, ("-", "--"), strict=True):
+            mean = curves.mean(dim=0)  # (S,)
+            error = 2 * curves.std(dim=0, correction=min(1, len(curves) - 1)) / len(curves) ** 0.5  # (S,)
+            steps = range(len(mean))
+            axes.plot(steps, mean, style, label=name)
+            axes.fill_between(steps, mean - error, mean + error, alpha=0.25)
+        axes.set_xlabel("step k")
+        axes.set_ylabel("probability of the target class")
+        axes.set_ylim(-0.03, 1.03)
+        axes.legend()
+        axes.set_title(f"mean transition error {transitions.error:.3f}, {len(transitions.gaps):,} images{note}")
+        return _png(figure)
+
+
+def single_transitions(
+    transitions: Transitions, names: Sequence[str], class_names: Sequence[str] | None = None, note: str = ""
+) -> bytes:
+    """A PNG of single transition curves: eight images at most, each towards one other class."""
+    _, count, targets, steps = transitions.examples.shape
+    columns = min(4, count)
+    rows = -(-count // columns)
+    with styled():
+        figure = Figure(figsize=(2.6 * columns, 2.2 * rows + 0.5), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for axes in panels[count:]:
+            axes.set_axis_off()
+        for i, axes in enumerate(panels[:count]):
+            start = int(transitions.starts[i])
+            turn = i % targets
+            target = (start + 1 + turn) % (targets + 1)
+            for curves, style in zip(transitions.examples[:, i, turn], ("-", "--"), strict=True):
+                axes.plot(range(steps), curves, style)
+            axes.set_ylim(-0.03, 1.03)
+            words = [class_names[k] if class_names else str(k) for k in (start, target)]
+            axes.set_title(" → ".join(words))
+            inset = axes.inset_axes((0.02, 0.66, 0.32, 0.32))
+            inset.imshow(np.asarray(image_grid(_fractions(transitions.images[i : i + 1]), columns=1)), cmap="gray")
+            inset.set_axis_off()
+        figure.legend(panels[0].lines, names, loc="outside lower center", ncols=2)
+        figure.supylabel("probability of the target class", fontsize=8)
+        figure.suptitle(f"Single transitions over {steps} steps{note}", fontsize=9)
+        return _png(figure)
+
+
+def _fractions(images: Tensor) -> Tensor:
+    return images / 255 if images.dtype == torch.uint8 else images
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
