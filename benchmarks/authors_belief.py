@@ -12,10 +12,10 @@ from rich.progress import Progress
 
 import record
 from zskt.data import KNOWN, read
-from zskt.distill import denormals_flushed
 from zskt.figures import average_transitions
 from zskt.importing import import_weights
-from zskt.transitions import compare
+from zskt.process import denormals_flushed
+from zskt.transitions import average_curves, compare
 
 
 def main() -> None:
@@ -51,7 +51,8 @@ def main() -> None:
         rows.append([precision, start, f"{found.mean_transition_error:.4f}", f"{low:.4f} .. {high:.4f}"])
         if not (precision == "bf16" or start == "label"):
             names = [path.name.split(".")[0] for path in arguments.weights]
-            figure = average_transitions(found.transitions, names)
+            title = f"mean transition error {found.mean_transition_error:.3f}, {arguments.images} images"
+            figure = average_transitions({title: average_curves(found.transitions)}, names)
     title = f"Mean transition error of {arguments.weights[0].name}, stepped, and {arguments.weights[1].name}"
     head = ["precision", "start class", "mean transition error", "95 % interval"]
     path = record.write("authors-belief", title, results, head, rows)

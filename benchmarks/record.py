@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from zskt.distill import versions
 from zskt.files import write_json, write_text
+from zskt.process import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,9 +25,9 @@ from zskt import models
 from zskt.belief import measure, network_like, pseudo_beliefs
 from zskt.config import Config, replace
 from zskt.data import read
-from zskt.distill import seeded
 from zskt.files import replacing
 from zskt.matching import BeliefMatching
+from zskt.process import seeded
 from zskt.recipe import arrange, assemble, load_recipe
 from zskt.reference import released_loop
 from zskt.teacher import Teacher, load_teacher

@@ -66,3 +66,13 @@ def make_matching(
         torch.manual_seed(seed)
         matching = assemble(config, teacher, student, rng, torch.Generator().manual_seed(seed))
     return matching, config
+
+
+def stripes(count: int, channels: int = 1) -> tuple[Tensor, Tensor]:
+    """Images (count, C, 8, 8) of one bright row or column: two classes that a small network learns at once."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 60, (count, channels, 8, 8), generator=rng, dtype=torch.uint8)
+    labels = torch.arange(count) % 2
+    for image, label, place in zip(images, labels, torch.randint(0, 8, (count,), generator=rng), strict=True):
+        image[(slice(None), place) if label else (slice(None), slice(None), place)] = 255
+    return images, labels

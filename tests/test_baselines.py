@@ -1,93 +1,253 @@
-"""Training a teacher: augmentation, schedule, exact resume."""
+"""Teachers, and students trained on few real images: from scratch, with a teacher, trained on."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import zskt
+from small import FourStages, make_teacher, stripes
 from zskt import models
-from zskt.baselines import Epoch, Teaching, TeachResult, augment, decayed, one_cycle, teach
+from zskt.baselines import Training, TrainingResult, cross_entropy, few_shot, kd_at, teach, train_student
 
 
-def stripes(count: int) -> tuple[Tensor, Tensor]:
-    """Images (count, 1, 8, 8) of one bright row or column: two classes that a small network learns at once."""
-    rng = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 60, (count, 1, 8, 8), generator=rng, dtype=torch.uint8)
-    labels = torch.arange(count) % 2
-    for image, label, place in zip(images, labels, torch.randint(0, 8, (count,), generator=rng), strict=True):
-        image[(0, place) if label else (0, slice(None), place)] = 255
-    return images, labels
+def small_network(width: int = 4, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return models.convnet(width, num_classes=2, channels=1)
 
 
-def train(out: Path | None, epochs: int = 4, **options: object) -> TeachResult:
-    torch.manual_seed(0)
-    module = models.convnet(4, num_classes=2, channels=1)
-    settings = Teaching(epochs=epochs, batch_size=16, shift=1, mirrored=True)
-    return teach(module, stripes(96), stripes(40), settings, mean=[0.2], std=[0.3], out=out, **options)
+def make_stripes_teacher(seed: int = 0) -> zskt.Teacher:
+    return make_teacher(small_network(8, seed), size=(1, 8, 8))
 
 
-def test_it_learns_and_writes_a_teacher(tmp_path: Path) -> None:
-    seen: list[Epoch] = []
-    result = train(tmp_path / "teacher", callbacks=[seen.append])
+def distilled(out: Path | None, teacher: zskt.Teacher | None = None, **options: Any) -> TrainingResult:
+    """A student trained with KD+AT on ten images of each of two classes."""
+    teacher, module = teacher or make_stripes_teacher(), small_network()
+    images, labels = stripes(60)
+    chosen = few_shot(labels, 10)
+    data = images[chosen], labels[chosen]
+    training = Training(12, batch_size=8, shift=1)
+    return train_student(
+        module, teacher, data, stripes(40), training, objective=kd_at(teacher, module), out=out, **options
+    )
+
+
+def test_teach_learns_and_writes_a_teacher(tmp_path: Path) -> None:
+    module = small_network()
+    settings = Training(24, batch_size=16, shift=1, mirrored=True)
+    result = teach(module, stripes(96), stripes(40), settings, mean=[0.2], std=[0.3], out=tmp_path / "teacher")
     assert result.finished
     assert result.measured["accuracy"] > 0.9
     loaded = zskt.load_teacher(tmp_path / "teacher")
-    trained = result.teacher.state_dict()
+    trained = result.network.state_dict()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in loaded.state_dict().items())
-    assert seen[-1].update == seen[-1].updates == 24
-    assert seen[-1].accuracy == result.measured["accuracy"]
+    facts = json.loads((tmp_path / "teacher" / "teacher.json").read_text())
+    assert (facts["how"], facts["updates"], facts["images"]) == ("zskt teach", 24, 96)
+    assert facts["measured"] == result.measured
+    assert loaded.mean.flatten().tolist() == pytest.approx([0.2])
 
 
-def test_resume_is_bitwise_equal(tmp_path: Path) -> None:
-    train(tmp_path / "whole")
-    part = train(tmp_path / "parts", stop_after="2")
-    assert (part.finished, part.epoch) == (False, 2)
-    train(tmp_path / "parts", resume=True)
-    files = [(tmp_path / name / "teacher.safetensors").read_bytes() for name in ("whole", "parts")]
+def outputs(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Stage outputs and, last, the logits, by hooks of its own."""
+    seen: list[Tensor] = []
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        for name in module.stages
+    ]
+    seen.append(module(x))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.3, "temperature": 2.5, "beta": 70.0}])
+def test_kd_at_is_the_formula(with_labels: bool, settings: dict[str, float]) -> None:
+    """By hand, in float64: 6 images, 10 classes, three stages of 16, 8 and 4 pixels squared."""
+    teacher, module = make_teacher(models.wide_resnet(10, 2).double()), models.wide_resnet(10, 1).double().train()
+    x, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.tensor([3, 1, 4, 1, 5, 9])
+    found = kd_at(teacher, module, cross_entropy=with_labels, **settings)(x, labels)
+
+    alpha, t, beta = (settings.get(*default) for default in (("alpha", 0.9), ("temperature", 4), ("beta", 1000)))
+    *theirs, teacher_logits = outputs(teacher.module, x)
+    *ours, student_logits = outputs(module, x)
+    p, q = (torch.exp(z / t) / torch.exp(z / t).sum(1, keepdim=True) for z in (teacher_logits, student_logits))
+    kl = (p * (p / q).log()).sum() / (6 * 10)
+    expected = 2 * alpha * t**2 * kl
+    for a, b in zip(ours, theirs, strict=True):
+        maps = [(y**2).mean(1).reshape(6, -1) for y in (a, b)]
+        maps = [y / (y**2).sum(1, keepdim=True).sqrt() for y in maps]
+        expected = expected + beta * ((maps[0] - maps[1]) ** 2).sum() / maps[0].numel()
+    if with_labels:
+        chances = torch.exp(student_logits) / torch.exp(student_logits).sum(1, keepdim=True)
+        expected = expected - (1 - alpha) * chances[range(6), labels].log().sum() / 6
+    assert len(ours) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    found.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_cross_entropy_is_the_mean_negative_log_probability() -> None:
+    module, x, labels = (
+        small_network().double(),
+        torch.randn(5, 1, 8, 8, dtype=torch.float64),
+        torch.tensor([0, 1, 1, 0, 1]),
+    )
+    expected = -module(x).softmax(1)[range(5), labels].log().mean()
+    torch.testing.assert_close(cross_entropy(module)(x, labels), expected)
+
+
+def test_kd_at_leaves_no_hooks_and_the_teacher_alone() -> None:
+    teacher, module = make_stripes_teacher(), small_network()
+    teacher.module.requires_grad_(True)  # as somebody may have it
+    teacher.module.register_forward_hook(lambda *call: None)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    strides = [p.stride() for p in teacher.parameters()]
+    objective = kd_at(teacher, module)
+    objective(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))
+    data = stripes(20)
+    train_student(module, teacher, data, data, Training(3, shift=0), objective=objective)
+    for child in module.modules():
+        assert not child._forward_hooks
+        assert not child._forward_pre_hooks
+    assert len(teacher.module._forward_hooks) == 1
+    assert sum(len(child._forward_hooks) for child in teacher.modules()) == 1
+    assert all(p.requires_grad and p.grad is None for p in teacher.module.parameters())
+    assert [p.stride() for p in teacher.parameters()] == strides
+    assert not any(child.training for child in teacher.modules())
+    assert teacher.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_stages_that_do_not_pair_up_need_beta_0() -> None:
+    teacher, module = make_teacher(FourStages(4)), models.wide_resnet(10, 1)
+    with pytest.raises(zskt.ZsktError, match=r"equal resolution, found .* in the student; set beta=0$"):
+        kd_at(teacher, module)
+    x, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    assert kd_at(teacher, module, beta=0)(x, labels).isfinite()
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 1.5}, {"temperature": 0.0}, {"beta": -1.0}, {"beta": float("nan")}])
+def test_weights_that_cannot_be_meant(wrong: dict[str, float]) -> None:
+    with pytest.raises(zskt.UsageError, match="expected alpha from 0 to 1, a positive temperature and a beta of 0"):
+        kd_at(make_stripes_teacher(), small_network(), **wrong)
+
+
+def test_other_classes_are_refused() -> None:
+    teacher, module, data = make_stripes_teacher(), models.convnet(4, num_classes=3, channels=1), stripes(20)
+    for refused in (
+        lambda: kd_at(teacher, module),
+        lambda: train_student(module, teacher, data, data, Training(2)),
+    ):
+        with pytest.raises(zskt.ZsktError, match="the teacher's 2 classes, found 3"):
+            refused()
+    with pytest.raises(zskt.ZsktError, match="labels of 2 classes, found label 2"):
+        train_student(small_network(), teacher, (data[0], data[1] + 1), data, Training(2))
+
+
+def test_few_shot_is_balanced_nested_and_seeded() -> None:
+    labels = torch.tensor([0, 1, 2, 1, 1, 2, 0, 0, 2, 2, 1, 0, 0, 2, 1, 1])
+    before = torch.get_rng_state()
+    sets = [few_shot(labels, m) for m in (1, 3, 5)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for m, chosen in zip((1, 3, 5), sets, strict=True):
+        assert torch.bincount(labels[chosen]).tolist() == [m] * 3
+        assert len(set(chosen.tolist())) == 3 * m
+    assert torch.equal(sets[0], sets[1][:3])
+    assert torch.equal(sets[1], sets[2][:9])
+    assert torch.equal(few_shot(labels, 3), sets[1])
+    assert len({tuple(few_shot(labels, 2, seed).tolist()) for seed in range(10)}) > 5
+
+
+def test_few_shot_says_which_class_is_too_small() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3])
+    with pytest.raises(zskt.ZsktError, match="expected 2 images of each class, found 0 of class 2; give images of it"):
+        few_shot(labels, 2)
+    with pytest.raises(zskt.ZsktError, match="expected 3 images of each class, found 2 of class 1; ask for at most 2"):
+        few_shot(labels[:5], 3)
+    with pytest.raises(zskt.ZsktError, match="found 0 of class 0"):
+        few_shot(labels[:0], 1)
+    with pytest.raises(zskt.ZsktError, match="per_class = 0: expected at least 1"):
+        few_shot(labels, 0)
+
+
+@pytest.mark.parametrize("per_class", [1, 10, 25])
+def test_a_student_gets_equally_many_updates_whatever_the_images(per_class: int) -> None:
+    images, labels = stripes(60)
+    chosen = few_shot(labels, per_class)
+    updates: list[int] = []
+    module = small_network()
+    module.register_forward_pre_hook(lambda module, inputs: updates.append(len(inputs[0])) if module.training else None)
+    data = images[chosen], labels[chosen]
+    training = Training(9, batch_size=16, shift=0)
+    result = train_student(module, make_stripes_teacher(), data, stripes(20), training)
+    assert result.update == len(updates) == 9
+    assert max(updates) == min(16, 2 * per_class)
+
+
+def test_a_student_is_written_with_what_was_measured(tmp_path: Path) -> None:
+    teacher = make_stripes_teacher()
+    result = distilled(tmp_path / "run", teacher, per_class=10, how="KD+AT")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"student.json", "student.safetensors"}
+    loaded = zskt.load_student(tmp_path / "run")
+    assert loaded.mean.tolist() == teacher.mean.tolist()
+    assert loaded.std.tolist() == teacher.std.tolist()
+    facts = json.loads((tmp_path / "run" / "student.json").read_text())
+    assert (facts["per_class"], facts["how"], facts["images"], facts["updates"]) == (10, "KD+AT", 20, 12)
+    assert facts["teacher_fingerprint"] == teacher.fingerprint()
+    assert facts["measured"] == result.measured
+    images, labels = stripes(40)
+    with torch.no_grad():
+        ours, theirs = (network(network.normalise(images)).argmax(1) for network in (loaded, teacher))
+    assert result.measured["accuracy"] == pytest.approx(float((ours == labels).float().mean()))
+    assert result.measured["agreement"] == pytest.approx(float((ours == theirs).float().mean()))
+    with pytest.raises(zskt.ZsktError, match="already holds a student"):
+        distilled(tmp_path / "run", teacher)
+
+
+def test_a_student_resumes_exactly_and_only_as_it_was_begun(tmp_path: Path) -> None:
+    distilled(tmp_path / "whole", per_class=10)
+    assert distilled(tmp_path / "parts", per_class=10, stop_after=5).update == 5
+    with pytest.raises(zskt.ZsktError, match="other facts;"):
+        distilled(tmp_path / "parts", per_class=20, resume=True)
+    other = make_stripes_teacher(seed=1)
+    with pytest.raises(zskt.ZsktError, match="other teacher;"):
+        distilled(tmp_path / "parts", other, per_class=10, resume=True)
+    distilled(tmp_path / "parts", per_class=10, resume=True)
+    files = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
 
 
-def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
-    train(tmp_path / "parts", stop_after="1")
-    with pytest.raises(zskt.ZsktError, match="other settings"):
-        train(tmp_path / "parts", epochs=5, resume=True)
-    with pytest.raises(zskt.ZsktError, match="unfinished training"):
-        train(tmp_path / "parts")
+def test_without_cross_entropy_the_teacher_teaches_and_not_the_labels() -> None:
+    training, (images, labels) = Training(60, batch_size=16, shift=0), stripes(96)
+    teacher = teach(small_network(8), (images, labels), stripes(40), training, mean=[0.2], std=[0.3]).network
+    module, wrong = small_network(), (images, 1 - labels)
+    objective = kd_at(teacher, module, beta=5, cross_entropy=False)
+    result = train_student(module, teacher, wrong, (images, labels), training, objective=objective)
+    assert result.measured["accuracy"] > 0.9
+    assert result.measured["agreement"] > 0.9
 
 
-def test_augmentation_shifts_within_bounds_and_mirrors() -> None:
-    torch.manual_seed(0)
-    image = torch.zeros(1, 3, 9, 9, dtype=torch.uint8)
-    image[:, :, 4, 3] = 255
-    places = set()
-    for moved in augment(image.expand(400, -1, -1, -1), 2, True):
-        assert moved.dtype == torch.uint8
-        assert torch.equal(moved[0], moved[2])
-        ((row, column),) = moved[0].nonzero().tolist()
-        places.add((row, column))
-    rows, columns = {2, 3, 4, 5, 6}, {1, 2, 3, 4, 5} | {8 - c for c in (1, 2, 3, 4, 5)}
-    assert places == {(row, column) for row in rows for column in columns}
-
-
-def test_no_augmentation_changes_nothing() -> None:
-    images = torch.randint(0, 256, (5, 1, 7, 9), dtype=torch.uint8)
-    assert torch.equal(augment(images, 0, False), images)
-
-
-def test_one_cycle_rises_then_falls_to_zero() -> None:
-    rates = [one_cycle(i / 1000) for i in range(1000)]
-    peak = rates.index(max(rates))
-    assert peak == 200
-    assert rates[200] == pytest.approx(1)
-    assert rates[:200] == sorted(rates[:200])
-    assert rates[200:] == sorted(rates[200:], reverse=True)
-    assert rates[-1] < 1e-4
-
-
-def test_only_weights_decay() -> None:
-    weights, others = decayed(models.convnet(4, channels=1), 5e-4)
-    assert all(p.ndim > 1 for p in weights["params"])
-    assert (weights["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
-    assert len(weights["params"]) + len(others["params"]) == len(list(models.convnet(4, channels=1).parameters()))
+def test_fine_tuning_goes_on_from_the_weights_given(tmp_path: Path) -> None:
+    distilled(tmp_path / "run")
+    teacher, data = make_stripes_teacher(), stripes(20)
+    module = zskt.load_student(tmp_path / "run").module
+    with pytest.raises(zskt.ZsktError, match="none that wants gradients"):
+        train_student(module, teacher, data, data, Training(2))
+    module.requires_grad_()
+    before = [p.detach().clone() for p in module.parameters()]
+    modes: list[bool] = []
+    module.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    still = train_student(module, teacher, data, data, Training(5, learning_rate=1e-12, weight_decay=0.0))
+    for now, then in zip(still.network.module.parameters(), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=1e-8)
+    assert sum(modes) == 5  # it came in eval mode
+    assert not module.training
+    assert all(p.grad is None for p in module.parameters())
+    moved = train_student(module, teacher, data, data, Training(5, learning_rate=0.1))
+    assert not all(torch.equal(a, b) for a, b in zip(moved.network.module.parameters(), before, strict=True))

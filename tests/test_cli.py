@@ -138,15 +138,16 @@ def test_killed_run_resumes(teacher: str, tmp_path: Path) -> None:
 
 def test_teach_and_resume(capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path) -> None:
     command = ["teach", "--model", "convnet-4", "--data", data, "--epochs", "3", "--batch-size", "16"]
+    command += ["--schedule", "step"]
     whole = run(capsys, *command, "--out", tmp_path / "whole")
     assert whole["finished"]
     facts = json.loads((tmp_path / "whole" / "teacher.json").read_text())
     assert facts["class_names"] == [f"class{label}" for label in range(10)]
     assert facts["measured"]["accuracy"] == whole["accuracy"]
-    assert facts["epochs"] == 3
+    assert (facts["updates"], facts["schedule"]) == (9, "step")
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"teacher.json", "teacher.safetensors"}
-    part = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "1")
-    assert (part["finished"], part["epoch"]) == (False, 1)
+    part = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "4")
+    assert (part["finished"], part["update"]) == (False, 4)
     assert "--resume" in refused(capsys, 1, *command, "--out", tmp_path / "parts")
     run(capsys, *command, "--out", tmp_path / "parts", "--resume")
     paths = [tmp_path / name / "teacher.safetensors" for name in ("whole", "parts")]

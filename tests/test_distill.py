@@ -19,7 +19,8 @@ import zskt
 from small import make_teacher
 from zskt import checkpoint, models
 from zskt.checkpoint import Interrupted
-from zskt.distill import Event, distill, stream
+from zskt.distill import Event, distill
+from zskt.process import stream
 
 TINY = {"steps": 6, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
 KEEP = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3}

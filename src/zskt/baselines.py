@@ -1,238 +1,177 @@
-"""Training with data: the teachers that everything starts from.
+"""What needs data: the teachers that everything starts from, and the students to compare a zero-shot student with.
 
-One recipe for small images: SGD with Nesterov momentum, a one-cycle learning rate, shifted and, where that keeps the
-class, mirrored images. No label smoothing and no mixing of images: both are reported to make teachers worse to distil.
+A student from scratch, one that learns from a teacher as well (`kd_at`), and a zero-shot student trained on, all by
+`train_student`, on as few images of each class as `few_shot` picks.
+
+N batch, M images in all, K classes, C x H x W images.
 """
 
-import dataclasses
-import hashlib
+import copy
 import math
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zskt import checkpoint
-from zskt.belief import check_images, measure, network_like
-from zskt.config import check_bounds
-from zskt.distill import seeded, versions
+from zskt.features import Observer, logits_of
 from zskt.files import UsageError, ZsktError
-from zskt.recipe import pick_device
-from zskt.teacher import Teacher, check_teacher_folder, save_teacher
-
-Images = tuple[Tensor, Tensor]
-"""uint8 images (M, C, H, W) and their labels (M,)"""
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """How a teacher is trained."""
-
-    epochs: int = 60
-    """passes over the training images"""
-    batch_size: int = 128
-    """images per update"""
-    learning_rate: float = 0.1
-    """peak of the one-cycle schedule: up over the first fifth, then down to 0 [WRN: 0.1 for batch 128]"""
-    weight_decay: float = 5e-4
-    """L2 penalty on weights, not on biases and normalisation [WRN]"""
-    shift: int = 4
-    """largest shift of an image in pixels, each way; 0 = none"""
-    mirrored: bool = False
-    """whether images are mirrored left to right at random"""
-    seed: int = 0
-    """of initialisation, order and augmentation"""
-    device: str = "auto"
-    """a torch device; auto: cuda where there is one, else cpu"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; weights stay in fp32"""
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            check_bounds(name, value)
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} = {getattr(self, name)}: expected a positive number")
-        if self.shift < 0 or self.weight_decay < 0 or self.seed < 0:
-            raise UsageError("shift, weight_decay and seed: expected 0 or more")
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What callbacks get after every update of a teacher: where it is and, after an epoch, its accuracy."""
-
-    update: int
-    updates: int
-    accuracy: float | None = None
-
-
-@dataclass
-class TeachResult:
-    """The trained network as a teacher, its last accuracy on the test images, and whether all epochs are done."""
-
-    teacher: Teacher
-    measured: dict[str, float] = field(default_factory=dict)
-    epoch: int = 0
-    finished: bool = False
+from zskt.losses import at_least_float32, attention_transfer, forward_kl
+from zskt.process import stream
+from zskt.recipe import stage_pairs
+from zskt.teacher import Teacher, check_pair
+from zskt.training import Callback, Images, Objective, Training, TrainingResult, fit
 
 
 def teach(
     module: nn.Module,
     train: Images,
     test: Images,
-    settings: Teaching,
+    training: Training,
     *,
     mean: Sequence[float],
     std: Sequence[float],
     class_names: Sequence[str] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    stop_after: str | None = None,
-    callbacks: Sequence[Callable[[Epoch], None]] = (),
-) -> TeachResult:
-    """Train `module` in place on labelled images; the accuracy reported is the last epoch's, on `test`.
+    stop_after: str | int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainingResult:
+    """Train `module` in place, by cross-entropy, into a teacher; with `out` it is written to that folder.
 
-    With `out` a checkpoint is kept after every epoch, `resume` continues from it, and the finished teacher is written
-    there. `stop_after` ("9m", or a number of epochs) leaves early.
+    `mean` and `std` (C numbers each, for pixels in [0, 1]) become its normalisation. The rest as in `fit`.
     """
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        check_teacher_folder(folder)
-    if (resume or stop_after) and folder is None:
-        raise UsageError("a training that is resumed or stopped early needs a folder: give out")
-    state = folder / "checkpoint" if folder is not None else None
-    if state is not None and not resume and state.exists():
-        raise ZsktError(f"{folder} holds an unfinished training; continue it with --resume or choose another --out")
-    device = pick_device(settings.device)
-    size = tuple(train[0].shape[1:])
-    if settings.shift >= min(size[1:]):
-        raise UsageError(f"shift = {settings.shift}: expected less than the image's {min(size[1:])} pixels")
-    teacher = Teacher(module, input_size=size, mean=mean, std=std, class_names=class_names).to(device)
-    for images, labels in (train, test):
-        check_images(teacher, images, labels)
-    module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(decayed(module, settings.weight_decay), lr=1.0, momentum=0.9, nesterov=True)
-    batches = -(-len(train[0]) // settings.batch_size)
-    seconds, epochs = checkpoint.parse_budget(stop_after)
-    result = TeachResult(teacher)
-    beginnings = {"settings": dataclasses.asdict(settings), "mean": [*mean], "std": [*std], "data": digest(*train)}
-    with (
-        checkpoint.owning(folder),
-        seeded(settings.seed, device),
-        checkpoint.stopping(seconds, signals=state is not None) as request,
-    ):
-        if resume:
-            assert state is not None
-            result.epoch = restore(state, module, optimizer, beginnings)
-        last = min(settings.epochs, result.epoch + epochs)
-        while result.epoch < last:
-            module.train()
-            order = torch.randperm(len(train[0]))
-            for i, chosen in enumerate(torch.split(order, settings.batch_size)):
-                if len(chosen) == 1:  # one image has no statistics for BatchNorm; another epoch has another last one
-                    continue
-                update = result.epoch * batches + i
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * one_cycle(update / (settings.epochs * batches))
-                images = augment(train[0][chosen].to(device), settings.shift, settings.mirrored)
-                x = teacher.normalise(images).to(memory_format=torch.channels_last)
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                    logits = module(x)
-                loss = F.cross_entropy(logits.float(), train[1][chosen].to(device))
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                for callback in callbacks:
-                    callback(Epoch(update + 1, settings.epochs * batches))
-            result.epoch += 1
-            if not math.isfinite(float(loss.detach())):
-                raise ZsktError(
-                    f"the loss is {float(loss.detach())} after epoch {result.epoch}: it diverged; lower --learning-rate"
-                )
-            leaving = request.reached() or result.epoch == last
-            if leaving or result.epoch % max(1, settings.epochs // 20) == 0:
-                result.measured = measure(network_like(teacher, module), *test)
-                for callback in callbacks:
-                    callback(Epoch(result.epoch * batches, settings.epochs * batches, result.measured["accuracy"]))
-            if state is not None:
-                keep(state, result.epoch, module, optimizer, beginnings)
-            if leaving:
-                request.raise_if_signalled(f"stopped after epoch {result.epoch} of {settings.epochs}")
-                break
-        result.teacher = network_like(teacher, module.eval())
-        result.finished = result.epoch == settings.epochs
-        result.measured = result.measured or measure(result.teacher, *test)
-        if result.finished and folder is not None and state is not None:
-            facts = {"how": "zskt teach", **dataclasses.asdict(settings)}
-            save_teacher(folder, result.teacher, **facts, measured=result.measured, versions=versions())
-            shutil.rmtree(state)
-    return result
+    like = Teacher(module, input_size=train[0].shape[1:], mean=mean, std=std, class_names=class_names)
+    return fit(
+        "teacher",
+        module,
+        like,
+        train,
+        test,
+        training,
+        cross_entropy(module),
+        facts={"how": "zskt teach"},
+        out=out,
+        resume=resume,
+        stop_after=stop_after,
+        callbacks=callbacks,
+    )
 
 
-def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weights with `weight_decay`, biases and normalisation without."""
-    weights = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def train_student(
+    module: nn.Module,
+    teacher: Teacher,
+    train: Images,
+    test: Images,
+    training: Training,
+    *,
+    objective: Objective | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    stop_after: str | int | None = None,
+    callbacks: Sequence[Callback] = (),
+    **facts: Any,
+) -> TrainingResult:
+    """Train `module` in place, from the weights it has, on images that are read with the teacher's normalisation.
+
+    `objective` is cross-entropy unless the teacher is to take part: then it is `kd_at` of this very module. Measured
+    are accuracy and agreement with the teacher, which comes back exactly as it was. With `out` the student is written
+    there, `facts` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
+    `load_student` returns is frozen: train its `.module.requires_grad_()`.
+    """
+    check_pair(teacher, module)
+    return fit(
+        "student",
+        module,
+        teacher,
+        train,
+        test,
+        training,
+        cross_entropy(module) if objective is None else objective,
+        teacher=teacher,
+        facts=facts,
+        out=out,
+        resume=resume,
+        stop_after=stop_after,
+        callbacks=callbacks,
+    )
 
 
-def one_cycle(progress: float) -> float:
-    """Share of the peak learning rate at `progress` in [0, 1): up in a fifth of the time, then down along a cosine."""
-    if progress < 0.2:
-        return max(progress / 0.2, 0.01)
-    return (1 + math.cos(math.pi * (progress - 0.2) / 0.8)) / 2
+def cross_entropy(module: nn.Module) -> Objective:
+    """Cross-entropy of a network's logits to the labels, mean over the batch, in nats."""
+
+    def objective(x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_float32(logits_of(module(x))), labels)
+
+    return objective
 
 
-def augment(images: Tensor, shift: int, mirrored: bool) -> Tensor:
-    """Images (N, C, H, W), each moved by up to `shift` pixels over a border of its own edge, half of them mirrored."""
-    n, _, height, width = images.shape
-    device = images.device
-    if shift:
-        # Replicating, unlike reflecting, works for any border and any type.
-        padded = F.pad(images.float(), (shift,) * 4, mode="replicate").to(images.dtype)  # (N, C, H + 2 s, W + 2 s)
-        top, left = torch.randint(0, 2 * shift + 1, (2, n, 1), device=device)  # (N, 1) each
-        rows = (top + torch.arange(height, device=device)).view(n, 1, height, 1)
-        columns = (left + torch.arange(width, device=device)).view(n, 1, 1, width)
-        batch = torch.arange(n, device=device).view(n, 1, 1, 1)
-        channels = torch.arange(images.shape[1], device=device).view(1, -1, 1, 1)
-        images = padded[batch, channels, rows, columns]  # (N, C, H, W)
-    if mirrored:
-        flip = torch.rand(n, 1, 1, 1, device=device) < 0.5
-        images = torch.where(flip, images.flip(3), images)
-    return images
+def kd_at(
+    teacher: Teacher,
+    student: nn.Module,
+    *,
+    alpha: float = 0.9,
+    temperature: float = 4.0,
+    beta: float = 1000.0,
+    cross_entropy: bool = True,
+) -> Objective:
+    """(1 - alpha) CE + 2 alpha T^2 KL(t || s) / K + beta sum of attention distances.
+
+    t and s are the softmax of the logits over the temperature T; KL is the mean over the batch. Without
+    `cross_entropy` its term is left out, as the paper has it. A `beta` of 1000 is meant for images of 32 x 32: the
+    distance is a mean over pixels between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
+
+    The teacher is copied and stays as it is; the student has hooks only while the loss is computed. Raises ZsktError
+    where teacher and student, or with a `beta` their stages, do not fit together. Source: the few-shot baseline of the
+    released ZSKT code, after Hinton et al. 2015 (KL) and Zagoruyko & Komodakis 2017 (attention).
+    """
+    if not 0 <= alpha <= 1 or not 0 < temperature < math.inf or not 0 <= beta < math.inf:
+        raise UsageError(
+            f"alpha = {alpha}, temperature = {temperature}, beta = {beta}: expected alpha from 0 to 1, a positive "
+            "temperature and a beta of 0 or more"
+        )
+    check_pair(teacher, student)
+    try:
+        stages = stage_pairs(teacher, student) if beta else ((), ())
+    except ZsktError as error:  # whose advice is for the command line of a run
+        raise ZsktError(f"{str(error).rpartition(';')[0]}; set beta=0") from error
+    frozen = copy.deepcopy(teacher).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    watched = Observer(frozen.module, stages[0])
+
+    def objective(x: Tensor, labels: Tensor) -> Tensor:
+        if frozen.mean.device != x.device:
+            frozen.to(x.device)
+        with torch.no_grad():
+            theirs = watched(x)
+        with closing(Observer(student, stages[1])) as learner:
+            ours = learner(x)
+        loss = 2 * alpha * forward_kl(ours.logits, theirs.logits, temperature=temperature, scale="per_class")
+        if cross_entropy:
+            loss = loss + (1 - alpha) * F.cross_entropy(at_least_float32(ours.logits), labels)
+        if beta:
+            loss = loss + beta * attention_transfer(ours.stages, theirs.stages)
+        return loss
+
+    return objective
 
 
-def digest(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 of labels (M,) and about a thousand of the images (M, C, H, W): are these the same data?"""
-    some = images[:: max(1, len(images) // 1000)].contiguous()
-    return hashlib.sha256(labels.cpu().numpy().tobytes() + some.cpu().numpy().tobytes()).hexdigest()
+def few_shot(labels: Tensor, per_class: int, seed: int = 0) -> Tensor:
+    """Indices (K per_class,) of so many random images of each class 0 .. K - 1, classes in turn; labels (M,).
 
-
-def keep(
-    folder: Path, epoch: int, module: nn.Module, optimizer: torch.optim.Optimizer, beginnings: dict[str, Any]
-) -> None:
-    """Write a checkpoint of everything that the rest of the training depends on."""
-    tensors = {
-        **checkpoint.prefixed("module", module.state_dict()),
-        **checkpoint.prefixed("optimizer", checkpoint.optimizer_state(optimizer)),
-        **checkpoint.random_state(next(module.parameters()).device),
-    }
-    checkpoint.save(folder, epoch, tensors, beginnings)
-
-
-def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, beginnings: dict[str, Any]) -> int:
-    """Take up the newest checkpoint; returns the number of epochs done."""
-    tensors, facts = checkpoint.load(folder)
-    different = [name for name, value in beginnings.items() if facts.get(name) != value]
-    if different:
-        raise ZsktError(f"{folder.parent} was begun with other {' and '.join(different)}; resume with the same ones")
-    with checkpoint.restoring(folder):
-        module.load_state_dict(checkpoint.under("module", tensors))
-        checkpoint.restore_optimizer(optimizer, checkpoint.under("optimizer", tensors))
-        checkpoint.restore_random_state(tensors, next(module.parameters()).device)
-    return int(facts["step"])
+    Fewer images per class are the first of more: for equal seeds the sets are nested. Raises ZsktError where a class
+    has fewer images.
+    """
+    if per_class < 1:
+        raise UsageError(f"per_class = {per_class}: expected at least 1 image of each class")
+    labels = labels.cpu()
+    fewest, poorest = torch.bincount(labels, minlength=1).min(dim=0)
+    if fewest < per_class:
+        advice = f"ask for at most {fewest}" if fewest else "give images of it"
+        raise ZsktError(f"expected {per_class} images of each class, found {fewest} of class {poorest}; {advice}")
+    rng = torch.Generator().manual_seed(stream(seed, "few shot"))
+    members = [(labels == k).nonzero().flatten() for k in range(int(labels.max()) + 1)]  # K of (M_k,)
+    picked = [each[torch.randperm(len(each), generator=rng)[:per_class]] for each in members]
+    return torch.stack(picked, dim=1).flatten()  # (per_class K,)

@@ -154,21 +154,20 @@ def disagreements(
 def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, Any]:
     """What both networks think of a pseudo batch; logits (N, K) each.
 
-    `*_confidence` is the mean maximum probability; `class_counts` (K numbers) counts the teacher's classes;
-    `class_spread` is the entropy of their distribution over log min(N, K): 1 is even, 0 a single class.
+    `*_confidence` is the mean maximum probability; `class_counts` (K numbers) counts the teacher's classes,
+    `student_class_counts` the student's; `*class_spread` is the entropy of their distribution over log min(N, K): 1 is
+    even, 0 a single class.
     """
-    teacher = teacher_logits.float().softmax(dim=1)  # (N, K)
-    student = student_logits.float().softmax(dim=1)  # (N, K)
-    counts = torch.bincount(teacher.argmax(dim=1), minlength=teacher.shape[1]).float()  # (K,)
-    share = counts / counts.sum()
-    spread = float(-torch.xlogy(share, share).sum()) / math.log(min(teacher.shape))
-    return {
-        "teacher_confidence": float(teacher.amax(dim=1).mean()),
-        "student_confidence": float(student.amax(dim=1).mean()),
-        "pseudo_agreement": agreement(teacher_logits, student_logits),
-        "class_spread": max(0.0, spread),
-        "class_counts": [int(count) for count in counts],
-    }
+    found: dict[str, Any] = {"pseudo_agreement": agreement(teacher_logits, student_logits)}
+    for who, prefix, logits in (("teacher", "", teacher_logits), ("student", "student_", student_logits)):
+        probabilities = logits.float().softmax(dim=1)  # (N, K)
+        counts = torch.bincount(probabilities.argmax(dim=1), minlength=probabilities.shape[1]).float()  # (K,)
+        share = counts / counts.sum()
+        spread = float(-torch.xlogy(share, share).sum()) / math.log(min(probabilities.shape))
+        found[f"{who}_confidence"] = float(probabilities.amax(dim=1).mean())
+        found[f"{prefix}class_spread"] = max(0.0, spread)
+        found[f"{prefix}class_counts"] = [int(count) for count in counts]
+    return found
 
 
 def warning_lights(beliefs: dict[str, Any]) -> list[str]:
@@ -183,6 +182,13 @@ def warning_lights(beliefs: dict[str, Any]) -> list[str]:
     if beliefs["pseudo_agreement"] < 0.5:
         lights.append("the student disagrees with the teacher on most pseudo images: more steps or a larger student")
     return lights
+
+
+def noise_classes(network: Teacher, count: int = 1_000, seed: int = 0) -> list[int]:
+    """How many of `count` images of uniform noise a network puts into each class (K numbers). ZSKT, figure 5."""
+    noise = torch.rand(count, *network.input_size, generator=torch.Generator().manual_seed(seed))
+    counts = torch.bincount(predict(network, noise).argmax(dim=1), minlength=network.num_classes)  # (K,)
+    return [int(number) for number in counts]
 
 
 def network_like(teacher: Teacher, module: torch.nn.Module) -> Teacher:

@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zskt import models
 from zskt.config import Config, replace
-from zskt.distill import denormals_flushed, seeded
 from zskt.features import forward_flops
 from zskt.files import UsageError, ZsktError, unknown
 from zskt.generator import Generator
+from zskt.process import denormals_flushed, seeded
 from zskt.recipe import arrange, assemble, load_recipe, pick_device
 from zskt.reference import released_loop
 from zskt.teacher import Teacher

@@ -18,12 +18,13 @@ from rich.table import Table
 from zskt import bench, demo, models
 from zskt.belief import measure
 from zskt.checkpoint import Interrupted
-from zskt.cli_paper import run_belief
+from zskt.cli_paper import run_belief, run_reproduce
 from zskt.cli_teachers import Data, Result, run_import, run_inspect, run_teach, test_images
 from zskt.config import flat, from_text, to_toml
-from zskt.distill import distill, plan, sample, seeded
+from zskt.distill import distill, plan, sample
 from zskt.figures import image_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot
+from zskt.process import seeded
 from zskt.progress import bar, console, distilling, notice
 from zskt.recipe import AUTO, load_recipe, pick_device, recipe_texts
 from zskt.report import write_report
@@ -231,6 +232,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "distill": run_distill,
     "evaluate": run_evaluate,
     "belief": run_belief,
+    "reproduce": run_reproduce,
     "sample": run_sample,
     "report": run_report,
     "recipes": run_recipes,

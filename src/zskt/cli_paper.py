@@ -1,18 +1,30 @@
 """The subcommands that measure what the paper measures. Their docstrings are the help texts."""
 
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from rich.table import Table
 
-from zskt.cli_teachers import Data, Result, test_images
+from zskt.checkpoint import parse_budget
+from zskt.cli_teachers import Data, Result, read_images, test_images
 from zskt.figures import average_transitions, single_transitions
-from zskt.files import UsageError, replacing, write_json
+from zskt.files import UsageError, ZsktError, replacing, unknown, write_json, write_text
+from zskt.parts import Part, check_settings, in_order, make_parts, time_parts
+from zskt.process import circumstances
 from zskt.progress import bar, console, notice
 from zskt.recipe import pick_device
+from zskt.reproduce import NAMES, Request, reproduction
+from zskt.tables import markdown_table, write_result
 from zskt.teacher import load_network
-from zskt.transitions import Comparison, Start, Stepped, check_networks, compare
+from zskt.toy import reproduce_toy, toy_table
+from zskt.transitions import Comparison, Start, Stepped, average_curves, check_networks, compare
+
+ASK_ABOVE = 600.0
+"""Seconds of work that are started without --yes."""
 
 
 def run_belief(
@@ -103,10 +115,167 @@ def show_comparison(found: Comparison) -> None:
 
 def write_comparison(out: Path, found: Comparison, names: list[str], class_names: tuple[str, ...] | None) -> None:
     """Write belief.json and the two figures."""
-    facts: dict[str, Any] = {"networks": names, **found.measured}
-    average = average_transitions(found.transitions, names)
+    curves = average_curves(found.transitions)
+    title = f"mean transition error {found.mean_transition_error:.3f}, {found.measured['followed']:,} images"
+    average = average_transitions({title: curves}, names)
     single = single_transitions(found.transitions, names, class_names)
     for name, png in (("average", average), ("single", single)):
         with replacing(out / f"{name}-transitions.png") as file:
             file.write(png)
-    write_json(out / "belief.json", facts)
+    write_json(out / "belief.json", {"networks": names, **found.measured, "curves": curves})
+
+
+def run_reproduce(
+    name: tyro.conf.Positional[str],
+    /,
+    *,
+    data: Data = (),
+    teacher: Path | None = None,
+    model: str | None = None,
+    student: str | None = None,
+    recipe: tuple[str, ...] = (),
+    images_per_class: tuple[int, ...] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    scale: float = 1.0,
+    steps: int | None = None,
+    updates: int | None = None,
+    images: int | None = None,
+    learning_rate: float | None = None,
+    out: Path | None = None,
+    yes: bool = False,
+    stop_after: str | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Result:
+    """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
+
+    Says first how much work that is and how long it takes on this machine, from a measurement of 20 seconds.
+
+    Example: zskt reproduce table-1 --data cifar10-train.zip cifar10-test.zip --scale 0.01 --out runs/table-1
+
+    Args:
+        name: table-1, table-2, figure-2, figure-3, figure-4, figure-5, toy or mmrazor.
+        data: labelled images, as in zskt teach; toy makes its own.
+        teacher: a teacher folder to use instead of training one.
+        model: another teacher network than the paper's.
+        student: another student network than the paper's.
+        recipe: other recipes than the paper's, each a row of its own.
+        images_per_class: real images per class for the students that see data.
+        seeds: of all networks and runs; each seed trains its own teacher, unless one is given.
+        scale: shrink all amounts of work alike, say to 0.01 for a rehearsal; stamped on every output.
+        steps: pseudo batches of a run without data; by default the published number.
+        updates: of a network trained on images; by default the published number.
+        images: followed in transition curves; by default 1,000.
+        learning_rate: of training on images; by default 0.1, or 0.03 for LeNets, which diverge at 0.1.
+        out: folder of the results and of all parts; by default runs/NAME. Several tables can share one.
+        yes: start even if it takes more than ten minutes.
+        stop_after: leave early, after a time (90s, 9m, 2h), to go on with --resume.
+        resume: use the parts that --out already holds, and go on where they stopped.
+        device: auto, cpu, cuda or cuda:N.
+        precision: bf16 is faster on hardware that has it.
+    """
+    folder = out or Path("runs") / name
+    if name not in NAMES:
+        raise unknown("table or figure", name, NAMES)
+    if not 0 < scale <= 1:
+        raise UsageError(f"--scale {scale}: expected a number above 0, up to 1")
+    begun = time.monotonic()
+    if name == "toy":
+        return reproduce_the_toy(seeds, folder, scale)
+    if (folder / "parts").exists() and not resume:
+        raise ZsktError(f"{folder} already holds parts of a table; use them with --resume or choose another --out")
+    if not data:
+        raise UsageError(f"{name} needs --data: labelled images to train teachers on and to measure with")
+    network = None if teacher is None else load_network(teacher)
+    train = read_images(data, "train", None if network is None else network.input_size)
+    test = read_images(data, "test", (train.images.shape[1], train.images.shape[2], train.images.shape[3]))
+    given = {"steps": steps, "updates": updates, "images": images, "learning_rate": learning_rate}
+    request = Request(
+        name,
+        train,
+        test,
+        folder,
+        seeds,
+        model,
+        student,
+        network,
+        recipe,
+        images_per_class,
+        {key: value for key, value in given.items() if value is not None},
+        scale,
+        device,
+        precision,
+    )
+    made = reproduction(request)
+    parts = in_order(made.parts)
+    check_settings(parts, folder)
+    seconds, _ = parse_budget(stop_after)
+    estimate = state_cost(parts, folder)
+    if min(estimate, seconds) > ASK_ABOVE and not yes:
+        raise UsageError(
+            f"{name} takes about {duration(estimate)} on this machine; give --yes to start, --stop-after to do some of "
+            "it, or --scale 0.01 to rehearse"
+        )
+    failed = make_parts(parts, folder, seconds - (time.monotonic() - begun), part_bar)
+    facts = circumstances() | {
+        "data": train.name,
+        "seeds": list(seeds),
+        "precision": precision,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    result = write_result(made, folder, scale=scale, failed=failed, circumstances=facts)
+    notice("\n".join(markdown_table(made.cells, folder, failed)))
+    notice(
+        f"look at {folder / name}.md" + ("" if result["finished"] else "; not all of it was run: go on with --resume")
+    )
+    if failed:
+        part, why = next(iter(failed.items()))
+        raise ZsktError(f"{len(failed)} of {len(parts)} parts failed, {part} first: {why}")
+    return result | {"out": str(folder)}
+
+
+def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float) -> Result:
+    """The experiment in the plane: no data, no parts, a minute per seed."""
+    if (folder / "toy.json").exists():
+        raise ZsktError(f"{folder} already holds the toy experiment; choose another --out")
+    with bar("toy", "rounds") as show:
+        result = reproduce_toy(seeds, folder, scale=scale, progress=show) | circumstances()
+    write_json(folder / "toy.json", result)
+    write_text(folder / "toy.md", toy_table(result))
+    notice(f"look at {folder / 'toy.md'} and {folder / f'toy-seed-{seeds[0]}.gif'}")
+    return result | {"out": str(folder)}
+
+
+def part_bar(name: str, unit: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """A line for the part's name, which is long, and a bar below it."""
+    notice(name)
+    return bar("  making", unit)
+
+
+def state_cost(parts: Sequence[Part], folder: Path) -> float:
+    """Show what is still to be done and how long it takes here; returns the seconds."""
+    missing = [part for part in parts if part.measured(folder) is None]
+    if not missing:
+        return 0.0
+    notice("measuring how fast this machine is, about 20 seconds")
+    seconds = time_parts(missing, folder)
+    table = Table("work", "parts", "amount", "takes about")
+    total = 0.0
+    for pace in dict.fromkeys(part.pace for part in missing if part.units):
+        those = [part for part in missing if part.pace == pace]
+        units = sum(part.units for part in those)
+        total += units * seconds[pace]
+        table.add_row(pace, str(len(those)), f"{units:,} {those[0].unit}", duration(units * seconds[pace]))
+    table.add_row("in all, without the measuring between", str(len(missing)), "", duration(total))
+    console().print(table)
+    return total
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -10,16 +10,18 @@ from rich.table import Table
 from torch import Tensor
 
 from zskt import models
-from zskt.baselines import Teaching, teach
+from zskt.baselines import teach
 from zskt.belief import measure
 from zskt.data import KNOWN, Dataset, read
-from zskt.distill import plan, seeded
+from zskt.distill import plan
 from zskt.features import batchnorm_layers, find_stages, forward_flops
 from zskt.files import UsageError, ZsktError
 from zskt.importing import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
+from zskt.process import seeded
 from zskt.progress import bar, console, notice, teaching
 from zskt.recipe import AUTO, choose
 from zskt.teacher import Teacher, check_teacher_folder, count_parameters, load_network, save_teacher
+from zskt.training import Precision, Schedule, Training, updates_in
 
 Result = dict[str, Any]
 Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]
@@ -60,12 +62,13 @@ def run_teach(
     epochs: int = 60,
     batch_size: int = 128,
     learning_rate: float = 0.1,
+    schedule: Schedule = "one_cycle",
     weight_decay: float = 5e-4,
     shift: int | None = None,
     mirrored: bool | None = None,
     seed: int = 0,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     stop_after: str | None = None,
     resume: bool = False,
 ) -> Result:
@@ -82,14 +85,15 @@ def run_teach(
         std: likewise.
         epochs: passes over the training images.
         batch_size: images per update.
-        learning_rate: peak of the one-cycle schedule.
+        learning_rate: the highest one.
+        schedule: one_cycle rises for a fifth of the time, then falls to 0; step divides by 5 at 30, 60 and 80 %.
         weight_decay: L2 penalty on weights.
         shift: largest random shift in pixels, each way; by default an eighth of the image.
         mirrored: whether to mirror images at random; by default only where a known data set allows it.
         seed: of initialisation, order and augmentation.
         device: auto, cpu, cuda or cuda:N.
         precision: bf16 is faster on hardware that has it.
-        stop_after: leave after the epoch in which a time (90s, 9m, 2h) is up, or after so many epochs.
+        stop_after: leave after a time (90s, 9m, 2h) or so many updates, to be resumed.
         resume: go on with an unfinished training in --out.
     """
     train = read_images(data, "train", input_size)
@@ -113,10 +117,11 @@ def run_teach(
         pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255
         mean, std = (tuple(round(v, 4) for v in m(dim=(0, 2, 3)).tolist()) for m in (pixels.mean, pixels.std))
         notice(f"normalisation from the training images: mean {mean}, std {std}")
-    settings = Teaching(
-        epochs=epochs,
+    training = Training(
+        updates=updates_in(epochs, len(train.images), batch_size),
         batch_size=batch_size,
         learning_rate=learning_rate,
+        schedule=schedule,
         weight_decay=weight_decay,
         shift=min(size[1:]) // 8 if shift is None else shift,
         mirrored=bool(known and known.mirrored) if mirrored is None else mirrored,
@@ -131,7 +136,7 @@ def run_teach(
             module,
             (train.images, train.labels),
             (test.images, test.labels),
-            settings,
+            training,
             mean=mean,
             std=std,
             class_names=train.class_names,
@@ -140,7 +145,7 @@ def run_teach(
             stop_after=stop_after,
             callbacks=[callback],
         )
-    return {"finished": result.finished, "epoch": result.epoch, **result.measured, "teacher": str(out)}
+    return {"finished": result.finished, "update": result.update, **result.measured, "teacher": str(out)}
 
 
 def run_import(

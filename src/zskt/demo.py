@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from zskt import models
-from zskt.baselines import Teaching, teach
+from zskt.baselines import teach
 from zskt.checkpoint import Interrupted
 from zskt.data import KNOWN, digits
-from zskt.distill import distill, plan, seeded
+from zskt.distill import distill, plan
+from zskt.process import seeded
 from zskt.progress import distilling, notice, teaching
 from zskt.recipe import AUTO, load_recipe
 from zskt.report import write_report
 from zskt.teacher import count_parameters, load_teacher
+from zskt.training import Training, updates_in
 
 TEACHER, STUDENT = "convnet-32", "convnet-8"
-EPOCHS, SHIFT = 60, 0
+EPOCHS, BATCH, SHIFT = 60, 64, 0
 STEPS = 600
 
 
@@ -43,12 +45,13 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
         teacher_module = models.build(TEACHER, len(known.class_names), known.size)
         student = models.build(STUDENT, len(known.class_names), known.size)
     notice(f"training a teacher, {TEACHER}, on {len(train.images):,} images of handwritten digits")
+    updates = updates_in(EPOCHS, len(train.images), BATCH)
     with teaching() as callback:
         teach(
             teacher_module,
             (train.images, train.labels),
             (test.images, test.labels),
-            Teaching(epochs=EPOCHS, batch_size=64, shift=SHIFT, seed=seed),
+            Training(updates, batch_size=BATCH, shift=SHIFT, seed=seed),
             mean=known.mean,
             std=known.std,
             class_names=known.class_names,

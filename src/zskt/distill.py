@@ -3,13 +3,10 @@
 Nothing here reads data, nor any image file: images to measure on are handed in as tensors and never reach the training.
 """
 
-import contextlib
 import copy
-import hashlib
 import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +16,14 @@ from torch import Tensor, nn
 
 from zskt import checkpoint
 from zskt.belief import check_images, judge, network_like, predict, pseudo_beliefs, warning_lights
-from zskt.config import LARGEST, Config, from_toml, replace, to_toml
+from zskt.config import Config, from_toml, replace, to_toml
 from zskt.figures import image_grid, save_image
 from zskt.files import UsageError, ZsktError, read_json, read_tensors, read_text, write_tensors, write_text
 from zskt.generator import Generator, pseudo_images
 from zskt.matching import BeliefMatching, StepLosses
+from zskt.process import denormals_flushed, seeded, stream, versions
 from zskt.recipe import AUTO, arrange, assemble, choose, pick_device, settle_width, stages_pair_up
 from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
-from zskt.version import __version__
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -365,34 +360,3 @@ def sample(folder: str | Path, seed: int = 0) -> Tensor:
     with checkpoint.restoring(folder):
         generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
     return network.denormalise(pseudo_images(generator, config.generator.latent, seed))
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """Torch's global random numbers start from `seed` inside, and go on afterwards as if nothing had been drawn."""
-    if not 0 <= seed <= LARGEST:
-        raise UsageError(f"seed = {seed}: expected a number from 0 to {LARGEST:,}")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def stream(seed: int, purpose: str) -> int:
-    """A seed of its own for each use of random numbers, so that weights and latents are not drawn alike."""
-    return int(hashlib.sha256(f"{seed} {purpose}".encode()).hexdigest()[:7], 16)
-
-
-@contextlib.contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """Numbers too small to be normal count as 0 for a while: they carry nothing and can be 100 times slower."""
-    already = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(already)
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    return {"zskt": __version__, "torch": torch.__version__, "python": platform.python_version()}

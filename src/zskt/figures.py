@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -58,11 +59,17 @@ def series(lines: Lines, key: str, pick: int | None = None) -> tuple[list[float]
     return [step for step, _ in found], [value for _, value in found]
 
 
+LEVELS = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)))
+"""Line styles of horizontal lines."""
+
 PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
     "student loss": {"last update of a step": ("student_loss", -1), "first": ("student_loss", 0)},
     "generator loss": {"": ("generator_loss", -1)},
     "confidence on pseudo images": {"teacher": ("teacher_confidence", None), "student": ("student_confidence", None)},
-    "spread over pseudo classes (1 = uniform)": {"": ("class_spread", None)},
+    "spread over pseudo classes (1 = uniform)": {
+        "teacher": ("class_spread", None),
+        "student": ("student_class_spread", None),
+    },
     "test accuracy": {"student": ("accuracy", None), "teacher": ("teacher_accuracy", None)},
     "agreement with the teacher": {
         "on test images": ("agreement", None),
@@ -99,25 +106,26 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
         return _png(figure)
 
 
-def average_transitions(transitions: Transitions, names: Sequence[str], note: str = "") -> bytes:
-    """A PNG of both networks' mean probability of the target class over the steps, with 2 standard errors over images.
+def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> bytes:
+    """A PNG of two networks' mean probability of the target class over the steps, with 2 standard errors over images.
 
-    ZSKT, figure 4. `names` are the two networks'; `note` stands in the title.
+    One panel for each title -> what `average_curves` returns. `names` are the two networks'. ZSKT, figure 4.
     """
     with styled():
-        figure = Figure(figsize=(5, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for curves, name, style in zip((transitions.first, transitions.second), names, ("-", "--"), strict=True):
-            mean = curves.mean(dim=0)  # (S,)
-            error = 2 * curves.std(dim=0, correction=min(1, len(curves) - 1)) / len(curves) ** 0.5  # (S,)
-            steps = range(len(mean))
-            axes.plot(steps, mean, style, label=name)
-            axes.fill_between(steps, mean - error, mean + error, alpha=0.25)
-        axes.set_xlabel("step k")
-        axes.set_ylabel("probability of the target class")
-        axes.set_ylim(-0.03, 1.03)
-        axes.legend()
-        axes.set_title(f"mean transition error {transitions.error:.3f}, {len(transitions.gaps):,} images{note}")
+        figure = Figure(figsize=(1 + 3.5 * len(panels), 3.5), layout="constrained")
+        for axes, (title, curves) in zip(
+            figure.subplots(1, len(panels), squeeze=False, sharey=True).flatten(), panels.items(), strict=True
+        ):
+            for key, name, style in zip(("first", "second"), names, ("-", "--"), strict=True):
+                mean, error = np.array(curves[key]), 2 * np.array(curves[f"{key}_standard_error"])  # (S,) each
+                steps = np.arange(len(mean))
+                axes.plot(steps, mean, style, label=name)
+                axes.fill_between(steps, mean - error, mean + error, alpha=0.25)
+            axes.set_xlabel("step k")
+            axes.set_ylim(-0.03, 1.03)
+            axes.set_title(title)
+        figure.axes[0].set_ylabel("probability of the target class")
+        figure.axes[0].legend()
         return _png(figure)
 
 
@@ -159,3 +167,83 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def few_shot_curves(
+    lines: Mapping[str, Mapping[float, Sequence[float]]], levels: Mapping[str, Sequence[float]], title: str
+) -> bytes:
+    """A PNG of test accuracy against real images per class, mean ± std over seeds. ZSKT, figure 2.
+
+    `lines` has label -> images per class -> accuracies; `levels` has label -> accuracies with all images.
+    """
+    with styled():
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for label, points in lines.items():
+            amounts = sorted(points)
+            mean = np.array([100 * np.mean(points[m]) for m in amounts])
+            std = np.array([100 * np.std(points[m], ddof=1) if len(points[m]) > 1 else 0 for m in amounts])
+            axes.errorbar(amounts, mean, std, marker="o", markersize=3, capsize=2, linewidth=1, label=label)
+        for i, (label, values) in enumerate(levels.items()):
+            axes.axhline(100 * float(np.mean(values)), color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)])
+            axes.plot([], [], color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)], label=f"{label}, all images")
+        axes.set_xlabel("real images per class, M")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title(title)
+        axes.legend()
+        return _png(figure)
+
+
+def class_histograms(counts: Mapping[str, Sequence[int]], class_names: Sequence[str] | None, title: str) -> bytes:
+    """A PNG of the share of images in each class: one panel for each label -> counts (K numbers)."""
+    with styled():
+        figure = Figure(figsize=(6, 0.6 + 1.1 * len(counts)), layout="constrained")
+        panels = figure.subplots(len(counts), 1, squeeze=False, sharex=True).flatten()
+        for axes, (label, numbers) in zip(panels, counts.items(), strict=True):
+            _histogram(axes, numbers, class_names)
+            axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        figure.suptitle(title, fontsize=9)
+        return _png(figure)
+
+
+def nature_of_pseudo_data(
+    lines: Lines, samples: Sequence[Path], class_names: Sequence[str] | None, title: str
+) -> bytes:
+    """A PNG of a run's pseudo images: beliefs over the steps, classes at the end, images over time. ZSKT, figure 3."""
+    shown = [samples[round(i * (len(samples) - 1) / 3)] for i in range(4)] if len(samples) > 4 else samples
+    with styled():
+        figure = Figure(figsize=(9, 5.4), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, squeeze=False).flatten()
+        beliefs, *histograms = upper.subplots(1, 3)
+        for who, style in (("teacher", "-"), ("student", "--")):
+            beliefs.plot(*series(lines, f"{who}_confidence"), style, label=who)
+        beliefs.set_title("mean maximum probability")
+        beliefs.set_xlabel("step")
+        beliefs.set_ylim(0, 1.03)
+        beliefs.legend()
+        for axes, key, who in zip(
+            histograms, ("class_counts", "student_class_counts"), ("teacher", "student"), strict=True
+        ):
+            tail = [line[key] for line in lines if key in line]
+            recent = np.sum(tail[-max(1, len(tail) // 5) :], axis=0)
+            _histogram(axes, recent.tolist(), class_names)
+            axes.set_title(f"classes of the pseudo images, {who}")
+        for axes, path in zip(lower.subplots(1, max(1, len(shown)), squeeze=False).flatten(), shown, strict=False):
+            with Image.open(path) as image:
+                axes.imshow(np.asarray(image.convert("RGB")))
+            axes.set_title(f"step {int(path.stem):,}")
+            axes.set_axis_off()
+        figure.suptitle(title, fontsize=9)
+        return _png(figure)
+
+
+def _histogram(axes: Axes, counts: Sequence[int], class_names: Sequence[str] | None) -> None:
+    """Shares of the classes as bars; with the even share as a line. Names only where they can be read."""
+    classes = range(len(counts))
+    axes.bar(classes, np.array(counts) / max(1, sum(counts)), width=0.8)
+    axes.axhline(1 / len(counts), color="0.4", linewidth=1, linestyle=":")
+    axes.set_ylim(0, None)
+    if len(counts) <= 20:
+        names = [str(name)[:10] for name in class_names or classes]
+        long = max(map(len, names)) > 2
+        axes.set_xticks(classes, names, rotation=45 if long else 0, ha="right" if long else "center")

@@ -8,8 +8,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from zskt.baselines import Epoch
 from zskt.distill import Event
+from zskt.training import TrainingEvent
 
 
 class _Rate(ProgressColumn):
@@ -82,12 +82,12 @@ def distilling() -> Iterator[Callable[[Event], None]]:
 
 
 @contextlib.contextmanager
-def teaching() -> Iterator[Callable[[Epoch], None]]:
-    """A callback for `teach`: update k/N, rate, time left, accuracy."""
-    with bar("teaching", "updates") as show:
+def teaching(phase: str = "teaching") -> Iterator[Callable[[TrainingEvent], None]]:
+    """A callback for `teach` and `train_student`: update k/N, rate, time left, accuracy."""
+    with bar(phase, "updates") as show:
 
-        def callback(epoch: Epoch) -> None:
-            beside = "" if epoch.accuracy is None else f"test {100 * epoch.accuracy:.2f} %"
-            show(epoch.update, epoch.updates, beside)
+        def callback(event: TrainingEvent) -> None:
+            beside = "" if event.accuracy is None else f"test {100 * event.accuracy:.2f} %"
+            show(event.update, event.updates, beside)
 
         yield callback

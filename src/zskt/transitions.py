@@ -129,6 +129,16 @@ def transition_curves(
     return Transitions(p, q, gap, starts, examples, images[:EXAMPLES])
 
 
+def average_curves(transitions: Transitions) -> dict[str, list[float]]:
+    """Mean over images of both networks' curves and its standard error, S numbers each. ZSKT, figure 4."""
+    found = {}
+    for name, curves in (("first", transitions.first), ("second", transitions.second)):
+        spread = curves.std(dim=0, correction=min(1, len(curves) - 1))  # (S,)
+        found[name] = curves.mean(dim=0).tolist()
+        found[f"{name}_standard_error"] = (spread / len(curves) ** 0.5).tolist()
+    return found
+
+
 def believed(logits: Tensor, target: Tensor) -> Tensor:
     """The probability (B,) that logits (B, K) give to `target` (B,)."""
     probabilities = logits.double().softmax(dim=1)  # (B, K)
