@@ -170,6 +170,8 @@ def test_few_shot_says_which_class_is_too_small() -> None:
         few_shot(labels, 2)
     with pytest.raises(zskt.ZsktError, match="expected 3 images of each class, found 2 of class 1; ask for at most 2"):
         few_shot(labels[:5], 3)
+    with pytest.raises(zskt.ZsktError, match="found 0 of class 7; give images of it"):
+        few_shot(torch.arange(7).repeat(3), 2, num_classes=8)
     with pytest.raises(zskt.ZsktError, match="found 0 of class 0"):
         few_shot(labels[:0], 1)
     with pytest.raises(zskt.ZsktError, match="per_class = 0: expected at least 1"):

@@ -2,25 +2,32 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from small import make_teacher
 from zskt import models
 from zskt.belief import (
     accuracy,
     agreement,
+    bootstrap,
     calibration_error,
+    disagreements,
+    judge,
     measure,
     network_like,
+    noise_classes,
+    per_image,
     predict,
     pseudo_beliefs,
     warning_lights,
 )
 from zskt.files import ZsktError
+from zskt.teacher import Teacher
 
 M, K = 200, 7
 
@@ -176,3 +183,72 @@ def test_warning_lights(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]
     lights = warning_lights(pseudo_beliefs(*change(sure, sure)))
     assert len(lights) == len(words)
     assert all(word in light for word, light in zip(words, lights, strict=True))
+
+
+def test_per_image_measures_average_to_those_of_judge(answers: tuple[Tensor, Tensor, Tensor]) -> None:
+    first, second, labels = answers
+    values = per_image(first, second, labels)
+    whole = judge(first, labels, second)
+    assert all(value.shape == (M,) for value in values.values())
+    for name, value in values.items():
+        assert float(value.mean()) == pytest.approx(whole[name], rel=1e-5), name
+
+
+def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
+    rng = torch.Generator().manual_seed(0)
+    inside = 0
+    for seed in range(60):
+        low, high = bootstrap(torch.randn(50, generator=rng, dtype=torch.float64), seed=seed)
+        inside += low <= 0 <= high
+        assert 0.3 < high - low < 0.9  # 2 x 1.96 / sqrt(50) = 0.55
+    assert 50 <= inside <= 60
+    assert bootstrap(torch.ones(5)) == [1, 1]
+
+
+def test_disagreements_are_counted_by_class(answers: tuple[Tensor, Tensor, Tensor]) -> None:
+    first, second, _ = answers
+    found = disagreements(first, second, [f"class {k}" for k in range(K)], most=3)
+    mine, theirs = first.argmax(dim=1).tolist(), second.argmax(dim=1).tolist()
+    for k, share in enumerate(found["disagreement_by_class"]):
+        seen = [a for a, b in zip(mine, theirs, strict=True) if b == k]
+        assert share == pytest.approx(sum(a != k for a in seen) / len(seen))
+    pairs = Counter((b, a) for a, b in zip(mine, theirs, strict=True) if a != b)
+    assert [pair["images"] for pair in found["most_disagreements"]] == [n for _, n in pairs.most_common(3)]
+    for pair in found["most_disagreements"]:
+        assert pairs[int(pair["teacher"][6:]), int(pair["student"][6:])] == pair["images"]
+    same = disagreements(first, first)
+    assert same["most_disagreements"] == []
+    assert set(same["disagreement_by_class"]) <= {0.0, None}
+
+
+def test_a_class_that_the_teacher_never_sees_has_no_share_of_disagreement() -> None:
+    logits = torch.eye(4)[[0, 1, 1]]
+    assert disagreements(logits, logits)["disagreement_by_class"] == [0, 0, None, None]
+
+
+def test_noise_classes_are_those_of_the_network() -> None:
+    class Brightness(nn.Module):
+        """Class 1 for images brighter than the mean."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([-x.mean(dim=(1, 2, 3)), x.mean(dim=(1, 2, 3))], dim=1)
+
+    network = Teacher(Brightness(), input_size=(1, 4, 4), mean=[0.5], std=[0.25])
+    counts = noise_classes(network)
+    assert sum(counts) == 1000
+    assert 400 < counts[1] < 600  # noise is as often bright as dark
+    assert noise_classes(network) == counts
+    assert len({tuple(noise_classes(network, seed=seed)) for seed in range(5)}) > 1
+
+
+def test_images_that_a_network_answers_with_nan_are_counted() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sqrt(x.mean(dim=(2, 3)) + 3)
+
+    network = Teacher(Root(), input_size=(3, 4, 4), mean=[1.0] * 3, std=[0.25] * 3)
+    images = torch.ones(5, 3, 4, 4)
+    predict(network, images)
+    images[3:] = 0  # (0 - 1) / 0.25 + 3 < 0
+    with pytest.raises(ZsktError, match="2 of 5 images with NaN"):
+        predict(network, images)

@@ -83,11 +83,15 @@ def test_distil_evaluate_sample_report(
     assert run(capsys, "evaluate", teacher, "--data", data).keys() == {"accuracy", "calibration_error"}
     run(capsys, "sample", tmp_path / "run0", "--out", tmp_path / "samples.png")
     with Image.open(tmp_path / "samples.png") as grid:
-        assert grid.size == (8 * 33 - 1, 8 * 33 - 1)
+        assert grid.size == (8 * 81 - 1, 8 * (81 + 12) - 1)  # a line below each image
+    run(capsys, "sample", tmp_path / "run0", "--teacher", teacher, "--out", tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.size == (8 * 81 - 1, 8 * (81 + 24) - 1)
     report = run(capsys, "report", tmp_path / "run0", tmp_path / "run1", "--out", tmp_path / "report.html")
     assert report["accuracy"]["mean"] == pytest.approx(np.mean(report["accuracy"]["values"]))
     found = run(capsys, "inspect", tmp_path / "run0", "--student", "wrn-10-1")
     assert (found["input_size"], found["num_classes"], found["model"]) == ([3, 16, 16], 10, "wrn-10-1")
+    assert sum(found["noise_classes"]) == 1000
     assert found["recipe"] == "zskt-prior"
 
 

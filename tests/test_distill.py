@@ -260,9 +260,21 @@ def test_metrics_hold_losses_and_no_clock(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(len(line["student_loss"]) == 2 and len(line["generator_loss"]) == 1 for line in lines)
     assert [line["step"] for line in lines if "accuracy" in line] == [3, 6]
+    for line in lines:
+        assert sum(line["class_counts"]) == sum(line["student_class_counts"]) == TINY["batch_size"]
+        assert 0 <= line["student_class_spread"] <= 1
     assert not any("second" in key or "time" in key for line in lines for key in line)
     timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in timing] == [1, 2, 3, 4, 5, 6]
+
+
+def test_beliefs_about_pseudo_images_are_logged_at_each_evaluation(tmp_path: Path) -> None:
+    rare = TINY | {"steps": 6, "log_every": 5, "evaluate_every": 2}
+    distill(make_teacher(), new_student(), "zskt", settings=rare, out=tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 4, 5, 6]
+    assert all("teacher_confidence" in line and "student_class_counts" in line for line in lines)
+    assert [line["step"] for line in lines if "student_loss" in line] == [1, 5, 6]
 
 
 def test_finished_student_loads_with_its_normalisation(tmp_path: Path) -> None:

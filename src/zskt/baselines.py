@@ -158,16 +158,16 @@ def kd_at(
     return objective
 
 
-def few_shot(labels: Tensor, per_class: int, seed: int = 0) -> Tensor:
+def few_shot(labels: Tensor, per_class: int, seed: int = 0, *, num_classes: int | None = None) -> Tensor:
     """Indices (K per_class,) of so many random images of each class 0 .. K - 1, classes in turn; labels (M,).
 
-    Fewer images per class are the first of more: for equal seeds the sets are nested. Raises ZsktError where a class
-    has fewer images.
+    Fewer images per class are the first of more: for equal seeds the sets are nested. Raises ZsktError where one of
+    the `num_classes` (by default as many as the labels show) has fewer images.
     """
     if per_class < 1:
         raise UsageError(f"per_class = {per_class}: expected at least 1 image of each class")
     labels = labels.cpu()
-    fewest, poorest = torch.bincount(labels, minlength=1).min(dim=0)
+    fewest, poorest = torch.bincount(labels, minlength=num_classes or 1).min(dim=0)
     if fewest < per_class:
         advice = f"ask for at most {fewest}" if fewest else "give images of it"
         raise ZsktError(f"expected {per_class} images of each class, found {fewest} of class {poorest}; {advice}")

@@ -187,7 +187,7 @@ def warning_lights(beliefs: dict[str, Any]) -> list[str]:
 def noise_classes(network: Teacher, count: int = 1_000, seed: int = 0) -> list[int]:
     """How many of `count` images of uniform noise a network puts into each class (K numbers). ZSKT, figure 5."""
     noise = torch.rand(count, *network.input_size, generator=torch.Generator().manual_seed(seed))
-    counts = torch.bincount(predict(network, noise).argmax(dim=1), minlength=network.num_classes)  # (K,)
+    counts = torch.bincount(predict(network, noise, batch_size=100).argmax(dim=1), minlength=network.num_classes)
     return [int(number) for number in counts]
 
 

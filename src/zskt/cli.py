@@ -22,13 +22,14 @@ from zskt.cli_paper import run_belief, run_reproduce
 from zskt.cli_teachers import Data, Result, run_import, run_inspect, run_teach, test_images
 from zskt.config import flat, from_text, to_toml
 from zskt.distill import distill, plan, sample
-from zskt.figures import image_grid, save_image
+from zskt.figures import believed_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot
 from zskt.process import seeded
 from zskt.progress import bar, console, distilling, notice
 from zskt.recipe import AUTO, load_recipe, pick_device, recipe_texts
 from zskt.report import write_report
 from zskt.teacher import count_parameters, load_network
+from zskt.transitions import check_networks, renormalised
 
 # The subcommands. Their docstrings are the help texts.
 
@@ -146,19 +147,25 @@ def run_evaluate(
     return measure(network, *test_images(data, network), other)
 
 
-def run_sample(run: tyro.conf.Positional[Path], /, *, out: Path, seed: int = 0) -> Result:
-    """Draw 64 pseudo images from the generator of a finished run.
+def run_sample(run: tyro.conf.Positional[Path], /, *, out: Path, teacher: Path | None = None, seed: int = 0) -> Result:
+    """Draw 64 pseudo images from the generator of a finished run, with what the student takes them for.
 
-    Example: zskt sample runs/a --out samples.png
+    Example: zskt sample runs/a --teacher teacher --out samples.png
 
     Args:
         run: a run folder.
         out: the PNG to write.
+        teacher: also say what this network takes them for.
         seed: of the latents.
     """
-    images = sample(run, seed)
-    save_image(out, image_grid(images))
-    return {"images": len(images), "out": str(out)}
+    x, student = sample(run, seed)
+    beliefs = {"S": student(x)}  # (64, K)
+    if teacher is not None:
+        network = load_network(teacher)
+        check_networks(student, network)
+        beliefs = {"T": network(renormalised(x, student, network))} | beliefs
+    save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
+    return {"images": len(x), "out": str(out)}
 
 
 def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> Result:

@@ -167,7 +167,7 @@ def run_reproduce(
         steps: pseudo batches of a run without data; by default the published number.
         updates: of a network trained on images; by default the published number.
         images: followed in transition curves; by default 1,000.
-        learning_rate: of training on images; by default 0.1, or 0.03 for LeNets, which diverge at 0.1.
+        learning_rate: of training on images; by default 0.1, or 0.01 for LeNets, which diverge at 0.1.
         out: folder of the results and of all parts; by default runs/NAME. Several tables can share one.
         yes: start even if it takes more than ten minutes.
         stop_after: leave early, after a time (90s, 9m, 2h), to go on with --resume.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zskt import models
 from zskt.baselines import teach
-from zskt.belief import measure
+from zskt.belief import measure, noise_classes
 from zskt.data import KNOWN, Dataset, read
 from zskt.distill import plan
 from zskt.features import batchnorm_layers, find_stages, forward_flops
@@ -26,6 +26,9 @@ from zskt.training import Precision, Schedule, Training, updates_in
 Result = dict[str, Any]
 Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]
 Size = tuple[int, int, int]
+
+NOISE_FLOPS = 200_000_000_000
+"""Operations that `zskt inspect` spends on noise."""
 
 
 def read_images(sources: Sequence[str], split: Literal["train", "test"], size: Size | None) -> Dataset:
@@ -203,6 +206,8 @@ def run_inspect(teacher: tyro.conf.Positional[Path], /, *, student: str | None =
     network = load_network(teacher)
     stages = find_stages(network.module, network.input_size)
     config, reason = choose(AUTO, network)
+    flops = forward_flops(network.module, network.input_size)
+    count = max(100, min(1_000, NOISE_FLOPS // flops))  # of noise images: as many as take a few seconds
     result: Result = {
         "model": getattr(network.module, "spec", None),
         "input_size": list(network.input_size),
@@ -210,9 +215,10 @@ def run_inspect(teacher: tyro.conf.Positional[Path], /, *, student: str | None =
         "mean": network.mean.flatten().tolist(),
         "std": network.std.flatten().tolist(),
         "parameters": count_parameters(network.module),
-        "flops": forward_flops(network.module, network.input_size),
+        "flops": flops,
         "batchnorm_layers": len(batchnorm_layers(network.module)),
         "stages": list(stages),
+        "noise_classes": noise_classes(network, count),
         "recipe": config.recipe,
         "reason": reason,
     }

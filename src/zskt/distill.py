@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from zskt import checkpoint
 from zskt.belief import check_images, judge, network_like, predict, pseudo_beliefs, warning_lights
 from zskt.config import Config, from_toml, replace, to_toml
-from zskt.figures import image_grid, save_image
+from zskt.features import evaluating, logits_of
+from zskt.figures import believed_grid, save_image
 from zskt.files import UsageError, ZsktError, read_json, read_tensors, read_text, write_tensors, write_text
 from zskt.generator import Generator, pseudo_images
 from zskt.matching import BeliefMatching, StepLosses
@@ -206,17 +207,26 @@ class Run:
             line |= describe(losses)
             check_finite(line)
         if step == config.steps or step % config.interval("evaluate_every") == 0:
+            line |= pseudo_beliefs(losses.teacher_logits, losses.student_logits)
             if self.evaluate is not None:
                 line |= self.measure()
             if self.folder is not None:
-                images = self.teacher.denormalise(pseudo_images(self.matching.generator, self.matching.latent))
-                save_image(self.folder / "samples" / f"{step:08d}.png", image_grid(images))
+                self.save_samples()
         if len(line) == 1:
             return None
         if self.metrics is not None and self.timing is not None:
             self.metrics.append(line)
             self.timing.append({"step": step, "seconds": round(self.seconds, 3)})
         return line
+
+    def save_samples(self) -> None:
+        """Write 64 pseudo images, always from the same latents, with what teacher (T) and student (S) take them for."""
+        assert self.folder is not None
+        x = pseudo_images(self.matching.generator, self.matching.latent)  # (64, C, H, W)
+        with evaluating(self.student):
+            beliefs = {"T": self.teacher(x), "S": logits_of(self.student(x))}  # (64, K) each
+        grid = believed_grid(self.teacher.denormalise(x), beliefs, self.teacher.class_names)
+        save_image(self.folder / "samples" / f"{self.step:08d}.png", grid)
 
     def measure(self) -> dict[str, float]:
         """Accuracy and agreement now, on the images handed in; the teacher answers them once in a run."""
@@ -349,8 +359,8 @@ def check_finite(line: Mapping[str, Any]) -> None:
             )
 
 
-def sample(folder: str | Path, seed: int = 0) -> Tensor:
-    """64 pseudo images (64, C, H, W) in [0, 1] from the generator of a finished run."""
+def sample(folder: str | Path, seed: int = 0) -> tuple[Tensor, Teacher]:
+    """64 pseudo images (64, C, H, W), normalised, from the generator of a finished run; and the run's student."""
     folder = Path(folder)
     network = load_student(folder)
     config = from_toml(read_text(folder / "config.toml"), str(folder / "config.toml"))
@@ -359,4 +369,4 @@ def sample(folder: str | Path, seed: int = 0) -> Tensor:
     generator = Generator(config.generator.latent, network.input_size, config.generator.width)
     with checkpoint.restoring(folder):
         generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
-    return network.denormalise(pseudo_images(generator, config.generator.latent, seed))
+    return pseudo_images(generator, config.generator.latent, seed), network

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from zskt.files import replacing
 from zskt.transitions import Transitions
 
 Lines = Sequence[Mapping[str, Any]]
+
+CAPTION_LINE = 12
+"""Pixels from one line of a caption to the next."""
 
 
 def styled() -> AbstractContextManager[None]:
@@ -27,10 +30,11 @@ def styled() -> AbstractContextManager[None]:
     )
 
 
-def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32) -> Image.Image:
+def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32, captions: Sequence[str] = ()) -> Image.Image:
     """Images (N, C, H, W) in [0, 1] side by side, enlarged to at least `smallest` pixels each, one pixel apart.
 
-    One channel is shown grey, three in colour; of any other number the mean.
+    One channel is shown grey, three in colour; of any other number the mean. `captions`, of one or more lines each,
+    stand below the images.
     """
     n, channels, height, width = images.shape
     if channels not in (1, 3):
@@ -39,12 +43,31 @@ def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32) -> Image
     factor = max(1, -(-smallest // min(height, width)))
     tiles = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3).permute(0, 2, 3, 1).numpy()
     rows = -(-n // columns)
-    h, w = height * factor + 1, width * factor + 1
+    below = CAPTION_LINE * max((caption.count("\n") + 1 for caption in captions), default=0)
+    h, w = height * factor + below + 1, width * factor + 1
     canvas = np.full((rows * h - 1, columns * w - 1, tiles.shape[3]), 255, dtype=np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = (i // columns) * h, (i % columns) * w
-        canvas[top : top + h - 1, left : left + w - 1] = tile
-    return Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas)
+    corners = [((i // columns) * h, (i % columns) * w) for i in range(n)]
+    for (top, left), tile in zip(corners, tiles, strict=True):
+        canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    grid = Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas)
+    if captions:
+        draw, font = ImageDraw.Draw(grid), ImageFont.load_default(CAPTION_LINE - 1)
+        for (top, left), caption in zip(corners, captions, strict=True):
+            draw.multiline_text((left + 1, top + height * factor), caption, fill="black", font=font, spacing=1)
+    return grid
+
+
+def believed_grid(
+    images: Tensor, beliefs: Mapping[str, Tensor], class_names: Sequence[str] | None = None, *, columns: int = 8
+) -> Image.Image:
+    """Images (N, C, H, W) in [0, 1], below each what networks take it for: `beliefs` has a letter -> logits (N, K)."""
+    captions = [""] * len(images)
+    for letter, logits in beliefs.items():
+        sure, classes = logits.float().softmax(dim=1).cpu().max(dim=1)  # (N,), (N,)
+        for i, (probability, k) in enumerate(zip(sure.tolist(), classes.tolist(), strict=True)):
+            name = str(class_names[k])[:6] if class_names else str(k)
+            captions[i] += f"{letter} {name}: {100 * probability:.0f}%\n"
+    return image_grid(images, columns=columns, smallest=72, captions=[caption.rstrip() for caption in captions])
 
 
 def save_image(path: Path, image: Image.Image) -> None:
@@ -206,6 +229,21 @@ def class_histograms(counts: Mapping[str, Sequence[int]], class_names: Sequence[
         return _png(figure)
 
 
+def recent_classes(lines: Lines) -> dict[str, list[int]]:
+    """Teacher's and student's classes of the pseudo images, counted over the last fifth of a run's lines."""
+    found = {}
+    for who, key in (("teacher", "class_counts"), ("student", "student_class_counts")):
+        if counts := [line[key] for line in lines if key in line]:
+            found[who] = np.sum(counts[-max(1, len(counts) // 5) :], axis=0).tolist()
+    return found
+
+
+def run_classes(lines: Lines, class_names: Sequence[str] | None) -> bytes | None:
+    """A PNG of the classes of a run's pseudo images at its end; None where nothing was logged."""
+    counts = recent_classes(lines)
+    return class_histograms(counts, class_names, "share of pseudo images, last fifth of the run") if counts else None
+
+
 def nature_of_pseudo_data(
     lines: Lines, samples: Sequence[Path], class_names: Sequence[str] | None, title: str
 ) -> bytes:
@@ -221,16 +259,13 @@ def nature_of_pseudo_data(
         beliefs.set_xlabel("step")
         beliefs.set_ylim(0, 1.03)
         beliefs.legend()
-        for axes, key, who in zip(
-            histograms, ("class_counts", "student_class_counts"), ("teacher", "student"), strict=True
-        ):
-            tail = [line[key] for line in lines if key in line]
-            recent = np.sum(tail[-max(1, len(tail) // 5) :], axis=0)
-            _histogram(axes, recent.tolist(), class_names)
+        for axes, (who, counts) in zip(histograms, recent_classes(lines).items(), strict=False):
+            _histogram(axes, counts, class_names)
             axes.set_title(f"classes of the pseudo images, {who}")
         for axes, path in zip(lower.subplots(1, max(1, len(shown)), squeeze=False).flatten(), shown, strict=False):
             with Image.open(path) as image:
-                axes.imshow(np.asarray(image.convert("RGB")))
+                quarter = image.convert("RGB").crop((0, 0, image.width // 2, image.height // 2))  # or it is too small
+                axes.imshow(np.asarray(quarter))
             axes.set_title(f"step {int(path.stem):,}")
             axes.set_axis_off()
         figure.suptitle(title, fontsize=9)

@@ -68,7 +68,7 @@ def check_settings(parts: Sequence[Part], root: Path) -> None:
     """Raise ZsktError where a part stands under `root` that was made with other settings."""
     for part in parts:
         path = root / "parts" / f"{part.name}.json"
-        if not path.exists():
+        if not path.exists() or not part.folder(root).exists():
             continue
         there, wanted = read_json(path), {**part.settings, "units": part.units}
         different = [
@@ -100,7 +100,7 @@ def make_parts(parts: Sequence[Part], root: Path, seconds: float, bar: Bar) -> d
         write_json(root / "parts" / f"{part.name}.json", {**part.settings, "units": part.units})
         try:
             with bar(part.name, part.unit) as show:
-                finished = part.make(part.folder(root), None if math.isinf(left) else f"{left:.3f}s", show)
+                finished = part.make(part.folder(root), None if math.isinf(left) else f"{max(left, 0.001):.3f}s", show)
         except (Interrupted, UsageError):
             raise
         except ZsktError as error:

@@ -9,13 +9,13 @@ from typing import Any
 
 from zskt.checkpoint import read_lines
 from zskt.config import flat, from_toml
-from zskt.figures import run_curves
+from zskt.figures import run_classes, run_curves
 from zskt.files import UsageError, ZsktError, first_line, read_json, read_text, write_text
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{display:inline-block;margin:.5rem}
-figcaption,.note{color:#666;font-size:.85em}.samples img{width:15rem;image-rendering:pixelated}
+figcaption,.note{color:#666;font-size:.85em}.samples img{width:32rem}
 .warning{background:#fff3cd;padding:.5rem 1rem}"""
 
 MEASURES = {
@@ -82,8 +82,12 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     curves = run_curves({run["name"]: run["lines"] for run in runs})
     body += ["<h2>Course</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
     for run in runs:
+        if histogram := run_classes(run["lines"], run["facts"].get("class_names")):
+            body += [f"<h2>Classes of the pseudo images of {html.escape(run['name'])}</h2>"]
+            body += [f'<img alt="class histograms" src="{_inline(histogram)}">']
         body += [f"<h2>Pseudo images of {html.escape(run['name'])}</h2>", _samples(run["samples"])]
-    body.append('<p class="note">They are what the student learned from. They need not look like the data.</p>')
+    words = "The student learned from them; they need not look like the data. T and S: what teacher and student see."
+    body.append(f'<p class="note">{words}</p>')
     body.append(_settings(runs))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     return f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n"

@@ -122,11 +122,12 @@ class Request:
 def published_budget(train: Dataset, model: str) -> Budget:
     """What the paper spends: 200 epochs and 80,000 steps on CIFAR-10, 100 and 50,000 on SVHN; else as on CIFAR-10.
 
-    MNIST: 25,000 steps, as in the KTH reproduction, and 10 epochs. A network without BatchNorm diverges at rate 0.1.
+    MNIST: 25,000 steps, as in the KTH reproduction, and 10 epochs. A LeNet, without BatchNorm, diverges at rate 0.1;
+    0.01 was chosen on held-out training images, see docs/log.md.
     """
     epochs, steps = {"svhn": (100, 50_000), "mnist": (10, 25_000)}.get(train.name, (200, 80_000))
     updates = updates_in(epochs, len(train.images), 128)
-    return Budget(updates, steps, learning_rate=0.03 if model.startswith("lenet") else 0.1)
+    return Budget(updates, steps, learning_rate=0.01 if model.startswith("lenet") else 0.1)
 
 
 def reproduction(request: Request) -> Reproduction:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from zskt.parts import Part, Show
 from zskt.process import seeded
 from zskt.recipe import arrange, assemble, pick_device
 from zskt.teacher import Teacher, load_network, load_teacher, save_teacher
-from zskt.training import Training
+from zskt.training import Training, digest
 from zskt.transitions import average_curves, compare, transition_curves
 
 PATHS = 128
@@ -69,6 +70,11 @@ class Study:
         """The two networks, for names."""
         return f"{'given' if self.given else self.model}-to-{self.student}"
 
+    @functools.cached_property
+    def data(self) -> str:
+        """Which images these are: a name, and a digest, as all that are not of a known set have the same name."""
+        return f"{self.train.name} {digest(*self.images(None))[:8]} {digest(*self.measuring)[:8]}"
+
     @property
     def measuring(self) -> tuple[Tensor, Tensor]:
         """Images (M, C, H, W) and labels (M,) that everything is measured on."""
@@ -98,7 +104,7 @@ class Study:
         """All training images, or so many of each class: the same ones for all seeds, nested."""
         if per_class is None:
             return self.train.images, self.train.labels
-        chosen = few_shot(self.train.labels, per_class)
+        chosen = few_shot(self.train.labels, per_class, num_classes=len(self.train.class_names))
         return self.train.images[chosen], self.train.labels[chosen]
 
     def teacher(self, seed: int) -> Part:
@@ -111,7 +117,7 @@ class Study:
             save_teacher(folder, given, how="given", measured=measure(given, *self.measuring))
             return True
 
-        facts = {"fingerprint": given.fingerprint(), "data": self.test.name}
+        facts = {"fingerprint": given.fingerprint(), "data": self.data}
         return Part("given-teacher", facts, 0, "networks", "measuring", lambda: lambda: None, make)
 
     def taught(self, spec: str, seed: int, per_class: int | None = None) -> Part:
@@ -136,7 +142,7 @@ class Study:
 
         return Part(
             f"{spec}-on-{amount(per_class)}-seed-{seed}",
-            {"training": vars(training), "data": self.train.name},
+            {**vars(training), "data": self.data},
             training.updates,
             "updates",
             f"cross-entropy, {spec}",
@@ -187,7 +193,7 @@ class Study:
 
         return Part(
             name,
-            {"training": vars(training), "data": self.train.name, "ce": ce},
+            {**vars(training), "data": self.data, "ce": ce},
             training.updates,
             "updates",
             f"KD+AT, {self.pair}" if kd else f"cross-entropy, {self.student}",
@@ -216,7 +222,7 @@ class Study:
 
         return Part(
             f"{recipe}-{self.pair}-seed-{seed}",
-            {**settings, "recipe": recipe, "data": self.test.name},
+            {**settings, "recipe": recipe, "data": self.data},
             steps,
             "pseudo batches",
             f"{recipe}, {self.pair}",
@@ -248,7 +254,7 @@ class Study:
 
         return Part(
             f"belief-of-{student.name}",
-            {"images": number, "steps": steps, "data": self.test.name},
+            {"images": number, "steps": steps, "data": self.data},
             units,
             f"steps of {PATHS} paths",
             f"transition curves, {self.pair}",

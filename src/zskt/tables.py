@@ -120,9 +120,8 @@ def write_result(
     lines += [
         f"{circumstances['date']}, `{circumstances['command']}`, commit {circumstances.get('commit', 'unknown')},"
     ]
-    lines += [
-        f"{circumstances['precision']}, {circumstances['hardware']}, {circumstances['threads']} threads, {versions}."
-    ]
+    threads = "one thread" if circumstances["threads"] == 1 else f"{circumstances['threads']} threads"
+    lines += [f"{circumstances['precision']}, {circumstances['hardware']}, {threads}, {versions}."]
     write_text(root / f"{made.name}.md", "\n".join(lines) + "\n")
     return result
 

@@ -89,8 +89,6 @@ def transition_curves(
     walker, watcher = (first, second) if stepped == "first" else (second, first)
     device, classes, count, starts = walker.mean.device, walker.num_classes, len(images), starts.cpu()
     formats = [layout(network.module, network.input_size) for network in (walker, watcher)]
-    # What the watcher sees: (x std_w + mean_w - mean_o) / std_o, exactly x where the normalisations are equal.
-    scale, shift = walker.std / watcher.std, (walker.mean - watcher.mean) / watcher.std  # (C, 1, 1) each
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
     paths = count * (classes - 1)
@@ -106,7 +104,7 @@ def transition_curves(
             with torch.enable_grad(), autocast:
                 logits = walker(x)  # (B, K)
             with torch.no_grad(), autocast:
-                others = watcher((x * scale.to(x) + shift.to(x)).contiguous(memory_format=formats[1]))  # (B, K)
+                others = watcher(renormalised(x, walker, watcher).contiguous(memory_format=formats[1]))  # (B, K)
             curves[0, :, k] = believed(logits.detach(), target)
             curves[1, :, k] = believed(others, target)
             if k + 1 < steps:
@@ -137,6 +135,12 @@ def average_curves(transitions: Transitions) -> dict[str, list[float]]:
         found[name] = curves.mean(dim=0).tolist()
         found[f"{name}_standard_error"] = (spread / len(curves) ** 0.5).tolist()
     return found
+
+
+def renormalised(x: Tensor, source: Teacher, target: Teacher) -> Tensor:
+    """The same images (N, C, H, W), normalised for `source`, as `target` wants them; exactly x where they agree."""
+    scale, shift = source.std / target.std, (source.mean - target.mean) / target.std  # (C, 1, 1) each
+    return x * scale.to(x) + shift.to(x)
 
 
 def believed(logits: Tensor, target: Tensor) -> Tensor:
