@@ -64,7 +64,7 @@ def circumstances() -> dict[str, Any]:
         found["commit"] += " with uncommitted changes"
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *map(_short, sys.argv[1:])]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(short, sys.argv[1:])]),
         **found,
         "versions": versions(),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
@@ -72,7 +72,7 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def _short(argument: str) -> str:
+def short(argument: str) -> str:
     """An argument without the folders of this machine."""
     return Path(argument).name if os.path.exists(argument) else argument
 
