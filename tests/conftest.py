@@ -1,6 +1,7 @@
 """One torch thread per process: several processes with several threads each slow one another down many times."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -8,6 +9,16 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny_recipes() -> Iterator[None]:
+    """Every recipe by its name, but with networks and batches that take milliseconds."""
+    from small import tiny_recipe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zskt.recipe.load_recipe", tiny_recipe)
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
 """Small networks and pairs that several tests share."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from zskt.config import Config, replace
 from zskt.matching import BeliefMatching
 from zskt.recipe import arrange, assemble, load_recipe
 from zskt.teacher import Teacher
+
+if TYPE_CHECKING:
+    from zskt.data import Dataset
 
 
 class FourStages(nn.Module):
@@ -76,3 +79,21 @@ def stripes(count: int, channels: int = 1) -> tuple[Tensor, Tensor]:
     for image, label, place in zip(images, labels, torch.randint(0, 8, (count,), generator=rng), strict=True):
         image[(slice(None), place) if label else (slice(None), slice(None), place)] = 255
     return images, labels
+
+
+def coloured(
+    count: int, *, classes: int = 3, size: tuple[int, int, int] = (1, 12, 12), seed: int = 0, name: str = "images"
+) -> "Dataset":
+    """Noise (count, *size) that is brighter from class to class: learnt in a few updates."""
+    from zskt.data import Dataset  # here, as one test blocks that module while it imports this one
+
+    noise = torch.randint(0, 60, (count, *size), generator=torch.Generator().manual_seed(seed))
+    labels = torch.arange(count) % classes
+    images = noise + (labels * 180 // (classes - 1)).view(-1, 1, 1, 1)
+    return Dataset(images.byte(), labels, tuple(f"class {k}" for k in range(classes)), name)
+
+
+def tiny_recipe(name: str) -> Config:
+    """A recipe with a small generator, small batches and two student updates: a step in milliseconds."""
+    tiny = {"batch_size": 16, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
+    return replace(load_recipe(name), tiny)

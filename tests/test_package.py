@@ -195,3 +195,13 @@ def test_links_in_the_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_tables_of_results_are_those_of_the_recorded_files() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    recorded = {
+        line for path in (ROOT / "benchmarks" / "results").glob("*.md") for line in path.read_text().splitlines()
+    }
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows
+    assert [row for row in rows if row not in recorded] == []

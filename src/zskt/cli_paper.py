@@ -1,5 +1,6 @@
 """The subcommands that measure what the paper measures. Their docstrings are the help texts."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from zskt.checkpoint import parse_budget
 from zskt.cli_teachers import Data, Result, read_images, test_images
+from zskt.demo import fresh_folder
 from zskt.figures import average_transitions, single_transitions
 from zskt.files import UsageError, ZsktError, replacing, unknown, write_json, write_text
 from zskt.parts import Part, check_settings, in_order, make_parts, time_parts
@@ -20,7 +22,7 @@ from zskt.recipe import pick_device
 from zskt.reproduce import NAMES, Request, reproduction
 from zskt.tables import markdown_table, write_result
 from zskt.teacher import load_network
-from zskt.toy import reproduce_toy, toy_table
+from zskt.toy import POINT_STEPS, ROUNDS, STUDENT_STEPS, reproduce_toy, seconds_per_round, toy_table
 from zskt.transitions import Comparison, Start, Stepped, average_curves, check_networks, compare
 
 ASK_ABOVE = 600.0
@@ -68,7 +70,7 @@ def run_belief(
     """
     for name, value in (("images", images), ("steps", steps), ("step-size", step_size), ("batch-size", batch_size)):
         if not value > 0:
-            raise UsageError(f"--{name} {value}: expected a positive number")
+            raise ZsktError(f"--{name} {value}: expected a positive number; leave it out for the paper's")
     where = pick_device(device)
     first, second = load_network(student).to(where), load_network(teacher).to(where)
     check_networks(first, second)
@@ -175,14 +177,24 @@ def run_reproduce(
         device: auto, cpu, cuda or cuda:N.
         precision: bf16 is faster on hardware that has it.
     """
-    folder = out or Path("runs") / name
     if name not in NAMES:
         raise unknown("table or figure", name, NAMES)
     if not 0 < scale <= 1:
         raise UsageError(f"--scale {scale}: expected a number above 0, up to 1")
+    options = {"steps": steps, "updates": updates, "images": images, "learning_rate": learning_rate}
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in (*given.items(), *(("images_per_class", number) for number in images_per_class)):
+        if not value > 0:
+            raise UsageError(f"--{option.replace('_', '-')} {value}: expected a positive number")
+    if teacher is not None and model is not None:
+        raise UsageError("--teacher and --model: a given teacher is a network already, leave one of them out")
     begun = time.monotonic()
     if name == "toy":
-        return reproduce_the_toy(seeds, folder, scale)
+        unused = [data, teacher, model, student, recipe, images_per_class, given]
+        if any(unused) or stop_after or resume:
+            raise UsageError("toy takes --seeds, --scale, --out and --yes only: it makes its own data and networks")
+        return reproduce_the_toy(seeds, out or fresh_folder(Path("runs"), "toy"), scale, yes)
+    folder = out or Path("runs") / name
     if (folder / "parts").exists() and not resume:
         raise ZsktError(f"{folder} already holds parts of a table; use them with --resume or choose another --out")
     if not data:
@@ -190,7 +202,11 @@ def run_reproduce(
     network = None if teacher is None else load_network(teacher)
     train = read_images(data, "train", None if network is None else network.input_size)
     test = read_images(data, "test", (train.images.shape[1], train.images.shape[2], train.images.shape[3]))
-    given = {"steps": steps, "updates": updates, "images": images, "learning_rate": learning_rate}
+    if network is not None and network.num_classes != len(test.class_names):
+        raise ZsktError(
+            f"expected data of {network.num_classes} classes, found {len(test.class_names)}; give the data that the "
+            "teacher was trained for"
+        )
     request = Request(
         name,
         train,
@@ -202,7 +218,7 @@ def run_reproduce(
         network,
         recipe,
         images_per_class,
-        {key: value for key, value in given.items() if value is not None},
+        given,
         scale,
         device,
         precision,
@@ -211,12 +227,10 @@ def run_reproduce(
     parts = in_order(made.parts)
     check_settings(parts, folder)
     seconds, _ = parse_budget(stop_after)
+    if stop_after is not None and math.isinf(seconds):
+        raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
     estimate = state_cost(parts, folder)
-    if min(estimate, seconds) > ASK_ABOVE and not yes:
-        raise UsageError(
-            f"{name} takes about {duration(estimate)} on this machine; give --yes to start, --stop-after to do some of "
-            "it, or --scale 0.01 to rehearse"
-        )
+    refuse_long_work(name, min(estimate, seconds), yes)
     failed = make_parts(parts, folder, seconds - (time.monotonic() - begun), part_bar)
     facts = circumstances() | {
         "data": train.name,
@@ -235,16 +249,32 @@ def run_reproduce(
     return result | {"out": str(folder)}
 
 
-def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float) -> Result:
-    """The experiment in the plane: no data, no parts, a minute per seed."""
+def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: bool) -> Result:
+    """The experiment in the plane: no data, no parts, two minutes per seed."""
     if (folder / "toy.json").exists():
         raise ZsktError(f"{folder} already holds the toy experiment; choose another --out")
+    rounds = max(1, round(ROUNDS * scale))
+    notice("measuring how fast this machine is, some seconds")
+    refuse_long_work("toy", len(seeds) * rounds * seconds_per_round(), yes)
+    work = f"each {POINT_STEPS} updates of the points and {STUDENT_STEPS} of the student"
+    notice(f"{len(seeds)} seeds of {rounds:,} rounds, {work}")
     with bar("toy", "rounds") as show:
         result = reproduce_toy(seeds, folder, scale=scale, progress=show) | circumstances()
     write_json(folder / "toy.json", result)
     write_text(folder / "toy.md", toy_table(result))
     notice(f"look at {folder / 'toy.md'} and {folder / f'toy-seed-{seeds[0]}.gif'}")
     return result | {"out": str(folder)}
+
+
+def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
+    """Raise UsageError above ten minutes, unless that was agreed to."""
+    if seconds > ASK_ABOVE and not yes:
+        raise UsageError(
+            f"{name} takes about {duration(seconds)} on this machine; give --yes to start, --stop-after to do some of "
+            "it, or --scale 0.01 to rehearse"
+        )
+    if seconds:
+        notice(f"this takes about {duration(seconds)}")
 
 
 def part_bar(name: str, unit: str) -> AbstractContextManager[Callable[[int, int, str], None]]:

@@ -24,10 +24,22 @@ CAPTION_LINE = 12
 
 
 def styled() -> AbstractContextManager[None]:
-    """Small print and faint grids, without changing the settings of the process."""
+    """Small print and faint grids, no formulas in names, without changing the settings of the process."""
     return matplotlib.rc_context(
-        {"font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 7}
+        {
+            "text.parse_math": False,
+            "font.size": 8,
+            "axes.titlesize": 8,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.fontsize": 7,
+        }
     )
+
+
+def visible(name: str) -> str:
+    """A name as matplotlib shows it in a legend: it leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32, captions: Sequence[str] = ()) -> Image.Image:
@@ -125,7 +137,7 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
                 axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
         if len(runs) > 1:
             generator = figure.axes[1]  # the panel with room for the names of the runs
-            generator.legend(generator.lines[: len(runs)], [name.replace("$", r"\$") for name in runs])
+            generator.legend(generator.lines[: len(runs)], [visible(name) for name in runs])
         return _png(figure)
 
 
@@ -134,20 +146,23 @@ def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence
 
     One panel for each title -> what `average_curves` returns. `names` are the two networks'. ZSKT, figure 4.
     """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with styled():
-        figure = Figure(figsize=(1 + 3.5 * len(panels), 3.5), layout="constrained")
-        for axes, (title, curves) in zip(
-            figure.subplots(1, len(panels), squeeze=False, sharey=True).flatten(), panels.items(), strict=True
-        ):
+        figure = Figure(figsize=(1 + 3.3 * columns, 0.4 + 2.8 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flatten()[len(panels) :]:
+            axes.remove()
+        for axes, (title, curves) in zip(grid.flatten(), panels.items(), strict=False):
             for key, name, style in zip(("first", "second"), names, ("-", "--"), strict=True):
                 mean, error = np.array(curves[key]), 2 * np.array(curves[f"{key}_standard_error"])  # (S,) each
                 steps = np.arange(len(mean))
-                axes.plot(steps, mean, style, label=name)
+                axes.plot(steps, mean, style, label=visible(name))
                 axes.fill_between(steps, mean - error, mean + error, alpha=0.25)
-            axes.set_xlabel("step k")
             axes.set_ylim(-0.03, 1.03)
             axes.set_title(title)
-        figure.axes[0].set_ylabel("probability of the target class")
+        figure.supxlabel("step k", fontsize=8)
+        figure.supylabel("probability of the target class", fontsize=8)
         figure.axes[0].legend()
         return _png(figure)
 
@@ -176,7 +191,7 @@ def single_transitions(
             inset = axes.inset_axes((0.02, 0.66, 0.32, 0.32))
             inset.imshow(np.asarray(image_grid(_fractions(transitions.images[i : i + 1]), columns=1)), cmap="gray")
             inset.set_axis_off()
-        figure.legend(panels[0].lines, names, loc="outside lower center", ncols=2)
+        figure.legend(panels[0].lines, [visible(name) for name in names], loc="outside lower center", ncols=2)
         figure.supylabel("probability of the target class", fontsize=8)
         figure.suptitle(f"Single transitions over {steps} steps{note}", fontsize=9)
         return _png(figure)
@@ -206,7 +221,7 @@ def few_shot_curves(
             amounts = sorted(points)
             mean = np.array([100 * np.mean(points[m]) for m in amounts])
             std = np.array([100 * np.std(points[m], ddof=1) if len(points[m]) > 1 else 0 for m in amounts])
-            axes.errorbar(amounts, mean, std, marker="o", markersize=3, capsize=2, linewidth=1, label=label)
+            axes.errorbar(amounts, mean, std, marker="o", markersize=3, capsize=2, linewidth=1, label=visible(label))
         for i, (label, values) in enumerate(levels.items()):
             axes.axhline(100 * float(np.mean(values)), color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)])
             axes.plot([], [], color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)], label=f"{label}, all images")

@@ -152,23 +152,21 @@ def table_1(request: Request) -> Reproduction:
     """Six pairs: both networks from scratch, KD+AT with 200 images per class, zero-shot."""
     own = request.model or request.student or request.teacher
     cells = []
-    (per_class,) = request.per_class or (200,)
     for model, student in PAIRS[2:3] if own else PAIRS:
         study = request.study(model, student)
         pair = (study.model, study.student)
         known = request.data == "cifar10"
         row = f"{study.model} → {study.student}"
         parts = {
-            "teacher": ([study.teacher(s) for s in request.seeds], SCRATCH.get(study.model)),
+            "teacher": (study.teachers(request.seeds), SCRATCH.get(study.model)),
             "student from scratch": (
                 [study.taught(study.student, s) for s in request.seeds],
                 SCRATCH.get(study.student),
             ),
-            f"KD+AT, {per_class} per class": (
-                [study.distilled(s, per_class) for s in request.seeds],
-                KD_AT_200.get(pair) if per_class == 200 else None,
-            ),
         }
+        for per_class in request.per_class or (200,):
+            students = [study.distilled(s, per_class) for s in request.seeds]
+            parts[f"KD+AT, {per_class} per class"] = (students, KD_AT_200.get(pair) if per_class == 200 else None)
         for recipe in request.recipes or ("zskt",):
             runs = [study.zero_shot(s, recipe) for s in request.seeds]
             parts[f"zero-shot, {recipe}"] = (runs, ZERO_SHOT.get(pair) if recipe == "zskt" else None)
@@ -234,6 +232,12 @@ def figure_2(request: Request) -> Reproduction:
 
     cells = []
     seeds = request.seeds
+    for recipe in request.recipes or ("zskt",):
+        runs = tuple(study.zero_shot(s, recipe) for s in seeds)
+        cells.append(Cell(recipe, "M = 0", runs, accuracy, zero if recipe == "zskt" else None))
+        for per_class in amounts:
+            parts = tuple(study.fine_tuned(s, recipe, per_class) for s in seeds)
+            cells.append(Cell(recipe, f"M = {per_class}", parts, accuracy, paper(recipe, per_class)))
     for per_class in (*amounts, None):
         column = "all" if per_class is None else f"M = {per_class}"
         scratch = tuple(study.taught(study.student, s, per_class) for s in seeds)
@@ -241,13 +245,7 @@ def figure_2(request: Request) -> Reproduction:
         for ce, row in ((True, "KD+AT"), (False, "KD+AT without CE")):
             parts = tuple(study.distilled(s, per_class, ce=ce) for s in seeds)
             cells.append(Cell(row, column, parts, accuracy, paper(row, per_class)))
-    for recipe in request.recipes or ("zskt",):
-        runs = tuple(study.zero_shot(s, recipe) for s in seeds)
-        cells.append(Cell(recipe, "M = 0", runs, accuracy, zero if recipe == "zskt" else None))
-        for per_class in amounts:
-            parts = tuple(study.fine_tuned(s, recipe, per_class) for s in seeds)
-            cells.append(Cell(recipe, f"M = {per_class}", parts, accuracy, paper(recipe, per_class)))
-    cells.append(Cell("teacher", "all", tuple(study.teacher(s) for s in seeds), accuracy))
+    cells.append(Cell("teacher", "all", tuple(study.teachers(seeds)), accuracy))
 
     def draw(root: Path, note: str) -> bytes | None:
         lines: dict[str, dict[float, list[float]]] = {}
@@ -301,10 +299,9 @@ def figure_5(request: Request) -> Reproduction:
     study = request.study("wrn-40-2", "wrn-16-1")
     specs = [study.model, study.student] if own else ["lenet-5", "wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2"]
     networks = {
-        spec: tuple(
-            study.teacher(s) if spec == study.model else request.study(spec, spec).taught(spec, s)
-            for s in request.seeds
-        )
+        spec: study.teachers(request.seeds)
+        if spec == study.model
+        else [request.study(spec, spec).taught(spec, s) for s in request.seeds]
         for spec in specs
     }
 
@@ -316,9 +313,10 @@ def figure_5(request: Request) -> Reproduction:
         return None if found is None else sum(sorted(found)[-2:]) / sum(found)
 
     cells = [
-        Cell(spec, "noise in the two commonest classes, %", parts, two_largest) for spec, parts in networks.items()
+        Cell(spec, "noise in the two commonest classes, %", tuple(parts), two_largest)
+        for spec, parts in networks.items()
     ]
-    cells += [Cell(spec, "accuracy, %", parts, accuracy) for spec, parts in networks.items()]
+    cells += [Cell(spec, "accuracy, %", tuple(parts), accuracy) for spec, parts in networks.items()]
 
     def draw(root: Path, note: str) -> bytes | None:
         bars = {spec: found for spec, parts in networks.items() if (found := counts(root, parts[0]))}
@@ -333,7 +331,7 @@ def mmrazor(request: Request) -> Reproduction:
     study = request.study("resnet-34", "resnet-18", steps=25_000)
     row = f"{study.model} → {study.student}"
     parts: dict[str, tuple[list[Part], str | None]] = {
-        "teacher": ([study.teacher(s) for s in request.seeds], "95.34"),
+        "teacher": (study.teachers(request.seeds), "95.34"),
         "student from scratch": ([study.taught(study.student, s) for s in request.seeds], "94.82"),
     }
     published = {"zskt-mmrazor": "93.05 (metafile), 93.50 (page)"}

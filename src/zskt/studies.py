@@ -120,12 +120,16 @@ class Study:
         facts = {"fingerprint": given.fingerprint(), "data": self.data}
         return Part("given-teacher", facts, 0, "networks", "measuring", lambda: lambda: None, make)
 
+    def teachers(self, seeds: Sequence[int]) -> list[Part]:
+        """One for each seed; the given one counts once."""
+        return [self.teacher(seed) for seed in (seeds if self.given is None else seeds[:1])]
+
     def taught(self, spec: str, seed: int, per_class: int | None = None) -> Part:
         """A network trained from scratch by cross-entropy: on all images, or on so many of each class."""
         training = self.training(seed)
-        mean, std = normalisation(self.train)
 
         def make(folder: Path, stop_after: str | None, show: Show) -> bool:
+            mean, std = normalisation(self.train)
             return teach(
                 self.build(spec, seed),
                 self.images(per_class),

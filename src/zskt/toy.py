@@ -210,6 +210,13 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
     return ToyResult(teacher, student.eval(), accuracy, frames[-1].agreement, course, frames, truth, test, seconds)
 
 
+def seconds_per_round(rounds: int = 40) -> float:
+    """How long a round takes on this machine, from so many of them."""
+    times: list[float] = []
+    run_toy(0, rounds=rounds, callback=lambda frame: times.append(time.monotonic()))
+    return (times[-1] - times[0]) / rounds
+
+
 @torch.no_grad()
 def classes(network: nn.Module) -> Tensor:
     """The class (G, G) that a network names at each point of the grid over the square, rows from the bottom."""
@@ -316,7 +323,7 @@ def toy_table(result: Mapping[str, Any]) -> str:
         "",
     ]
     lines += ["![agreement over the rounds](toy-agreement.png)", ""]
-    lines += [f"![both networks' regions](toy-seed-{run['seed']}.gif)" for run in result["per_seed"]]
+    lines += [f"![both networks' regions](toy-seed-{result['seeds'][0]}.gif)"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines += ["", f"{result['date']}, `{result['command']}`, commit {result.get('commit', 'unknown')},"]
     lines += [f"{result['hardware']}, one thread, {versions}."]

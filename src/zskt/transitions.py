@@ -83,7 +83,7 @@ def transition_curves(
     """
     for name, value in (("steps", steps), ("step_size", step_size), ("batch_size", batch_size)):
         if not value > 0:
-            raise UsageError(f"{name} = {value}: expected a positive number")
+            raise ZsktError(f"expected a positive {name}, found {value}; the paper has 100 steps of size 1")
     check_networks(first, second)
     check_images(first, images)
     walker, watcher = (first, second) if stepped == "first" else (second, first)
@@ -202,7 +202,7 @@ def compare(
     check_networks(first, second)
     check_images(first, images, labels)
     if number < 1:
-        raise UsageError(f"number = {number}: expected at least 1 image to follow")
+        raise ZsktError(f"expected at least 1 image to follow, found number = {number}; the paper has 1,000")
     if start == "label" and labels is None:
         raise UsageError("paths that start from the label need labels; give them or start from the prediction")
     logits, answers = predict(first, images), predict(second, images)  # (M, K) each

@@ -1,0 +1,410 @@
+"""Studies: the right networks on the right images, gone on with exactly, teacher and data left alone."""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zskt
+from small import coloured, make_teacher
+from zskt import models, studies
+from zskt.baselines import kd_at, train_student
+from zskt.belief import measure
+from zskt.files import read_json
+from zskt.parts import Part, Show, check_settings, in_order, make_parts, time_parts
+from zskt.studies import Budget, Study, normalisation
+from zskt.training import Training, digest
+
+pytestmark = pytest.mark.usefixtures("tiny_recipes")
+
+UPDATES, STEPS = 8, 2
+
+
+def make_study(root: Path, **changes: Any) -> Study:
+    """ConvNet-4 -> ConvNet-2 on three classes of grey images."""
+    fields: dict[str, Any] = {
+        "root": root,
+        "train": coloured(60),
+        "test": coloured(30, seed=1),
+        "model": "convnet-4",
+        "student": "convnet-2",
+        "budget": Budget(UPDATES, STEPS, images=4, fine_tuning=0.25),
+    }
+    return Study(**fields | changes)
+
+
+def quiet(*arguments: str) -> AbstractContextManager[Show]:
+    """No bar."""
+    return contextlib.nullcontext(lambda done, total, beside: None)
+
+
+def make(study: Study, *wanted: Part) -> None:
+    """Make parts and all that they need."""
+    assert make_parts(in_order(wanted), study.root, math.inf, quiet) == {}
+
+
+def weights(study: Study, part: Part) -> bytes:
+    (path,) = (path for path in part.folder(study.root).glob("*.safetensors") if path.stem != "generator")
+    return path.read_bytes()
+
+
+def network(study: Study, part: Part) -> zskt.Teacher:
+    return zskt.teacher.load_network(part.folder(study.root))
+
+
+def measured(study: Study, part: Part) -> dict[str, Any]:
+    found = part.measured(study.root)
+    assert found is not None
+    return found
+
+
+class Watched:
+    """What students were trained with."""
+
+    def __init__(self) -> None:
+        self.modules: list[dict[str, Tensor]] = []
+        self.images: list[tuple[Tensor, Tensor]] = []
+        self.trainings: list[Training] = []
+        self.objectives: list[dict[str, Any] | None] = []
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """Notes what the training of students gets, before it starts."""
+    found, wanted = Watched(), inspect.signature(kd_at)
+
+    def training(module: nn.Module, master: zskt.Teacher, images: Any, test: Any, how: Training, **more: Any) -> Any:
+        found.modules.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        found.images.append(images)
+        found.trainings.append(how)
+        if more["objective"] is None:
+            found.objectives.append(None)
+        return train_student(module, master, images, test, how, **more)
+
+    def objective(*arguments: Any, **more: Any) -> Any:
+        bound = wanted.bind(*arguments, **more)
+        bound.apply_defaults()
+        found.objectives.append(dict(bound.arguments))
+        return kd_at(*arguments, **more)
+
+    monkeypatch.setattr(studies, "train_student", training)
+    monkeypatch.setattr(studies, "kd_at", objective)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_recipes: None) -> Study:
+    """A study with a part of every kind, for two seeds."""
+    study = make_study(tmp_path_factory.mktemp("study"))
+    for seed in (0, 1):
+        make(study, *every_kind(study, seed).values())
+    return study
+
+
+def every_kind(study: Study, seed: int = 0) -> dict[str, Part]:
+    """A part of every kind that is trained, with whatever it needs; and a comparison."""
+    zero_shot = study.zero_shot(seed, "zskt")
+    return {
+        "teacher": study.teacher(seed),
+        "from scratch": study.taught("convnet-2", seed, 3),
+        "KD+AT": study.distilled(seed, 3),
+        "KD+AT without CE": study.distilled(seed, None, ce=False),
+        "zero-shot": zero_shot,
+        "fine-tuned": study.fine_tuned(seed, "zskt", 3),
+        "belief": study.belief(zero_shot, seed),
+    }
+
+
+def test_every_kind_is_measured_on_the_test_images(made: Study) -> None:
+    images, labels = made.test.images, made.test.labels
+    for seed in (0, 1):
+        parts = every_kind(made, seed)
+        teacher = network(made, parts["teacher"])
+        for name, part in parts.items():
+            if name == "belief":
+                continue
+            expected = measure(
+                network(made, part), images, labels, None if "student.json" not in files(made, part) else teacher
+            )
+            found = measured(made, part)
+            if name == "from scratch":
+                assert "agreement" not in found
+            for key in expected.keys() & found.keys():
+                assert found[key] == pytest.approx(expected[key], abs=1e-5), (name, key)
+            assert found["accuracy"] == expected["accuracy"]
+            assert found["parameters"] == sum(p.numel() for p in network(made, part).parameters())
+    assert measured(made, made.teacher(0))["accuracy"] > 0.9  # 1/3 by chance
+
+
+def files(study: Study, part: Part) -> set[str]:
+    return {path.name for path in part.folder(study.root).iterdir()}
+
+
+def test_seeds_have_teachers_and_students_of_their_own(made: Study) -> None:
+    for first, second in zip(every_kind(made, 0).values(), every_kind(made, 1).values(), strict=True):
+        assert first.name != second.name
+        if first.unit != "steps of 128 paths":
+            assert weights(made, first) != weights(made, second)
+    for seed in (0, 1):
+        fingerprint = network(made, made.teacher(seed)).fingerprint()
+        for part in every_kind(made, seed).values():
+            path = part.folder(made.root) / "student.json"
+            assert not path.exists() or read_json(path)["teacher_fingerprint"] == fingerprint
+
+
+def test_names_are_different_for_whatever_differs(tmp_path: Path) -> None:
+    names = []
+    given = make_teacher(models.convnet(4, num_classes=3, channels=1), size=(1, 12, 12))
+    for study in (make_study(tmp_path), make_study(tmp_path, student="convnet-3"), make_study(tmp_path, given=given)):
+        for seed in (0, 1):
+            for per_class in (1, 11, None):
+                names += [study.distilled(seed, per_class, ce=ce).name for ce in (True, False)]
+                names += [study.taught(study.student, seed, per_class).name] * (study.given is None)
+            for recipe in ("zskt", "zskt-fresh"):
+                zero_shot = study.zero_shot(seed, recipe)
+                names += [zero_shot.name, study.fine_tuned(seed, recipe, 1).name, study.belief(zero_shot, seed).name]
+        names += [study.teacher(0).name] * (study.student != "convnet-3")
+    assert len(set(names)) == len(names)
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names)
+
+
+STOPPED = {
+    "teacher": lambda study: study.teacher(0),
+    "from scratch": lambda study: study.taught("convnet-2", 0, 3),
+    "KD+AT": lambda study: study.distilled(0, 3),
+    "fine-tuned": lambda study: study.fine_tuned(0, "zskt", 3),
+    "zero-shot": lambda study: study.zero_shot(0, "zskt"),
+}
+
+
+@pytest.mark.parametrize("kind", STOPPED)
+def test_a_part_goes_on_where_it_stopped_bit_for_bit(kind: str, made: Study, tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    part: Part = STOPPED[kind](study)
+    make(study, *part.needs)
+    shown: list[int] = []
+    for stop in ("1", "0.001s") if part.units > 2 else ("1",):
+        assert not part.make(part.folder(tmp_path), stop, lambda done, total, beside: shown.append(done))
+        assert part.measured(tmp_path) is None
+    assert shown == [1, 2][: len(shown)]
+    make(study, part)
+    assert weights(study, part) == weights(made, part)
+    assert measured(study, part) == measured(made, part)
+
+
+def test_few_shot_images_are_nested_balanced_and_the_same_for_all_seeds(watched: Watched, tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    for seed in (0, 5):
+        make(study, *(study.distilled(seed, m) for m in (1, 4)), study.fine_tuned(seed, "zskt", 4))
+    one, four, tuned, *others = watched.images
+    for number, (images, labels) in ((1, one), (4, four), (4, tuned)):
+        assert torch.bincount(labels).tolist() == [number] * 3
+        assert all(any(torch.equal(image, other) for other in study.train.images) for image in images)
+        assert len({bytes(image.numpy()) for image in images}) == 3 * number
+    assert torch.equal(one[0], four[0][:3])
+    for found, other in zip((one, four, tuned), others, strict=True):
+        assert torch.equal(found[0], other[0])
+        assert torch.equal(found[1], other[1])
+    assert torch.equal(four[0], tuned[0])
+
+
+def test_kd_at_is_the_published_baseline(watched: Watched, tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    make(study, study.distilled(0, 2), study.distilled(0, None, ce=False))
+    assert len(watched.objectives) == 2
+    for found, ce in zip(watched.objectives, (True, False), strict=True):
+        assert found is not None
+        assert (found["alpha"], found["temperature"], found["beta"], found["cross_entropy"]) == (0.9, 4, 1000, ce)
+        assert found["teacher"].fingerprint() == network(study, study.teacher(0)).fingerprint()
+    fresh = study.build("convnet-2", 0).state_dict()
+    for state in watched.modules:  # from scratch, as the student without a teacher
+        assert all(torch.equal(tensor, fresh[name]) for name, tensor in state.items())
+
+
+def test_fine_tuning_starts_from_the_zero_shot_student(watched: Watched, tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    part = study.fine_tuned(0, "zskt", 3)
+    make(study, part)
+    zero_shot = network(study, study.zero_shot(0, "zskt"))
+    (state,) = watched.modules
+    for name, tensor in zero_shot.module.state_dict().items():
+        assert torch.equal(state[name], tensor)
+    assert watched.objectives == [None]  # cross-entropy alone, naive
+    (training,) = watched.trainings
+    assert training.updates == UPDATES // 4
+    assert training.learning_rate == pytest.approx(0.1 / 4)
+    assert Budget(UPDATES, STEPS).fine_tuning == 0.1
+    tuned = network(study, part).module.state_dict()
+    assert not torch.equal(tuned["fc.weight"], state["fc.weight"])
+
+
+def test_updates_do_not_depend_on_the_number_of_images(made: Study, watched: Watched, tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    parts = [study.distilled(0, m) for m in (1, 7, None)] + [study.taught("convnet-2", 0, m) for m in (1, 7, None)]
+    assert {part.units for part in parts} == {UPDATES}
+    counted: list[int] = []
+
+    def show(done: int, total: int, beside: str) -> None:
+        assert total == UPDATES
+        counted.append(done)
+
+    make(study, study.teacher(0))
+    for part in parts:
+        part.make(part.folder(tmp_path), None, show)
+    assert counted == [*range(1, UPDATES + 1)] * len(parts)
+    assert len(set(map(str, watched.trainings))) == 1
+    assert [len(labels) for _, labels in watched.images] == [3, 21, 60]
+
+
+def test_a_given_teacher_is_measured_and_not_trained(tmp_path: Path) -> None:
+    given = make_teacher(models.convnet(6, num_classes=3, channels=1), size=(1, 12, 12))
+    before = given.fingerprint()
+    study = make_study(tmp_path, given=given)
+    assert [study.teacher(seed).name for seed in (0, 1)] == ["given-teacher"] * 2
+    make(study, *every_kind(study).values())
+    copy = network(study, study.teacher(3))
+    assert copy.fingerprint() == before == given.fingerprint()
+    for name, value in measure(given, study.test.images, study.test.labels).items():
+        assert measured(study, study.teacher(0))[name] == pytest.approx(value)
+    assert not [path for path in (tmp_path / "parts").iterdir() if path.name.startswith("convnet-4")]
+    other = make_teacher(models.convnet(6, num_classes=3, channels=1), size=(1, 12, 12), seed=1)
+    with pytest.raises(zskt.ZsktError, match=r"given-teacher was made with other settings .*fingerprint = "):
+        check_settings(in_order([make_study(tmp_path, given=other).zero_shot(0, "zskt")]), tmp_path)
+
+
+def test_beliefs_are_those_of_compare(made: Study) -> None:
+    for seed in (0, 1):
+        student, teacher = made.zero_shot(seed, "zskt"), made.teacher(seed)
+        expected = zskt.compare(
+            zskt.load_student(student.folder(made.root)),
+            zskt.load_teacher(teacher.folder(made.root)),
+            made.test.images,
+            made.test.labels,
+            number=4,
+            seed=seed,
+        )
+        found = measured(made, made.belief(student, seed))
+        assert {name: found[name] for name in expected.measured} == expected.measured
+        assert (found["steps"], found["step_size"], found["stepped"], found["start"]) == (100, 1, "first", "prediction")
+        first = expected.transitions.first.mean(dim=0)
+        assert found["curves"]["first"] == pytest.approx(first.tolist())
+        assert len(found["curves"]["second_standard_error"]) == 100
+
+
+def test_nothing_of_teacher_or_data_is_changed(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    before = [digest(*pair) for pair in ((study.train.images, study.train.labels), study.measuring)]
+    teacher = study.teacher(0)
+    make(study, teacher)
+    files = {path.name: path.read_bytes() for path in teacher.folder(tmp_path).iterdir()}
+    make(study, *every_kind(study).values())
+    assert {path.name: path.read_bytes() for path in teacher.folder(tmp_path).iterdir()} == files
+    assert [digest(*pair) for pair in ((study.train.images, study.train.labels), study.measuring)] == before
+
+
+def test_other_random_numbers_do_not_matter(made: Study, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    study = make_study(tmp_path)
+    part = study.zero_shot(0, "zskt")
+    make(study, part)
+    assert weights(study, part) == weights(made, part)
+
+
+CHANGES: list[tuple[Callable[[Study], Part], dict[str, Any], str]] = [
+    (lambda s: s.teacher(0), {"budget": Budget(9, STEPS, 4)}, r"\(updates = 8, now 9"),
+    (
+        lambda s: s.teacher(0),
+        {"budget": Budget(UPDATES, STEPS, 4, learning_rate=0.2)},
+        r"\(learning_rate = 0.1, now 0.2\)",
+    ),
+    (lambda s: s.distilled(0, 3), {"precision": "bf16"}, r"\(precision = 'fp32', now 'bf16'\)"),
+    (lambda s: s.zero_shot(0, "zskt"), {"budget": Budget(UPDATES, 3, 4)}, r"\(steps = 2, now 3"),
+    (lambda s: s.belief(s.zero_shot(0, "zskt"), 0), {"budget": Budget(UPDATES, STEPS, 5)}, r"\(images = 4, now 5"),
+    (lambda s: s.teacher(0), {"train": coloured(60, seed=2)}, r"\(data = '.*', now '.*'\)"),
+    (lambda s: s.zero_shot(0, "zskt"), {"test": coloured(30, seed=2)}, r"\(data = '.*', now '.*'\)"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "words"), CHANGES)
+def test_what_was_made_otherwise_is_refused(
+    kind: Callable[[Study], Part], change: dict[str, Any], words: str, made: Study
+) -> None:
+    """Other images of the same name among them."""
+    check_settings([kind(made)], made.root)
+    with pytest.raises(zskt.ZsktError, match=f"was made with other settings {words}") as caught:
+        check_settings([kind(replace(made, **change))], made.root)
+    assert len(str(caught.value)) < 220 + len(str(made.root))
+
+
+def test_budgets_shrink_alike() -> None:
+    budget = Budget(78_200, 80_000, 1_000, 0.03, 0.2)
+    for scale in (1e-9, 0.001, 0.01, 0.3, 1.0):
+        found = budget.scaled(scale)
+        for name in ("updates", "steps", "images"):
+            expected = getattr(budget, name) * scale
+            assert abs(getattr(found, name) - expected) <= 0.5 or (getattr(found, name) == 1 and expected < 1)
+        assert (found.learning_rate, found.fine_tuning) == (0.03, 0.2)
+    assert budget.scaled(1) == budget
+
+
+def test_what_is_known_of_an_image_set_is_used(tmp_path: Path) -> None:
+    known = {"cifar10": True, "svhn": False, "fashion-mnist": True, "mnist": False, "images": False}
+    for name, mirrored in known.items():
+        size = (1, 28, 28) if "mnist" in name else (3, 32, 32)
+        study = make_study(tmp_path, train=coloured(6, size=size, name=name))
+        training = study.training(0)
+        assert (training.mirrored, training.shift) == (mirrored, 28 // 8 if "mnist" in name else 4)
+        assert (training.schedule, training.batch_size, training.weight_decay) == ("step", 128, 5e-4)
+    assert normalisation(coloured(6, size=(3, 32, 32), name="cifar10")) == (
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+    )
+    for other in (coloured(90, size=(3, 16, 16), name="cifar10"), coloured(90, size=(3, 32, 32))):
+        mean, std = normalisation(other)  # resized, or of nobody's
+        pixels = other.images.double().numpy() / 255
+        assert mean == pytest.approx(pixels.mean(axis=(0, 2, 3)), abs=1e-4)
+        assert std == pytest.approx(pixels.std(axis=(0, 2, 3)), abs=1e-4)
+
+
+@pytest.mark.parametrize("change", [{}, {"precision": "bf16"}, {"given": True}])
+def test_every_kind_of_work_can_be_timed(change: dict[str, Any], tmp_path: Path) -> None:
+    given = make_teacher(models.convnet(4, num_classes=3, channels=1), size=(1, 12, 12))
+    study = make_study(tmp_path, **{"given": given} if "given" in change else change)
+    before = given.fingerprint()
+    parts = in_order(list(every_kind(study).values()))
+    found = time_parts(parts, tmp_path, seconds=0.01)
+    assert found.keys() == {part.pace for part in parts if part.units}
+    assert len(found) == (4 if "given" in change else 5)  # cross-entropy of both networks, KD+AT, zskt, curves
+    assert all(0 < seconds < 5 for seconds in found.values())
+    assert given.fingerprint() == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 30])
+def test_steps_of_curves_are_counted_as_they_are_taken(
+    classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "PATHS", 16)
+    given = make_teacher(models.convnet(2, num_classes=classes, channels=1), size=(1, 12, 12))
+    study = make_study(tmp_path, test=coloured(60, classes=classes), given=given, budget=Budget(1, 1, 3))
+    make(study, study.teacher(0))
+    gradients: list[str] = []
+    real = torch.autograd.grad
+
+    def counting(*arguments: Any, **more: Any) -> Any:
+        gradients.append("one")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    part = study.belief(study.teacher(0), 0)  # with itself, as both agree on all images
+    make(study, part)
+    assert part.units == len(gradients) == math.ceil(3 * (classes - 1) / 16) * 99
+    assert measured(study, part)["mean_transition_error"] == 0
