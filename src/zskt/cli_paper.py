@@ -268,10 +268,11 @@ def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: boo
 
 def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
     """Raise UsageError above ten minutes, unless that was agreed to."""
+    some = "" if name == "toy" else ", --stop-after 9m to do some of it"
     if seconds > ASK_ABOVE and not yes:
         raise UsageError(
-            f"{name} takes about {duration(seconds)} on this machine; give --yes to start, --stop-after to do some of "
-            "it, or --scale 0.01 to rehearse"
+            f"{name} takes about {duration(seconds)} on this machine; give --yes to start{some}, or --scale 0.01 to "
+            "rehearse"
         )
     if seconds:
         notice(f"this takes about {duration(seconds)}")

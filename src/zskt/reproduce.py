@@ -238,13 +238,13 @@ def figure_2(request: Request) -> Reproduction:
         for per_class in amounts:
             parts = tuple(study.fine_tuned(s, recipe, per_class) for s in seeds)
             cells.append(Cell(recipe, f"M = {per_class}", parts, accuracy, paper(recipe, per_class)))
-    for per_class in (*amounts, None):
-        column = "all" if per_class is None else f"M = {per_class}"
-        scratch = tuple(study.taught(study.student, s, per_class) for s in seeds)
-        cells.append(Cell("no teacher", column, scratch, accuracy, paper("no teacher", per_class)))
+    for number in (*amounts, None):
+        column = "all" if number is None else f"M = {number}"
+        scratch = tuple(study.taught(study.student, s, number) for s in seeds)
+        cells.append(Cell("no teacher", column, scratch, accuracy, paper("no teacher", number)))
         for ce, row in ((True, "KD+AT"), (False, "KD+AT without CE")):
-            parts = tuple(study.distilled(s, per_class, ce=ce) for s in seeds)
-            cells.append(Cell(row, column, parts, accuracy, paper(row, per_class)))
+            parts = tuple(study.distilled(s, number, ce=ce) for s in seeds)
+            cells.append(Cell(row, column, parts, accuracy, paper(row, number)))
     cells.append(Cell("teacher", "all", tuple(study.teachers(seeds)), accuracy))
 
     def draw(root: Path, note: str) -> bytes | None:

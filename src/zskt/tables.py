@@ -114,7 +114,7 @@ def write_result(
         lines += [f"Failed: {name}: {why}", ""]
     work = sorted({f"{part.units:,} {part.unit} ({part.pace})" for part in in_order(made.parts) if part.units})
     seeds = ", ".join(map(str, circumstances["seeds"]))
-    lines += [f"Mean ± sample standard deviation over seeds {seeds}; last iterate, tests on test images only.", ""]
+    lines += [f"Mean ± sample standard deviation over seeds {seeds}; last iterate, measured on test images.", ""]
     lines += ["Work per part: " + "; ".join(work) + ".", ""]
     versions = ", ".join(f"{name} {version}" for name, version in circumstances["versions"].items())
     lines += [

@@ -210,11 +210,17 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
     return ToyResult(teacher, student.eval(), accuracy, frames[-1].agreement, course, frames, truth, test, seconds)
 
 
-def seconds_per_round(rounds: int = 40) -> float:
-    """How long a round takes on this machine, from so many of them."""
-    times: list[float] = []
-    run_toy(0, rounds=rounds, callback=lambda frame: times.append(time.monotonic()))
-    return (times[-1] - times[0]) / rounds
+def seconds_per_round(rounds: int = 20) -> float:
+    """How long a round takes on this machine, from so many of them between untrained networks; drawing not included."""
+    with denormals_flushed(), seeded(0), contextlib.ExitStack() as restoring:
+        restoring.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        matching = PointMatching(mlp().requires_grad_(False), mlp(), torch.randn(POINTS, 2))
+        started = time.monotonic()
+        for _ in range(rounds):
+            matching.search()
+            matching.learn()
+        return (time.monotonic() - started) / rounds
 
 
 @torch.no_grad()
