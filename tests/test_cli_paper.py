@@ -1,6 +1,5 @@
 """zskt belief and zskt reproduce: one JSON line, whole files or none, one line per error, exact continuation."""
 
-import functools
 import itertools
 import json
 import time
@@ -33,7 +32,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines are measured at once, not for 20 seconds."""
-    monkeypatch.setattr(cli_paper, "time_parts", functools.partial(time_parts, seconds=0.0))
+    monkeypatch.setattr(cli_paper, "time_parts", lambda wanted, folder, seconds: time_parts(wanted, folder, 0.0))
 
 
 def write_images(folder: Path, train: Dataset, test: Dataset) -> Path:
@@ -271,7 +270,7 @@ def test_reproduce_asks_before_it_starts_long_work(
     capsys: Capture, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["reproduce", "figure-3", "--data", data, *SMALL, "--out", tmp_path / "out"]
-    monkeypatch.setattr(cli_paper, "time_parts", lambda wanted, folder: {part.pace: 3600.0 for part in wanted})
+    monkeypatch.setattr(cli_paper, "time_parts", lambda wanted, folder, seconds: {part.pace: 3600.0 for part in wanted})
     line = refused(capsys, 2, *command)  # 8 updates and 2 steps, an hour each
     assert "figure-3 takes about 10.0 h on this machine; give --yes to start, --stop-after" in line
     assert not (tmp_path / "out").exists()

@@ -410,3 +410,14 @@ def test_steps_of_curves_are_counted_as_they_are_taken(
     make(study, part)
     assert part.units == len(gradients) == math.ceil(3 * (classes - 1) / 16) * 99
     assert measured(study, part)["mean_transition_error"] == 0
+
+
+@pytest.mark.parametrize("kind", ["zero-shot", "taught"])
+def test_a_part_killed_before_its_first_checkpoint_is_begun_again(kind: str, tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    part = study.zero_shot(0, "zskt") if kind == "zero-shot" else study.taught("convnet-2", 0)
+    left = part.folder(tmp_path) / ("config.toml" if kind == "zero-shot" else "checkpoint/.half.safetensors")
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    make(study, part)
+    assert part.measured(tmp_path) is not None

@@ -71,6 +71,8 @@ def run_belief(
     for name, value in (("images", images), ("steps", steps), ("step-size", step_size), ("batch-size", batch_size)):
         if not value > 0:
             raise ZsktError(f"--{name} {value}: expected a positive number; leave it out for the paper's")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ZsktError(f"expected a folder or nothing at {out}, found a file; choose another --out")
     where = pick_device(device)
     first, second = load_network(student).to(where), load_network(teacher).to(where)
     check_networks(first, second)
@@ -229,7 +231,7 @@ def run_reproduce(
     seconds, _ = parse_budget(stop_after)
     if stop_after is not None and math.isinf(seconds):
         raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
-    estimate = state_cost(parts, folder)
+    estimate = state_cost(parts, folder, seconds)
     refuse_long_work(name, min(estimate, seconds), yes)
     failed = make_parts(parts, folder, seconds - (time.monotonic() - begun), part_bar)
     facts = circumstances() | {
@@ -284,13 +286,14 @@ def part_bar(name: str, unit: str) -> AbstractContextManager[Callable[[int, int,
     return bar("  making", unit)
 
 
-def state_cost(parts: Sequence[Part], folder: Path) -> float:
+def state_cost(parts: Sequence[Part], folder: Path, budget: float) -> float:
     """Show what is still to be done and how long it takes here; returns the seconds."""
     missing = [part for part in parts if part.measured(folder) is None]
     if not missing:
         return 0.0
-    notice("measuring how fast this machine is, about 20 seconds")
-    seconds = time_parts(missing, folder)
+    measuring = min(20.0, budget / 10)  # or a short --stop-after would be spent on it
+    notice(f"measuring how fast this machine is, about {measuring:.0f} seconds")
+    seconds = time_parts(missing, folder, measuring)
     table = Table("work", "parts", "amount", "takes about")
     total = 0.0
     for pace in dict.fromkeys(part.pace for part in missing if part.units):

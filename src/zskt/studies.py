@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from zskt import models
 from zskt.baselines import cross_entropy, few_shot, kd_at, teach, train_student
 from zskt.belief import measure, network_like
+from zskt.checkpoint import owning
 from zskt.data import KNOWN, Dataset
 from zskt.distill import distill, plan
 from zskt.files import write_json
@@ -139,7 +141,7 @@ class Study:
                 std=std,
                 class_names=self.test.class_names,
                 out=folder,
-                resume=(folder / "checkpoint").exists(),
+                resume=started(folder),
                 stop_after=stop_after,
                 callbacks=[lambda event: show(event.update, event.updates, percent(event.accuracy))],
             ).finished
@@ -190,7 +192,7 @@ class Study:
                 training,
                 objective=kd_at(master, module, cross_entropy=ce) if kd else None,
                 out=folder,
-                resume=(folder / "checkpoint").exists(),
+                resume=started(folder),
                 stop_after=stop_after,
                 callbacks=[lambda event: show(event.update, event.updates, percent(event.accuracy))],
             ).finished
@@ -219,7 +221,7 @@ class Study:
                 settings=settings,
                 out=folder,
                 evaluate=self.measuring,
-                resume=(folder / "config.toml").exists(),
+                resume=started(folder),
                 stop_after=stop_after,
                 callbacks=[lambda event: show(event.step, event.steps, percent((event.line or {}).get("accuracy")))],
             ).finished
@@ -311,6 +313,16 @@ class Study:
         images = torch.rand(-(-PATHS // (teacher.num_classes - 1)), *teacher.input_size)
         starts = torch.zeros(len(images), dtype=torch.long)
         return lambda: transition_curves(student, teacher, images, starts, steps=2, batch_size=2 * PATHS)
+
+
+def started(folder: Path) -> bool:
+    """Whether a part has a checkpoint to go on from; what was killed before its first one is removed."""
+    if any((folder / "checkpoint").glob("*.safetensors")):
+        return True
+    if folder.exists():
+        with owning(folder):  # nobody is at work there
+            shutil.rmtree(folder)
+    return False
 
 
 def amount(per_class: int | None) -> str:

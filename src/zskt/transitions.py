@@ -94,7 +94,8 @@ def transition_curves(
     paths = count * (classes - 1)
     sums = torch.zeros(3, count, steps, dtype=torch.float64)  # of first, second and |first - second|
     examples = torch.zeros(2, min(EXAMPLES, count), classes - 1, steps)
-    for chunk in torch.split(torch.arange(paths), batch_size):
+    even = -(-paths // -(-paths // batch_size))  # as many batches, none of them nearly empty
+    for chunk in torch.split(torch.arange(paths), even):
         image, turn = chunk // (classes - 1), chunk % (classes - 1)  # (B,) each
         target = ((starts[image] + 1 + turn) % classes).to(device)  # (B,)
         x = walker.normalise(images[image])  # (B, C, H, W)
