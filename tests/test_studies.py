@@ -416,7 +416,7 @@ def test_steps_of_curves_are_counted_as_they_are_taken(
 def test_a_part_killed_before_its_first_checkpoint_is_begun_again(kind: str, tmp_path: Path) -> None:
     study = make_study(tmp_path)
     part = study.zero_shot(0, "zskt") if kind == "zero-shot" else study.taught("convnet-2", 0)
-    left = part.folder(tmp_path) / ("config.toml" if kind == "zero-shot" else "checkpoint/.half.safetensors")
+    left = part.folder(tmp_path) / ("config.toml" if kind == "zero-shot" else "checkpoint/.00000001.safetensors.x7")
     left.parent.mkdir(parents=True)
     left.write_text("half")
     make(study, part)

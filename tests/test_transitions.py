@@ -139,7 +139,7 @@ def test_equal_networks_have_no_error_and_memory_is_bounded() -> None:
     found = transition_curves(first, first, images, starts, steps=2, batch_size=4)
     handle.remove()
     assert found.error == 0
-    assert max(shapes) == 4
+    assert 2 < max(shapes) <= 4
 
 
 def test_bf16_is_near_and_only_when_asked() -> None:
