@@ -168,7 +168,7 @@ def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence
 
 
 def single_transitions(
-    transitions: Transitions, names: Sequence[str], class_names: Sequence[str] | None = None, note: str = ""
+    transitions: Transitions, names: Sequence[str], class_names: Sequence[str] | None = None
 ) -> bytes:
     """A PNG of single transition curves: eight images at most, each towards one other class."""
     _, count, targets, steps = transitions.examples.shape
@@ -193,7 +193,7 @@ def single_transitions(
             inset.set_axis_off()
         figure.legend(panels[0].lines, [visible(name) for name in names], loc="outside lower center", ncols=2)
         figure.supylabel("probability of the target class", fontsize=8)
-        figure.suptitle(f"Single transitions over {steps} steps{note}", fontsize=9)
+        figure.suptitle(f"Single transitions over {steps} steps", fontsize=9)
         return _png(figure)
 
 

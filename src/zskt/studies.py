@@ -23,7 +23,7 @@ from zskt.parts import Part, Show
 from zskt.process import seeded
 from zskt.recipe import arrange, assemble, pick_device
 from zskt.teacher import Teacher, load_network, load_teacher, save_teacher
-from zskt.training import Training, digest
+from zskt.training import Training, TrainingEvent, digest
 from zskt.transitions import average_curves, compare, transition_curves
 
 PATHS = 128
@@ -140,10 +140,7 @@ class Study:
                 mean=mean,
                 std=std,
                 class_names=self.test.class_names,
-                out=folder,
-                resume=started(folder),
-                stop_after=stop_after,
-                callbacks=[lambda event: show(event.update, event.updates, percent(event.accuracy))],
+                **going_on(folder, stop_after, show),
             ).finished
 
         return Part(
@@ -191,10 +188,7 @@ class Study:
                 self.measuring,
                 training,
                 objective=kd_at(master, module, cross_entropy=ce) if kd else None,
-                out=folder,
-                resume=started(folder),
-                stop_after=stop_after,
-                callbacks=[lambda event: show(event.update, event.updates, percent(event.accuracy))],
+                **going_on(folder, stop_after, show),
             ).finished
 
         return Part(
@@ -313,6 +307,15 @@ class Study:
         images = torch.rand(-(-PATHS // (teacher.num_classes - 1)), *teacher.input_size)
         starts = torch.zeros(len(images), dtype=torch.long)
         return lambda: transition_curves(student, teacher, images, starts, steps=2, batch_size=2 * PATHS)
+
+
+def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]:
+    """How a training is kept in its part's folder, resumed there, left early and shown."""
+
+    def callback(event: TrainingEvent) -> None:
+        show(event.update, event.updates, percent(event.accuracy))
+
+    return {"out": folder, "resume": started(folder), "stop_after": stop_after, "callbacks": [callback]}
 
 
 def started(folder: Path) -> bool:

@@ -71,7 +71,6 @@ class Reproduction:
     cells: tuple[Cell, ...]
     draw: Callable[[Path, str], bytes | None] = lambda root, note: None
     """(folder, what to stamp on it) -> the PNG, or None while nothing of it is there"""
-    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> list[Part]:
