@@ -14,6 +14,7 @@ from zskt import files
 from zskt.files import (
     UsageError,
     ZsktError,
+    appearing,
     read_json,
     read_tensors,
     replacing,
@@ -166,3 +167,32 @@ def test_unknown_names_come_with_the_nearest() -> None:
     assert isinstance(error, UsageError)
     assert str(error) == "unknown recipe 'zsktt': did you mean zskt? valid are other, zskt"
     assert str(unknown("recipe", "x", ["zskt"])) == "unknown recipe 'x': valid are zskt"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_new_folder_appears_whole_or_not_at_all(error: BaseException, tmp_path: Path) -> None:
+    def work(fail: BaseException | None) -> None:
+        with appearing(tmp_path / "new") as place:
+            place.mkdir()
+            (place / "first").write_text("1")
+            assert not (tmp_path / "new").exists()
+            if fail:
+                raise fail
+            (place.parent / "scratch").touch()
+
+    with pytest.raises((type(error), ZsktError)):
+        work(error)
+    assert list(tmp_path.iterdir()) == []
+    work(None)
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["new", "new/first"]
+    with pytest.raises(ZsktError, match="is there already"):
+        work(None)
+
+
+def test_nothing_appears_where_something_is_or_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "link", tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ZsktError, match=r"choose another (place with )?--out"), appearing(path):
+            raise AssertionError("no place should have been given")
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "file"}

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
         temporary = None
-        _sync_directory(path.parent)
+        _sync(path.parent)
     except OSError as error:
         raise cannot("write", path, error) from error
     finally:
@@ -69,10 +70,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 os.unlink(temporary)
 
 
-def _sync_directory(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a directory are left as they are."""
+def _sync(path: Path) -> None:
+    """Make a file or a rename in a folder durable; file systems that cannot sync a folder are left as they are."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -91,6 +92,32 @@ def cannot(verb: str, path: Path, error: OSError) -> ZsktError:
         20: "part of the path is a file; choose another place with --out",  # ENOTDIR
     }.get(error.errno or 0, "check the path and try again")
     return ZsktError(f"cannot {verb} {path}: {reason}; {remedy}")
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A place for a new file or folder that becomes `path` only once the work on it has succeeded.
+
+    The place lies in a temporary folder beside `path`; all of it is removed at the end. Raises ZsktError where
+    something stands at `path` already.
+    """
+    if os.path.lexists(path):
+        raise ZsktError(f"{path} is there already; choose another --out or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise cannot("write", path, error) from error
+    try:
+        yield Path(scratch) / path.name
+        for file in (Path(scratch) / path.name, *(Path(scratch) / path.name).rglob("*")):
+            _sync(file)
+        os.rename(Path(scratch) / path.name, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise cannot("write", path, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
