@@ -88,6 +88,41 @@ def test_attention_transfer_with_unequal_channels() -> None:
             losses.attention_transfer(few, many)
 
 
+def test_attention_of_unequal_resolutions_is_compared_at_the_coarser() -> None:
+    rng = np.random.default_rng(0)
+    shapes = [((3, 2, 8, 6), (3, 5, 4, 3)), ((3, 2, 2, 6), (3, 5, 4, 3)), ((3, 1, 5, 5), (3, 1, 3, 2))]
+    pairs = [(rng.normal(size=a), rng.normal(size=b)) for a, b in shapes]
+
+    def attention(x: np.ndarray, height: int, width: int) -> np.ndarray:
+        maps = (x**2).mean(axis=1)  # (N, H, W)
+        _, h, w = maps.shape
+        # cell i of n averages the pixels from floor(i h / n) to ceil((i + 1) h / n)
+        rows = [slice(i * h // height, -(-(i + 1) * h // height)) for i in range(height)]
+        columns = [slice(i * w // width, -(-(i + 1) * w // width)) for i in range(width)]
+        small = np.stack([[maps[:, r, c].mean(axis=(1, 2)) for c in columns] for r in rows])  # (height, width, N)
+        flat = small.reshape(-1, len(x)).T
+        return flat / np.sqrt((flat**2).sum(axis=1, keepdims=True))
+
+    expected = 0.0
+    for a, b in pairs:
+        size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+        expected += ((attention(a, *size) - attention(b, *size)) ** 2).mean()
+    student, teacher = ([torch.from_numpy(x) for x in side] for side in zip(*pairs, strict=True))
+    assert float(losses.attention_transfer(student, teacher)) == pytest.approx(expected, rel=1e-12)
+    assert float(losses.attention_transfer(teacher, student)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_attention_of_equal_resolutions_is_as_published_to_the_last_bit() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 3, 5, 7), torch.randn(4, 6, 5, 7)
+
+    def published(x: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(x.pow(2).mean(1).flatten(1))
+
+    expected = (published(student) - published(teacher)).pow(2).mean()
+    assert torch.equal(losses.attention_transfer([student], [teacher]), expected)
+
+
 def test_batchnorm_prior() -> None:
     layers = [np.random.default_rng(seed).uniform(0.5, 2, size=(4, channels)) for seed, channels in ((0, 3), (1, 8))]
     norms = [np.linalg.norm(m - rm) + np.linalg.norm(v - rv) for m, v, rm, rv in layers]

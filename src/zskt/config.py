@@ -60,6 +60,8 @@ class StudentLoss:
     """Jensen-Shannon divergence of teacher and student, nats"""
     attention: float = 250.0
     """attention transfer, summed over stages [paper, code]; goes with the per_class KL"""
+    stages: tuple[str, ...] = ()
+    """what attention compares, as teacher's=student's, in a list or between commas; empty: paired by resolution"""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ class Config:
         unread = {
             "student.loss.temperature": (student.loss.temperature != 1 and not student.loss.kl, "student.loss.kl"),
             "student.loss.kl_scale": (student.loss.kl_scale != "per_class" and not student.loss.kl, "student.loss.kl"),
+            "student.loss.stages": (bool(student.loss.stages) and not student.loss.attention, "student.loss.attention"),
             "generator.loss.kl_scale": (loss.kl_scale != "per_class" and not loss.kl, "generator.loss.kl"),
             "schedule.clock": (schedule.clock != "step" and schedule.kind == "constant", "another schedule.kind"),
             "schedule.factor": (schedule.factor != 0.1 and schedule.kind != "multistep", "schedule.kind = multistep"),
@@ -332,6 +335,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             if value in choices:
                 return value
         elif typing.get_origin(option) is tuple:
+            if str in typing.get_args(option):
+                choices.append("a list of words")
+                if isinstance(value, str):
+                    return tuple(word.strip() for word in value.split(",") if word.strip())
+                if isinstance(value, (list, tuple)) and all(type(item) is str for item in value):
+                    return tuple(value)
+                continue
             choices.append("a list of numbers")
             if isinstance(value, (list, tuple)) and all(type(item) in (int, float) for item in value):
                 return tuple(float(item) for item in value)

@@ -5,7 +5,8 @@ others the last child at each resolution is taken.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,10 +38,23 @@ class Observation:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (N, K) in what a network returned."""
-    if isinstance(output, Tensor) and output.ndim == 2:
-        return output
-    found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    """The logits (N, K) in what a network returned, a teacher or a student.
+
+    They may be all of it, its `.logits` or `["logits"]` (as in transformers), or the first tensor of a tuple or list.
+    """
+    logits = getattr(output, "logits", None)
+    if isinstance(output, Tensor):
+        logits = output
+    elif isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif logits is None and isinstance(output, (tuple, list)):
+        logits = next((item for item in output if isinstance(item, Tensor)), None)
+    if isinstance(logits, Tensor) and logits.ndim == 2:
+        return logits
+    found = "" if isinstance(output, Tensor) else f"{type(output).__name__} without logits"
+    if isinstance(logits, Tensor):
+        shape = f"a tensor of shape {tuple(logits.shape)}"
+        found = f"{type(output).__name__} with {shape}" if found else shape
     raise ZsktError(f"expected a network that returns logits of shape (batch, classes), found {found}; wrap it")
 
 
@@ -66,7 +80,9 @@ class Observer:
                 self._handles.append(layer.register_forward_pre_hook(self._record_input))
 
     def _record_output(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise ZsktError(f"{name} returns {type(output).__name__}, not a tensor; name another stage")
             self._outputs[name] = (output, output._version)
 
         return hook
@@ -93,6 +109,8 @@ class Observer:
                         f"the output of {name} is changed in place by a later layer (an in-place ReLU, say), so it is "
                         "no stage output; name the later layer as the stage or make it out of place"
                     )
+            if unseen := [name for name in self._names if name not in self._outputs]:
+                raise ZsktError(f"{unseen[0]} is no stage: the network does not call it; name another stage")
             stages = [self._outputs[name][0] for name in self._names]
             return Observation(logits, stages, list(self._statistics))
         finally:
@@ -139,6 +157,15 @@ def layout(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
     return torch.channels_last
 
 
+def memory_format(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
+    """In which to lay out a network's weights beside images of `size` = (C, H, W): channels_last where it works."""
+    try:
+        twin = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    except RuntimeError:  # a tensor with five dimensions
+        return torch.contiguous_format
+    return layout(twin, size)
+
+
 def forward_flops(module: nn.Module, size: tuple[int, ...]) -> int:
     """Operations (two per multiply-accumulate) of one forward of one input of `size`: convolutions and products."""
     with evaluating(module), FlopCounterMode(display=False) as counter:
@@ -158,7 +185,7 @@ class _Call(NamedTuple):
 def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...]:
     """Names of the submodules whose outputs are the stage outputs for images of `size` = (C, H, W), finest first."""
     named = getattr(module, "stages", None)
-    if isinstance(named, (tuple, list)) and all(isinstance(name, str) for name in named):
+    if isinstance(named, (tuple, list)) and set(named) <= {name for name, _ in module.named_modules()}:
         return tuple(named)
     calls: dict[str, _Call] = {}
     tokens = False
@@ -174,7 +201,9 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
 
         return hook
 
-    handles = [child.register_forward_hook(watch(name)) for name, child in module.named_modules() if name]
+    # What TorchScript has compiled calls its children where no hook sees it, and refuses hooks.
+    called = [(name, m) for name, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [child.register_forward_hook(watch(name)) for name, child in called if name]
     try:
         with evaluating(module):
             module(_blank(module, size))

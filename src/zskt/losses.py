@@ -49,24 +49,34 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.stack(list(halves)).mean()
 
 
-def attention_map(features: Tensor) -> Tensor:
-    """Mean over channels of the squared activations (N, C, H, W), as a unit vector per image: (N, H W)."""
-    return F.normalize(at_least_float32(features).square().mean(dim=1).flatten(1), dim=1)
+def attention_map(features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Mean over channels of the squared activations (N, C, H, W), as a unit vector per image: (N, H W).
+
+    With a `size` other than (H, W) the map is first averaged down to it.
+    """
+    maps = at_least_float32(features).square().mean(dim=1)  # (N, H, W)
+    if size is not None and maps.shape[1:] != size:
+        maps = F.adaptive_avg_pool2d(maps, size)
+    return F.normalize(maps.flatten(1), dim=1)
 
 
 def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Sum over stages of mean_n,p (a_np - b_np)^2, with a and b the attention maps at pixels p.
 
-    Stage outputs are (N, C, H, W), with equal H and W within a pair; channels may differ. Source: released ZSKT code
-    (the paper's eq. 1 has a norm in place of the mean square).
+    Stage outputs are (N, C, H, W); channels may differ within a pair. Where H or W differ, the finer map is averaged
+    down to the coarser one. Source: released ZSKT code (the paper's eq. 1 has a norm in place of the mean square),
+    which knows equal resolutions only.
     """
     if not student or len(student) != len(teacher):
         raise ZsktError(
             f"attention transfer needs as many student stages as teacher stages, found {len(student)} and "
             f"{len(teacher)}; set student.loss.attention to 0 or name the stages"
         )
-    pairs = zip(student, teacher, strict=True)
-    return torch.stack([(attention_map(a) - attention_map(b)).square().mean() for a, b in pairs]).sum()
+    distances = []
+    for a, b in zip(student, teacher, strict=True):
+        size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+        distances.append((attention_map(a, size) - attention_map(b, size)).square().mean())
+    return torch.stack(distances).sum()
 
 
 def batchnorm_prior(statistics: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
