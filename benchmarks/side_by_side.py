@@ -30,7 +30,7 @@ from zskt.matching import BeliefMatching
 from zskt.process import seeded
 from zskt.recipe import arrange, assemble, load_recipe
 from zskt.reference import released_loop
-from zskt.teacher import Teacher, load_teacher
+from zskt.teacher import Teacher, load_network
 
 EVALUATE_EVERY = 5
 TEST_IMAGES = 2_000
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    teacher: Teacher = load_teacher(arguments.teacher)
+    teacher: Teacher = load_network(arguments.teacher)
     test = read(arguments.data, "test", size=teacher.input_size)
     chosen = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:TEST_IMAGES]
     images, labels = test.images[chosen], test.labels[chosen]

@@ -44,6 +44,13 @@ def shake_batchnorm(module: nn.Module) -> None:
             nn.init.normal_(layer.bias, 0, 0.3)
 
 
+def without_batchnorm(module: nn.Module) -> None:
+    """For `apply`: a network's BatchNorms become nothing."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.Identity())
+
+
 def make_teacher(
     module: nn.Module | None = None, *, size: tuple[int, int, int] = (3, 16, 16), seed: int = 0
 ) -> Teacher:

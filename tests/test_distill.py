@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zskt
-from small import make_teacher
+from small import FourStages, make_teacher, without_batchnorm
 from zskt import checkpoint, models
 from zskt.checkpoint import Interrupted
 from zskt.distill import Event, distill
@@ -40,6 +40,10 @@ class WithDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.dropout(self.block3(self.block2(self.block1(self.conv1(x)))).mean(dim=(2, 3))))
+
+
+MLP = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+"""A network without stages."""
 
 
 def new_student(kind: str = "wrn") -> nn.Module:
@@ -303,7 +307,12 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         (new_student(), {"resume": True}, "found no config.toml"),
         (new_student(), {"evaluate": (torch.zeros(2, 3, 8, 8), torch.zeros(2).long())}, "found 3 x 8 x 8"),
         (new_student(), {"evaluate": (torch.zeros(1, 3, 16, 16), torch.tensor([12]))}, "found label 12"),
-        (models.convnet(4), {"recipe": "zskt"}, "stages of equal resolution"),
+        (MLP, {"recipe": "zskt"}, "none in the student; use --set student.loss.attention=0"),
+        (
+            new_student(),
+            {"settings": {"student.loss.stages": "blok1=block1"}},
+            "unknown teacher stage 'blok1': did you mean block1",
+        ),
     ]
     for student, arguments, message in wrong:
         with pytest.raises(zskt.ZsktError, match=message) as caught:
@@ -313,15 +322,14 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_auto_leaves_out_attention_where_stages_do_not_pair_up() -> None:
-    def network(width: int, stride: int) -> nn.Module:
-        layers = [nn.Conv2d(3, width, 3, stride), nn.ReLU(), nn.Conv2d(width, width, 3, 2), nn.ReLU()]
-        return nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-
-    teacher = make_teacher(network(8, 1))
-    result = distill(teacher, network(4, 2), settings=TINY)
+    teacher = make_teacher(FourStages(4).apply(without_batchnorm))
+    result = distill(teacher, copy.deepcopy(MLP), settings=TINY)
     assert (result.config.recipe, result.config.student.loss.attention) == ("zskt-fresh", 0.0)
+    assert result.config.student.loss.stages == ()
     assert "without attention" in result.reason
-    assert distill(teacher, network(4, 1), settings=TINY).config.student.loss.attention == 250.0
+    result = distill(teacher, new_student(), settings=TINY)
+    assert result.config.student.loss.attention == 250.0
+    assert result.config.student.loss.stages == ("stage1=block1", "stage2=block2", "stage3=block3")
 
 
 def test_a_failure_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zskt import models
 from zskt.files import UsageError, ZsktError
 from zskt.importing import find_renaming, find_state_dict, import_weights, parse_renames, unit_normalisation
-from zskt.teacher import Teacher, load_teacher, save_teacher
+from zskt.teacher import Teacher, load_network, save_teacher
 
 SIZE, CLASSES = (3, 32, 32), 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -302,7 +302,7 @@ def test_a_training_checkpoint_becomes_a_teacher_folder(tmp_path: Path) -> None:
     assert report.facts["renamed"] == {"module": "", "convShortcut": "shortcut"}
     assert report.notices == ("46 tensors mapped by name: module dropped, convShortcut -> shortcut",)
     save_teacher(tmp_path / "teacher", teacher, **report.facts)
-    assert same_outputs(load_teacher(tmp_path / "teacher"), source)
+    assert same_outputs(load_network(tmp_path / "teacher"), source)
 
 
 def test_safetensors_and_other_float_types(tmp_path: Path) -> None:

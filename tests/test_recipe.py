@@ -13,6 +13,8 @@ from zskt.config import Config, Schedule, flat, replace
 from zskt.features import forward_flops
 from zskt.files import UsageError, ZsktError
 from zskt.generator import WIDTHS, Generator
+from zskt.losses import attention_map
+from zskt.matching import Beliefs
 from zskt.memory import Bank, Fresh, Same
 from zskt.recipe import (
     arrange,
@@ -107,13 +109,18 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("recipe", "teacher", "student", "words"),
     [
-        ("zskt", make_teacher(), FourStages(4), r"stages of equal resolution.*student\.loss\.attention=0"),
-        ("zskt", make_teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 10))), FourStages(4), "none in the teacher"),
+        ("zskt", make_teacher(), nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), "and none in the student"),
+        (
+            "zskt",
+            make_teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 10))),
+            FourStages(4),
+            r"none in the teacher and 16 x 16, 8 x 8.*student\.loss\.attention=0",
+        ),
         ("zskt-prior", make_teacher(NO_BATCHNORM), FourStages(4), r"no BatchNorm.*zskt-fresh"),
         ("zskt", make_teacher(), FourStages(4, num_classes=7), "10 classes, found 7"),
         ("zskt-prior", make_teacher(), models.wide_resnet(10, 1, channels=1), "does not take the teacher's images"),
     ],
-    ids=["stages", "no stages", "no BatchNorm", "classes", "channels"],
+    ids=["no student stages", "no teacher stages", "no BatchNorm", "classes", "channels"],
 )
 def test_what_does_not_fit_together_is_refused(recipe: str, teacher: Teacher, student: nn.Module, words: str) -> None:
     with pytest.raises(ZsktError, match=words) as error:
@@ -125,7 +132,7 @@ def test_every_weight_brings_its_term_and_nothing_else_does() -> None:
     none = {"generator.loss.kl": 0.0, "student.loss.kl": 0.0, "student.loss.attention": 0.0}
     for name in flat(Config()):
         side, _, term = name.partition(".loss.")
-        if term and term not in ("kl_scale", "temperature"):
+        if term and term not in ("kl_scale", "temperature", "stages"):
             rest = {"generator": "student.loss.kl", "student": "generator.loss.kl"}[side]  # some loss is needed
             config = replace(Config(), none | {rest: 1.0, name: 2.0})
             terms = {"generator": generator_terms, "student": student_terms}[side](config)
@@ -134,6 +141,7 @@ def test_every_weight_brings_its_term_and_nothing_else_does() -> None:
 
 def test_every_number_arrives() -> None:
     changes = {
+        "student.loss.stages": "block1=block2, block3=block3",
         "batch_size": 6,
         "generator.latent": 17,
         "generator.updates": 2,
@@ -159,9 +167,30 @@ def test_every_number_arrives() -> None:
     assert (student.optimizer.defaults["momentum"], student.optimizer.defaults["weight_decay"]) == (0.33, 0.44)
     assert isinstance(matching.memory, Bank)
     assert matching.memory.capacity == 5
+    assert (matching.teacher._names, matching.student._names) == (("block1", "block3"), ("block2", "block3"))
     for kind, memory in (("same", Same), ("fresh", Fresh)):
         matching, _ = make_matching("zskt", make_teacher(), models.wide_resnet(10, 1), {"memory.kind": kind})
         assert type(matching.memory) is memory
+
+
+def test_the_activation_prior_looks_at_the_last_stage_whatever_attention_compares() -> None:
+    teacher, student = make_teacher(), models.wide_resnet(10, 1)
+    changes = {"generator.loss.activation": 1.0, "student.loss.stages": "block3=block3,block1=block1"}
+    matching, config = make_matching("zskt", teacher, student, changes)
+    x = torch.randn(4, 3, 16, 16)
+    beliefs = Beliefs(x, None, matching.teacher(x), matching.student(x))
+    last = teacher.module.block3(teacher.module.block2(teacher.module.block1(teacher.module.conv1(x))))
+    torch.testing.assert_close(generator_terms(config)["activation"](beliefs), -last.abs().mean())
+    pairs = [(beliefs.student.stages[i], beliefs.teacher.stages[i]) for i in range(2)]
+    expected = sum((attention_map(a) - attention_map(b)).square().mean() for a, b in pairs)
+    torch.testing.assert_close(student_terms(config)["attention"](beliefs), 250 * expected)
+
+
+def test_stages_without_attention_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"student\.loss\.stages is for student\.loss\.attention"):
+        replace(Config(), {"student.loss.attention": 0.0, "student.loss.stages": "a=b"})
+    with pytest.raises(UsageError, match="expected a list of words"):
+        replace(Config(), {"student.loss.stages": [1]})
 
 
 SHAPES = [((1, 8, 8), 10), ((3, 12, 20), 10), ((3, 8, 8), 37)]  # (C, H, W) and classes

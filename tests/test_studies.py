@@ -402,7 +402,8 @@ def test_steps_of_curves_are_counted_as_they_are_taken(
     real = torch.autograd.grad
 
     def counting(*arguments: Any, **more: Any) -> Any:
-        gradients.append("one")
+        if "allow_unused" not in more:  # which the probe of a network that is loaded asks for
+            gradients.append("one")
         return real(*arguments, **more)
 
     monkeypatch.setattr(torch.autograd, "grad", counting)

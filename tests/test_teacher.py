@@ -22,7 +22,6 @@ from zskt.teacher import (
     count_parameters,
     load_network,
     load_student,
-    load_teacher,
     read_weights,
     save_network,
     save_teacher,
@@ -95,7 +94,7 @@ def test_a_folder_gives_the_same_teacher_back(spec: str, tmp_path: Path) -> None
     shake_batchnorm(module)
     saved = Teacher(module, input_size=size, mean=[0.1307], std=[1 / 3], class_names=names)
     save_teacher(tmp_path / "t", saved, measured={"accuracy": 0.5})
-    loaded = load_teacher(tmp_path / "t")
+    loaded = load_network(tmp_path / "t")
     for name, tensor in saved.module.state_dict().items():
         assert torch.equal(loaded.module.state_dict()[name], tensor)
     assert (loaded.mean.tolist(), loaded.std.tolist()) == ([[[0.1307]]], [[[1 / 3]]])
@@ -114,7 +113,7 @@ def test_a_folder_gives_the_same_teacher_back(spec: str, tmp_path: Path) -> None
 def test_a_folder_keeps_every_bit_of_a_double_precision_teacher(tmp_path: Path) -> None:
     saved = teacher_of(models.wide_resnet(10, 1).double())
     save_teacher(tmp_path, saved)
-    assert load_teacher(tmp_path).fingerprint() == saved.fingerprint()
+    assert load_network(tmp_path).fingerprint() == saved.fingerprint()
 
 
 def words_only(value: object) -> str:
@@ -182,16 +181,16 @@ def edit(path: Path, **changes: Any) -> None:
         (lambda f: edit(f / "teacher.json", model="wrn-16-1"), "does not fit the wrn-16-1"),
         (lambda f: edit(f / "teacher.json", num_classes=9), "does not fit the wrn-10-1"),
         (lambda f: edit(f / "teacher.json", num_classes="ten"), "teacher.json"),
-        (lambda f: edit(f / "teacher.json", model=None), "rebuild it yourself"),
+        (lambda f: edit(f / "teacher.json", model=None, rebuild=None), "describes a Python object"),
         (lambda f: edit(f / "teacher.json", model="os.system"), "unknown model"),
     ],
     ids=words_only,
 )
 def test_a_damaged_folder_is_refused(damage: Callable[[Path], object], words: str, tmp_path: Path) -> None:
     save_teacher(tmp_path, teacher_of(models.wide_resnet(10, 1)))
-    load_teacher(tmp_path)
+    load_network(tmp_path)
     damage(tmp_path)
-    assert words in refused(lambda: load_teacher(tmp_path))
+    assert words in refused(lambda: load_network(tmp_path))
 
 
 class Payload:

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zskt.features import Observer, logits_of
+from zskt.features import Observer, logits_of, memory_format
 from zskt.files import UsageError, ZsktError
 from zskt.losses import at_least_float32, attention_transfer, forward_kl
+from zskt.pairs import stage_pairs
 from zskt.process import stream
-from zskt.recipe import stage_pairs
 from zskt.teacher import Teacher, check_pair
 from zskt.training import Callback, Images, Objective, Training, TrainingResult, fit
 
@@ -138,14 +138,15 @@ def kd_at(
         stages = stage_pairs(teacher, student) if beta else ((), ())
     except ZsktError as error:  # whose advice is for the command line of a run
         raise ZsktError(f"{str(error).rpartition(';')[0]}; set beta=0") from error
-    frozen = copy.deepcopy(teacher).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = memory_format(teacher.module, teacher.input_size)
+    frozen = copy.deepcopy(teacher).to(memory_format=layout)  # type: ignore[call-overload]
     watched = Observer(frozen.module, stages[0])
 
     def objective(x: Tensor, labels: Tensor) -> Tensor:
         if frozen.mean.device != x.device:
             frozen.to(x.device)
         with torch.no_grad():
-            theirs = watched(x)
+            theirs = watched(x.contiguous() if layout == torch.contiguous_format else x)
         with closing(Observer(student, stages[1])) as learner:
             ours = learner(x)
         loss = 2 * alpha * forward_kl(ours.logits, theirs.logits, temperature=temperature, scale="per_class")

@@ -14,7 +14,7 @@ from zskt.process import seeded
 from zskt.progress import distilling, notice, teaching
 from zskt.recipe import AUTO, load_recipe
 from zskt.report import write_report
-from zskt.teacher import count_parameters, load_teacher
+from zskt.teacher import count_parameters, load_network
 from zskt.training import Training, updates_in
 
 TEACHER, STUDENT = "convnet-32", "convnet-8"
@@ -60,7 +60,7 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
         )
     del train, teacher_module  # from here on there is no training data; the test images only measure
     notice("the training data is dropped; distilling into a student that never sees an image of a digit")
-    teacher = load_teacher(folder / "teacher")
+    teacher = load_network(folder / "teacher")
     config, reason = plan(teacher, student, recipe, {"steps": STEPS, "seed": seed})
     notice(f"recipe {config.recipe} ({reason}), generator width {config.generator.width}")
     with distilling() as progress:

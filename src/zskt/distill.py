@@ -22,8 +22,10 @@ from zskt.figures import believed_grid, save_image
 from zskt.files import UsageError, ZsktError, read_json, read_tensors, read_text, write_tensors, write_text
 from zskt.generator import Generator, pseudo_images
 from zskt.matching import BeliefMatching, StepLosses
+from zskt.pairs import stages_pair_up
 from zskt.process import denormals_flushed, seeded, stream, versions
-from zskt.recipe import AUTO, arrange, assemble, choose, pick_device, settle_width, stages_pair_up
+from zskt.rebuild import describe_module
+from zskt.recipe import AUTO, arrange, assemble, choose, pick_device, settle_layout, settle_stages, settle_width
 from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
 
 
@@ -56,6 +58,8 @@ class DistillResult:
     """at the last iterate, on the images handed in"""
     warnings: list[str] = field(default_factory=list)
     out: Path | None = None
+    generator: Generator | None = None
+    """as it is at the last step"""
 
     @property
     def network(self) -> Teacher:
@@ -77,10 +81,19 @@ def plan(
         )
     config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
     check_pair(teacher, student)
-    if recipe == AUTO and config.student.loss.attention and not stages_pair_up(teacher, student):
+    settings = dict(settings or {})
+    named = "student.loss.stages" in settings or "student.loss.attention" in settings
+    if recipe == AUTO and config.student.loss.attention and not named and not stages_pair_up(teacher, student):
         config = replace(config, {"student.loss.attention": 0.0})
         reason += "; without attention transfer, as the stages of teacher and student do not pair up"
-    return settle_width(replace(config, settings or {}), teacher, student), reason
+    config = settle_stages(replace(config, settings), teacher, student)
+    config, unable = settle_layout(config, teacher, student)
+    if unable:
+        problem = f"the {unable} cannot work in channels_last (a reshape by view, perhaps)"
+        if settings.get("memory_format") == "channels_last":
+            raise ZsktError(f"{problem}; leave memory_format out or set it to contiguous")
+        reason += f"; in contiguous memory, as {problem}"
+    return settle_width(config, teacher, student), reason
 
 
 def distill(
@@ -138,6 +151,8 @@ def distill(
             matching.close()
             student.eval().zero_grad()
         result = DistillResult(student, teacher, config, reason, run.step, run.step == config.steps, out=folder)
+        if isinstance(matching.generator, Generator):
+            result.generator = matching.generator
         if result.finished:
             run.finish(result)
         result.warnings += run.warnings
@@ -318,6 +333,7 @@ class Run:
             result.warnings = warning_lights(pseudo_beliefs(self.teacher(images), network(images)))
         if self.folder is None:
             return
+        teacher = self.teacher
         write_tensors(self.folder / "generator.safetensors", self.matching.generator.state_dict())
         save_network(
             self.folder,
@@ -326,10 +342,10 @@ class Run:
             recipe=self.config.recipe,
             steps=self.config.steps,
             seed=self.config.seed,
-            teacher_fingerprint=self.teacher.fingerprint(),
+            teacher_fingerprint=teacher.fingerprint(),
             reason=result.reason,
-            teacher_model=getattr(self.teacher.module, "spec", None),
-            teacher_parameters=count_parameters(self.teacher.module),
+            teacher_model=describe_module(teacher.module, teacher.num_classes, teacher.input_size).get("spec"),
+            teacher_parameters=count_parameters(teacher.module),
             measured=result.measured,
             warnings=result.warnings,
             seconds=round(self.seconds, 1),
@@ -361,12 +377,18 @@ def check_finite(line: Mapping[str, Any]) -> None:
 
 def sample(folder: str | Path, seed: int = 0) -> tuple[Tensor, Teacher]:
     """64 pseudo images (64, C, H, W), normalised, from the generator of a finished run; and the run's student."""
-    folder = Path(folder)
     network = load_student(folder)
+    generator = load_generator(folder, network)
+    return pseudo_images(generator, generator.latent, seed), network
+
+
+def load_generator(folder: str | Path, network: Teacher) -> Generator:
+    """The generator of a finished run, whose student is `network`."""
+    folder = Path(folder)
     config = from_toml(read_text(folder / "config.toml"), str(folder / "config.toml"))
     if config.generator.width == "auto":
         raise ZsktError(f"expected a number for generator.width in {folder / 'config.toml'}, found auto; put it back")
     generator = Generator(config.generator.latent, network.input_size, config.generator.width)
     with checkpoint.restoring(folder):
         generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
-    return pseudo_images(generator, config.generator.latent, seed), network
+    return generator

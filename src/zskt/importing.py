@@ -14,13 +14,15 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zskt import models
 from zskt.files import UsageError, ZsktError, unknown
 from zskt.teacher import Teacher, read_weights
 
 NOT_VERIFIED = "mapping not verified: names and shapes fit, nothing was measured; give --data to measure the accuracy"
+
+ADVICE = "check --model, --num-classes, --input-size, or give --rename A=B (A= drops A, A=- leaves out its tensors)"
 
 _COUNTER = "num_batches_tracked"  # the one tensor that may be absent: torch before 0.4.1 did not save it
 _SAID = "="  # marks a component that came from --rename and is final
@@ -90,7 +92,10 @@ def parse_renames(entries: Iterable[str]) -> dict[str, str]:
 
 
 def find_renaming(
-    foreign: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]], rename: Mapping[str, str] | None = None
+    foreign: Mapping[str, Sequence[int]],
+    own: Mapping[str, Sequence[int]],
+    rename: Mapping[str, str] | None = None,
+    advice: str = ADVICE,
 ) -> dict[str, str]:
     """Foreign key -> own key, by the only consistent renaming of components that fits all shapes (see the module).
 
@@ -103,7 +108,7 @@ def find_renaming(
     rows = [_choices(path, leaves, ours) for path, leaves in theirs.items()]
     chosen = _only_solution(rows) if len(theirs) == len(ours) else None
     if chosen is None:
-        raise ZsktError(_why_none(theirs, ours, [choice for row in rows for choice in row]))
+        raise ZsktError(f"{_why_none(theirs, ours, [choice for row in rows for choice in row])}; {advice}")
     target = {choice.source: choice.target for choice in chosen}
     return {key: ".".join((*target[path[:-1]], path[-1])) for key, path in parts.items()}
 
@@ -125,17 +130,28 @@ def import_weights(
     """
     mean, std, notices = unit_normalisation(mean, std)
     module = models.build(spec, num_classes, input_size)
-    own, foreign = module.state_dict(), find_state_dict(read_weights(path))
-    keys = find_renaming({k: v.shape for k, v in foreign.items()}, {k: v.shape for k, v in own.items()}, rename)
-    weights = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith(_COUNTER)}
-    weights |= {name: _checked(key, foreign[key], own[name]) for key, name in keys.items()}
-    module.load_state_dict(weights, strict=True)
+    keys = fill(module, path, rename)
     teacher = Teacher(module, input_size=input_size, mean=mean, std=std, class_names=class_names)
     if renamed := _renamed(keys):
         changes = ", ".join(f"{old} -> {new}" if new else f"{old} dropped" for old, new in renamed.items())
         notices = (*notices, f"{len(keys)} tensors mapped by name: {changes}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return teacher, ImportReport({"imported_from": path.name, "sha256": digest, "renamed": renamed}, notices)
+
+
+def fill(
+    module: nn.Module, path: Path, rename: Mapping[str, str] | None = None, advice: str = ADVICE
+) -> dict[str, str]:
+    """Load a foreign checkpoint into `module`, in place; returns foreign key -> own key.
+
+    Nothing in the file is executed. Raises ZsktError, with `advice`, for names that do not map.
+    """
+    own, foreign = module.state_dict(), find_state_dict(read_weights(path))
+    keys = find_renaming({k: v.shape for k, v in foreign.items()}, {k: v.shape for k, v in own.items()}, rename, advice)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith(_COUNTER)}
+    weights |= {name: _checked(key, foreign[key], own[name]) for key, name in keys.items()}
+    module.load_state_dict(weights, strict=True)
+    return keys
 
 
 def unit_normalisation(mean: _Values, std: _Values) -> tuple[_Values, _Values, tuple[str, ...]]:
@@ -295,5 +311,4 @@ def _why_none(theirs: _Layers, ours: _Layers, choices: Sequence[_Choice]) -> str
         old, new = ({word for path in paths for word in path if not word.isdecimal()} for paths in (theirs, ours))
         parts = f"{_some(sorted(old - new)) or 'the names'} to {_some(sorted(new - old)) or 'ours'}"
         reasons = [f"expected {len(ours)} modules, found {len(theirs)}, and no consistent renaming of {parts}"]
-    advice = "check --model, --num-classes, --input-size, or give --rename A=B (A= drops A, A=- leaves out its tensors)"
-    return f"the weights do not fit the model: {_some(reasons, '; ')}; {advice}"
+    return f"the weights do not fit the model: {_some(reasons, '; ')}"

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from zskt import losses
 from zskt.config import Config, Schedule, from_toml
-from zskt.features import find_stages, forward_flops, stage_resolutions
+from zskt.features import find_stages, forward_flops, memory_format
 from zskt.files import UsageError, ZsktError, unknown
 from zskt.generator import Generator, choose_width
 from zskt.matching import BeliefMatching, Beliefs, Term, Updates
 from zskt.memory import Bank, Fresh, Memory, Same
+from zskt.pairs import stage_pairs
 from zskt.teacher import Teacher, check_pair
 
 AUTO = "auto"
@@ -59,6 +60,32 @@ def settle_width(config: Config, teacher: Teacher, student: nn.Module) -> Config
     return dataclasses.replace(config, generator=dataclasses.replace(config.generator, width=width))
 
 
+def settle_stages(config: Config, teacher: Teacher, student: nn.Module) -> Config:
+    """The config with the stages that attention transfer compares by name; raises ZsktError where there are none."""
+    loss = config.student.loss
+    if not loss.attention:
+        return config
+    pairs = tuple("=".join(pair) for pair in zip(*stage_pairs(teacher, student, loss.stages), strict=True))
+    return dataclasses.replace(
+        config, student=dataclasses.replace(config.student, loss=dataclasses.replace(loss, stages=pairs))
+    )
+
+
+def settle_layout(config: Config, teacher: Teacher, student: nn.Module) -> tuple[Config, str]:
+    """The config with a memory format that both networks take, and whose fault a change is: empty where none is.
+
+    Images pass from network to network, so that one which reshapes maps by `view` decides for all.
+    """
+    if config.memory_format == "contiguous":
+        return config, ""
+    networks = {"teacher": teacher.module, "student": student}
+    formats = {who: memory_format(module, teacher.input_size) for who, module in networks.items()}
+    unable = [who for who, format in formats.items() if format == torch.contiguous_format]
+    if not unable:
+        return config, ""
+    return dataclasses.replace(config, memory_format="contiguous"), " and ".join(unable)
+
+
 def pick_device(name: str) -> torch.device:
     """The device that `device` names; raises UsageError where there is none such."""
     if name == "auto":
@@ -96,9 +123,15 @@ def student_terms(config: Config) -> dict[str, Term]:
         "kl": (w.kl, lambda b: kl(b.student.logits, b.teacher.logits)),
         "l1": (w.l1, lambda b: losses.l1_logits(b.student.logits, b.teacher.logits)),
         "jensen_shannon": (w.jensen_shannon, lambda b: losses.jensen_shannon(b.student.logits, b.teacher.logits)),
-        "attention": (w.attention, lambda b: losses.attention_transfer(b.student.stages, b.teacher.stages)),
+        "attention": (w.attention, _attention),
     }
     return {name: _weighted(weight, term) for name, (weight, term) in terms.items() if weight}
+
+
+def _attention(beliefs: Beliefs) -> Tensor:
+    """Of the stages that are compared: the teacher's last one may be there beside them, for the activation prior."""
+    student = beliefs.student.stages
+    return losses.attention_transfer(student, beliefs.teacher.stages[: len(student)])
 
 
 def _weighted(weight: float, term: Term) -> Term:
@@ -119,29 +152,6 @@ def learning_rate(schedule: Schedule, initial: float, steps: int, updates: int) 
         return initial * schedule.factor ** sum(step >= milestone for milestone in milestones)
 
     return rate
-
-
-def stage_pairs(teacher: Teacher, student: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The stages that attention transfer compares; raises ZsktError where teacher and student do not pair up."""
-    teacher_stages = find_stages(teacher.module, teacher.input_size)
-    student_stages = find_stages(student, teacher.input_size)
-    teacher_sizes = stage_resolutions(teacher.module, teacher_stages, teacher.input_size)
-    student_sizes = stage_resolutions(student, student_stages, teacher.input_size)
-    if not teacher_sizes or teacher_sizes != student_sizes:
-        raise ZsktError(
-            f"attention transfer needs stages of equal resolution, found {teacher_sizes or 'none'} in the teacher and "
-            f"{student_sizes or 'none'} in the student; use --set student.loss.attention=0"
-        )
-    return teacher_stages, student_stages
-
-
-def stages_pair_up(teacher: Teacher, student: nn.Module) -> bool:
-    """Whether attention transfer can compare these two."""
-    try:
-        stage_pairs(teacher, student)
-    except ZsktError:
-        return False
-    return True
 
 
 def arrange(module: nn.Module, config: Config) -> None:
@@ -167,12 +177,14 @@ def assemble(
         )
     stages: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     if learner.loss.attention:
-        stages = stage_pairs(teacher, student)
-    elif side.loss.activation:
-        stages = (find_stages(teacher.module, teacher.input_size)[-1:], ())
-        if not stages[0]:
+        stages = stage_pairs(teacher, student, learner.loss.stages)
+    if side.loss.activation:
+        last = find_stages(teacher.module, teacher.input_size)[-1:]
+        if not last:
             raise ZsktError("found no stage in the teacher to look at; use --set generator.loss.activation=0")
-    like = next(student.parameters())
+        if stages[0][-1:] != last:  # not compared, or not last
+            stages = (stages[0] + last, stages[1])
+    like = next(p for p in student.parameters() if p.requires_grad)
     assert isinstance(side.width, int), "settle_width first"
     generator = Generator(side.latent, teacher.input_size, side.width).to(like.device, like.dtype)
     arrange(generator, config)

@@ -22,7 +22,7 @@ from zskt.files import write_json
 from zskt.parts import Part, Show
 from zskt.process import seeded
 from zskt.recipe import arrange, assemble, pick_device
-from zskt.teacher import Teacher, load_network, load_teacher, save_teacher
+from zskt.teacher import Teacher, load_network, save_teacher
 from zskt.training import Training, TrainingEvent, digest
 from zskt.transitions import average_curves, compare, transition_curves
 
@@ -176,7 +176,7 @@ class Study:
         ce: bool = True,
     ) -> Part:
         def make(folder: Path, stop_after: str | None, show: Show) -> bool:
-            master = load_teacher(teacher.folder(self.root))
+            master = load_network(teacher.folder(self.root))
             if begun is None:
                 module = self.build(self.student, training.seed)
             else:
@@ -209,7 +209,7 @@ class Study:
 
         def make(folder: Path, stop_after: str | None, show: Show) -> bool:
             return distill(
-                load_teacher(teacher.folder(self.root)),
+                load_network(teacher.folder(self.root)),
                 self.build(self.student, seed),
                 recipe,
                 settings=settings,

@@ -17,12 +17,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from zskt import models
+from zskt.archives import open_archive
 from zskt.features import batchnorm_layers, evaluating, logits_of
 from zskt.files import ZsktError, cannot, first_line, read_json, read_tensors, write_json, write_tensors
+from zskt.probing import Logarithm, output_kind, probe
+from zskt.rebuild import describe_module, rebuild_module
 
 FORMAT = 1
 """Version of the JSON beside the weights."""
+HUB_TYPE = "zskt"
+"""`model_type` in the config.json of a folder in the Hugging Face layout."""
 
 
 class Teacher(nn.Module):
@@ -47,8 +51,10 @@ class Teacher(nn.Module):
     ) -> None:
         """Copy, freeze and probe `module`.
 
-        `input_size` is (C, H, W); `mean` and `std` have C entries each, for pixels in [0, 1]. The class count is found
-        by a forward; `num_classes` and `class_names` are checked against it. Raises ZsktError where they disagree.
+        `input_size` is (C, H, W); `mean` and `std` have C entries each, for pixels in [0, 1]. The class count and the
+        kind of output are found by forwards of noise: `output` and `notes` say what was found, and probabilities are
+        read as their logarithms. `num_classes` and `class_names` are checked. Raises ZsktError where they disagree,
+        and for what cannot be distilled (`probing.probe`).
         """
         super().__init__()
         channels, height, width = _input_size(input_size)
@@ -60,35 +66,18 @@ class Teacher(nn.Module):
         if not all(0 <= m <= 1 for m in mean) or not all(1e-6 <= s <= 1 for s in std):
             raise ZsktError(f"expected mean and std of pixels in [0, 1], found {list(mean)} and {list(std)}")
         self.input_size = (channels, height, width)
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.module = _frozen_copy(module)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(-1, 1, 1), persistent=False)
         self.eval()
-        self.num_classes = self._probe()
+        found = probe(self.module, self.input_size)
+        self.num_classes, self.output, self.notes = found.num_classes, found.output, found.notes
+        if self.output == "probabilities":
+            self.module = Logarithm(self.module).eval()
         self.class_names = tuple(class_names) if class_names is not None else None
         for what, count in (("classes", num_classes), ("class names", class_names and len(class_names))):
             if count not in (None, self.num_classes):
                 raise ZsktError(f"expected a network with {count} {what}, found {self.num_classes} outputs; check both")
-
-    def _probe(self) -> int:
-        """One forward on noise: finds the class count, refuses what cannot be distilled."""
-        noise = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0))
-        like = next(self.module.parameters(), noise)
-        with torch.no_grad():
-            try:
-                logits = self(noise.to(like.device, like.dtype))
-            except ZsktError:
-                raise
-            except Exception as error:  # a module of somebody else's may refuse a shape in any way
-                size = " x ".join(map(str, self.input_size))
-                raise ZsktError(
-                    f"the network does not take images of {size} ({first_line(error)}); check the input size"
-                ) from error
-        if not torch.isfinite(logits).all():
-            raise ZsktError("the network answers noise with NaN or infinity; check its weights")
-        if logits.shape[1] < 2:
-            raise ZsktError("expected a classifier of at least 2 classes, found 1 output")
-        return int(logits.shape[1])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""
@@ -124,6 +113,20 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
 
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy without gradients of its own; also of what TorchScript has compiled, which knows no requires_grad_."""
+    try:
+        with torch.no_grad():
+            twin = copy.deepcopy(module)
+    except Exception as error:  # locks, open files, tensors with a history
+        raise ZsktError(
+            f"the network cannot be copied ({first_line(error)}); take out what is no part of it, or load it anew"
+        ) from error
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return twin
+
+
 def _input_size(size: Sequence[int]) -> tuple[int, int, int]:
     if len(size) != 3 or min(size) < 1:
         raise ZsktError(f"expected an input size of three positive numbers C H W, found {list(size)}")
@@ -146,17 +149,20 @@ def check_pair(teacher: Teacher, student: nn.Module) -> None:
             f"expected teacher and student both in float32 or both in float64, found {theirs} and {like.dtype}; "
             "convert one, as in student.float(); for bfloat16 arithmetic use precision bf16"
         )
-    blank = torch.zeros(2, *teacher.input_size, dtype=like.dtype, device=like.device)
+    noise = torch.randn(2, *teacher.input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     size = " x ".join(map(str, teacher.input_size))
     try:
         with evaluating(student):
-            classes = logits_of(student(blank)).shape[1]
+            outputs = logits_of(student(noise))  # (2, K)
     except ZsktError:
         raise
     except Exception as error:  # as in Teacher
         raise ZsktError(
             f"the student does not take the teacher's images of {size} ({first_line(error)}); build it for that size"
         ) from error
+    if (kind := output_kind(outputs)) == "probabilities":
+        raise ZsktError(f"expected a student that returns logits, found {kind}; leave the softmax out of it")
+    classes = outputs.shape[1]
     if classes != teacher.num_classes:
         raise ZsktError(
             f"expected a student with the teacher's {teacher.num_classes} classes, found {classes}; build it with them"
@@ -168,21 +174,24 @@ def save_network(folder: Path, stem: str, network: Teacher, **facts: Any) -> Non
 
     The JSON goes last: a folder without it does not count as a network.
     """
-    spec = getattr(network.module, "spec", None)
-    description = {
+    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
+    write_json(folder / f"{stem}.json", describe_network(network) | facts)
+
+
+def describe_network(network: Teacher) -> dict[str, Any]:
+    """What must be known beside the weights, as plain JSON values."""
+    how = describe_module(network.module, network.num_classes, network.input_size)
+    return {
         "format": FORMAT,
-        "model": spec,
-        "rebuild": f"zskt.models.build({spec!r}, ...)" if spec else "Python object: rebuild it, then load the weights",
+        "model": how.get("spec"),
+        "rebuild": how,
         "input_size": list(network.input_size),
         "num_classes": network.num_classes,
         "mean": network.mean.flatten().tolist(),
         "std": network.std.flatten().tolist(),
         "class_names": list(network.class_names) if network.class_names else None,
         "parameters": count_parameters(network.module),
-        **facts,
     }
-    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
-    write_json(folder / f"{stem}.json", description)
 
 
 def check_teacher_folder(folder: Path) -> None:
@@ -200,23 +209,24 @@ def save_teacher(folder: Path, teacher: Teacher, **facts: Any) -> None:
     save_network(folder, "teacher", teacher, **facts)
 
 
-def load_teacher(folder: str | Path) -> Teacher:
-    """The teacher in a folder written by `zskt teach` or `zskt import`."""
-    return _load(Path(folder), "teacher")
+def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Teacher:
+    """The finished student in a run folder, as a Teacher-like network with its normalisation.
+
+    A student that only its owner's code can make is handed in as `module`, whose weights are replaced in a copy; one
+    that a factory made is rebuilt by it, which runs that code, with `trust`. Raises ZsktError saying which it needs.
+    """
+    return _load(Path(folder), "student", module, trust)
 
 
-def load_student(folder: str | Path) -> Teacher:
-    """The finished student in a run folder, as a Teacher-like network with its normalisation."""
-    return _load(Path(folder), "student")
+def load_network(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Teacher:
+    """The teacher of a teacher folder or the student of a run folder, whichever `folder` is; see `load_student`."""
+    return _load(Path(folder), "student" if (Path(folder) / "student.json").exists() else "teacher", module, trust)
 
 
-def load_network(folder: str | Path) -> Teacher:
-    """The teacher of a teacher folder or the student of a run folder, whichever `folder` is."""
-    return _load(Path(folder), "student" if (Path(folder) / "student.json").exists() else "teacher")
-
-
-def _load(folder: Path, stem: str) -> Teacher:
+def _load(folder: Path, stem: str, module: nn.Module | None = None, trust: bool = False) -> Teacher:
     path = folder / f"{stem}.json"
+    if not path.exists() and is_hub_folder(folder):
+        return read_network(folder / "config.json", folder / "model.safetensors", module, trust=trust)
     if not path.exists():
         what = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
         near = (
@@ -225,11 +235,30 @@ def _load(folder: Path, stem: str) -> Teacher:
             else ("make one with zskt teach, zskt import or zskt distill")
         )
         raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what} without it; {near}")
+    return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether `zskt export --format hub` wrote this folder, or another of the same layout."""
+    path = folder / "config.json"
+    facts = read_json(path) if path.is_file() else None
+    return isinstance(facts, dict) and facts.get("model_type") == HUB_TYPE
+
+
+def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, trust: bool = False) -> Teacher:
+    """The network that the JSON at `path` describes, with the tensors of a safetensors file.
+
+    `module` is a network rebuilt by the caller: its weights are replaced in a copy. `trust` lets a factory that the
+    JSON names run.
+    """
     facts = _checked_facts(path)
-    if facts["model"] is None:
-        raise ZsktError(f"{path} describes a Python object: rebuild it yourself and load {stem}.safetensors into it")
-    module = models.build(facts["model"], facts["num_classes"], _input_size(facts["input_size"]))
-    tensors, _ = read_tensors(folder / f"{stem}.safetensors")
+    if module is not None:
+        module = copy.deepcopy(module)
+    else:
+        how = {"spec": facts["model"]} if facts["model"] is not None else facts.get("rebuild")
+        size = _input_size(facts["input_size"])
+        module = rebuild_module(how if isinstance(how, dict) else {}, path, facts["num_classes"], size, trust=trust)
+    tensors, _ = read_tensors(weights)
     for tensor in tensors.values():
         if tensor.is_floating_point():
             module.to(torch.promote_types(tensor.dtype, torch.float32))  # float64 stays, half precisions are widened
@@ -237,12 +266,12 @@ def _load(folder: Path, stem: str) -> Teacher:
     own = module.state_dict()
     for name, tensor in tensors.items():
         if name in own and (tensor.is_floating_point(), tensor.is_complex()) != (own[name].is_floating_point(), False):
-            raise ZsktError(f"expected {own[name].dtype} for {name} in {folder}, found {tensor.dtype}; write it anew")
+            raise ZsktError(f"expected {own[name].dtype} for {name} in {weights}, found {tensor.dtype}; write it anew")
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise ZsktError(
-            f"{folder / stem}.safetensors does not fit the {facts['model']} that {path.name} describes "
+            f"{weights} does not fit the {facts['model'] or type(module).__name__} that {path.name} describes "
             f"({' '.join(str(error).split())[:200]}); write the folder anew"
         ) from error
     return Teacher(
@@ -289,11 +318,16 @@ def read_weights(path: Path) -> Any:
         return read_tensors(path)[0]
     try:
         with path.open("rb") as file:
-            damaged = zipfile.ZipFile(file).testzip() if zipfile.is_zipfile(file) else None
+            zipped = zipfile.is_zipfile(file)
     except OSError as error:
         raise cannot("read", path, error) from error
-    except Exception as error:
-        raise ZsktError(f"{path} is a damaged archive ({first_line(error)}); fetch or save it again") from error
+    damaged = None
+    if zipped:
+        with open_archive(path) as archive:
+            try:
+                damaged = archive.testzip()
+            except Exception as error:
+                raise ZsktError(f"{path} is a damaged archive ({first_line(error)}); fetch or save it again") from error
     if damaged is not None:  # torch does not look at checksums
         raise ZsktError(f"{path} is damaged: the checksum of {damaged} is wrong; fetch or save it again")
     try:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from zskt import checkpoint
 from zskt.belief import check_images, judge, network_like, predict
 from zskt.config import check_bounds
+from zskt.features import memory_format
 from zskt.files import UsageError, ZsktError, unknown
 from zskt.process import denormals_flushed, seeded, stream, versions
 from zskt.recipe import pick_device
@@ -145,7 +146,8 @@ def fit(
         raise UsageError(f"shift = {training.shift}: expected less than the image's {min(like.input_size[1:])} pixels")
     updates_in(1, len(train[0]), training.batch_size)  # enough images?
 
-    module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = memory_format(module, like.input_size)
+    module.to(device, memory_format=layout)  # type: ignore[call-overload]
     network = network_like(like, module).to(device)
     optimizer = torch.optim.SGD(decayed(module, training.weight_decay), lr=1.0, momentum=0.9, nesterov=True)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -171,7 +173,7 @@ def fit(
         batches = endless_batches(train, training, first, device)
         module.train()
         for update, (images, labels) in zip(range(first, last), batches, strict=False):
-            x = network.normalise(images).to(memory_format=torch.channels_last)  # (N, C, H, W)
+            x = network.normalise(images).to(memory_format=layout)  # (N, C, H, W)
             with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
                 loss = objective(x, labels)
             for group in optimizer.param_groups:

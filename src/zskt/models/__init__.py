@@ -11,18 +11,20 @@ from torch import nn
 from zskt.files import UsageError, unknown
 from zskt.models.convnet import ConvNet, convnet
 from zskt.models.lenet import LeNet5, lenet5
-from zskt.models.resnet import ResNet, resnet
+from zskt.models.resnet import WIDTH, ResNet, resnet
 from zskt.models.vgg import VGG, vgg11
 from zskt.models.wide_resnet import WideResNet, wide_resnet
 
 MOST = 100_000
 """classes, channels or pixels: more than any network here could mean"""
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
-"""Examples of what `build` accepts; wrn-DEPTH-WIDTH and convnet-WIDTH take any fitting number."""
+"""Examples of what `build` accepts: wrn-DEPTH-WIDTH and convnet-WIDTH take any fitting number, resnet-18, resnet-34 and
+vgg-11 may be followed by another -WIDTH than 64."""
 
 __all__ = [
     "SPECS",
     "VGG",
+    "WIDTH",
     "ConvNet",
     "LeNet5",
     "ResNet",
@@ -49,12 +51,12 @@ def build(spec: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.M
     channels = input_size[0]
     if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4})", spec):
         return wide_resnet(int(match[1]), int(match[2]), num_classes=num_classes, channels=channels)
-    if match := re.fullmatch(r"resnet-(18|34)", spec):
-        return resnet(int(match[1]), num_classes=num_classes, channels=channels)
+    if match := re.fullmatch(r"resnet-(18|34)(?:-([0-9]{1,4}))?", spec):
+        return resnet(int(match[1]), int(match[2] or WIDTH), num_classes=num_classes, channels=channels)
     if match := re.fullmatch(r"convnet-([0-9]{1,5})", spec):
         return convnet(int(match[1]), num_classes=num_classes, channels=channels)
-    if spec == "vgg-11":
-        return vgg11(num_classes=num_classes, input_size=input_size)
+    if match := re.fullmatch(r"vgg-11(?:-([0-9]{1,4}))?", spec):
+        return vgg11(int(match[1] or WIDTH), num_classes=num_classes, input_size=input_size)
     if spec in ("lenet-5", "lenet-5-half"):
         return lenet5(half=spec.endswith("half"), num_classes=num_classes, input_size=input_size)
     raise unknown("model", spec, SPECS)

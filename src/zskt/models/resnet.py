@@ -1,10 +1,16 @@
-"""ResNet-18 and -34 for small images (He et al. 2016, 3x3 stem without pooling), with torchvision's attribute names."""
+"""ResNet-18 and -34 for small images (He et al. 2016, 3x3 stem without pooling), with torchvision's attribute names.
+
+And narrower ones, for students: resnet-18-16 is a quarter as wide.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zskt.files import UsageError
+
+WIDTH = 64
+"""channels of the first stage as published"""
 
 
 class _BasicBlock(nn.Module):
@@ -27,23 +33,25 @@ class _BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(N, C, H, W) -> (N, K): four stages of basic blocks, 64 to 512 channels wide."""
+    """(N, C, H, W) -> (N, K): four stages of basic blocks, `width` (64) to 8 `width` channels wide."""
 
     stages = ("layer1", "layer2", "layer3", "layer4")
 
-    def __init__(self, depth: int, *, num_classes: int = 10, channels: int = 3) -> None:
+    def __init__(self, depth: int, width: int = WIDTH, *, num_classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}.get(depth)
         if blocks is None:
             raise UsageError(f"resnet-{depth}: expected a depth of 18 or 34")
-        self.spec = f"resnet-{depth}"
-        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._stage(blocks[0], 64, 64, stride=1)
-        self.layer2 = self._stage(blocks[1], 64, 128, stride=2)
-        self.layer3 = self._stage(blocks[2], 128, 256, stride=2)
-        self.layer4 = self._stage(blocks[3], 256, 512, stride=2)
-        self.fc = nn.Linear(512, num_classes)
+        if width < 1:
+            raise UsageError(f"resnet-{depth}-{width}: the width must be at least 1")
+        self.spec = f"resnet-{depth}" if width == WIDTH else f"resnet-{depth}-{width}"
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(blocks[0], width, width, stride=1)
+        self.layer2 = self._stage(blocks[1], width, 2 * width, stride=2)
+        self.layer3 = self._stage(blocks[2], 2 * width, 4 * width, stride=2)
+        self.layer4 = self._stage(blocks[3], 4 * width, 8 * width, stride=2)
+        self.fc = nn.Linear(8 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -54,12 +62,12 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(_BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))  # (N, 64, H, W)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, H / 8, W / 8)
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, width, H, W)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 8 width, H / 8, W / 8)
         logits: Tensor = self.fc(torch.mean(x, dim=(2, 3)))  # (N, K)
         return logits
 
 
-def resnet(depth: int, *, num_classes: int = 10, channels: int = 3) -> ResNet:
-    """CIFAR ResNet of depth 18 or 34."""
-    return ResNet(depth, num_classes=num_classes, channels=channels)
+def resnet(depth: int, width: int = WIDTH, *, num_classes: int = 10, channels: int = 3) -> ResNet:
+    """CIFAR ResNet of depth 18 or 34, its first stage `width` channels wide."""
+    return ResNet(depth, width, num_classes=num_classes, channels=channels)

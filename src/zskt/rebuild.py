@@ -1,0 +1,119 @@
+"""How a network is made again before its weights are loaded: what is written beside them, and what is done with it."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from zskt import models
+from zskt.factories import call_factory, factory_of
+from zskt.files import ZsktError, first_line
+
+Size = tuple[int, int, int]
+
+RUNS_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels"}
+"""Entries of a config by which transformers loads modules or kernels from a repository."""
+
+
+class _Untouched(TorchFunctionMode):
+    """Operations in place leave tensors without values alone: initialising them means importing much of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Networks built inside have shapes and no values: quick, and without memory or random numbers."""
+    with torch.device("meta"), _Untouched():
+        yield
+
+
+def describe_module(module: nn.Module, num_classes: int, input_size: Size) -> dict[str, Any]:
+    """What rebuilds a network, as plain JSON values; without values, in its dtype's default.
+
+    One of {"spec": "wrn-16-1"}; {"transformers": class, "config": its config}; {"factory": "package.module:factory",
+    "arguments": {...}}; and {"python": class} where only its owner can. A network of ours that was altered since, so
+    that its spec would not give it back, counts as a Python object.
+    """
+    spec = getattr(module, "spec", None)
+    if isinstance(spec, str) and type(module).__module__.startswith(f"{models.__name__}."):
+        with unallocated():
+            twin = models.build(spec, num_classes, input_size)
+        if _shapes(twin) == _shapes(module):
+            return {"spec": spec}
+    transformers = sys.modules.get("transformers")
+    name = type(module).__name__
+    if transformers is not None and _classifier(transformers, name) is type(module):
+        config: Any = module.config
+        return {"transformers": name, "config": json.loads(config.to_json_string(use_diff=True))}
+    if (made := factory_of(module)) is not None:
+        return made
+    return {"python": f"{type(module).__module__}.{type(module).__qualname__}"}
+
+
+def rebuild_module(
+    how: Mapping[str, Any], where: Path, num_classes: int, input_size: Size, *, trust: bool
+) -> nn.Module:
+    """The network that `describe_module` described, freshly initialised; `where` is the file that says so.
+
+    A factory runs code that the file names, so that it takes `trust`; one line on stderr then says so. Raises
+    ZsktError for a Python object, which its owner has to make.
+    """
+    if isinstance(spec := how.get("spec"), str):
+        return models.build(spec, num_classes, input_size)
+    if isinstance(how.get("transformers"), str) and isinstance(how.get("config"), dict):
+        return _from_transformers(how["transformers"], how["config"], where)
+    if isinstance(spec := how.get("factory"), str) and isinstance(how.get("arguments"), dict):
+        if not trust:
+            raise ZsktError(
+                f"{where} says that {spec} makes this network, which runs that code: load it with trust=True or "
+                "--trust if you trust the folder, or hand the network in, as in load_student(folder, module=...)"
+            )
+        print(f"running {spec}, as {where} says, to rebuild the network", file=sys.stderr, flush=True)
+        return call_factory(spec, how["arguments"])
+    package, _, name = str(how.get("python", "your.Network")).rpartition(".")
+    folder = where.parent
+    raise ZsktError(
+        f"{where} describes a Python object, which only its own code makes again: from {package} import {name}; "
+        f"module = {name}(...); student = zskt.load_student({str(folder)!r}, module=module)"
+    )
+
+
+def _from_transformers(name: str, config: dict[str, Any], where: Path) -> nn.Module:
+    """A network of the transformers library from its config, which is kept from naming code to fetch."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ZsktError(f"{where} describes a network of transformers; install it: pip install transformers") from error
+    kind = _classifier(transformers, name)
+    if kind is None:
+        raise ZsktError(f"{where} wants {name} of transformers, which this version does not have; install another")
+    config = {key: value for key, value in config.items() if key not in RUNS_CODE}
+    try:
+        module: nn.Module = kind(kind.config_class.from_dict(config))
+    except Exception as error:  # a config of another version may fail in any way
+        raise ZsktError(
+            f"{where} holds a config that {name} does not take ({first_line(error)}); write the folder anew"
+        ) from error
+    return module
+
+
+def _classifier(transformers: Any, name: str) -> Any:
+    """An image classifier's class of the library, or None."""
+    kind = getattr(transformers, name, None) if "ForImageClassification" in name else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
