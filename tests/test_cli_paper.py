@@ -136,7 +136,7 @@ def test_belief_of_what_does_not_belong_together(
     assert "data of 4 classes, found 3" in refused(capsys, 1, "belief", four, four, *command)
     line = refused(capsys, 1, "belief", student, teacher, *command)
     assert "expected 1,000 images on which both networks agree, found 20 of 30; ask for fewer" in line
-    assert "folder with teacher.json" in refused(capsys, 1, "belief", student, tmp_path / "nowhere", *command)
+    assert "expected a network at" in refused(capsys, 1, "belief", student, tmp_path / "nowhere", *command)
     assert not out.exists()
 
 

@@ -15,20 +15,35 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Table
 
-from zskt import bench, demo, models
+from zskt import bench, demo
 from zskt.belief import measure
 from zskt.checkpoint import Interrupted
+from zskt.cli_export import run_export
 from zskt.cli_paper import run_belief, run_reproduce
-from zskt.cli_teachers import Data, Result, run_import, run_inspect, run_teach, test_images
+from zskt.cli_teachers import (
+    FOREIGN,
+    Data,
+    Network,
+    Options,
+    Result,
+    open_network,
+    open_networks,
+    run_import,
+    run_inspect,
+    run_teach,
+    test_images,
+)
 from zskt.config import flat, from_text, to_toml
 from zskt.distill import distill, plan, sample
+from zskt.factories import is_factory, parse_arguments
 from zskt.figures import believed_grid, save_image
 from zskt.files import UsageError, ZsktError, cannot
-from zskt.process import seeded
+from zskt.pairs import describe_pairs, stage_pairs
 from zskt.progress import bar, console, distilling, notice
 from zskt.recipe import AUTO, load_recipe, pick_device, recipe_texts
 from zskt.report import write_report
-from zskt.teacher import count_parameters, load_network
+from zskt.students import describe_student, make_student
+from zskt.teacher import count_parameters
 from zskt.transitions import check_networks, renormalised
 
 # The subcommands. Their docstrings are the help texts.
@@ -50,10 +65,11 @@ def run_demo(*, recipe: str = AUTO, seed: int = 0, out: Path | None = None) -> R
 
 
 def run_distill(
-    teacher: tyro.conf.Positional[Path],
+    teacher: tyro.conf.Positional[Network],
     /,
     *,
     student: str,
+    student_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = (),
     out: Path,
     recipe: str = AUTO,
     steps: int | None = None,
@@ -65,14 +81,19 @@ def run_distill(
     precision: Literal["fp32", "bf16"] | None = None,
     stop_after: str | None = None,
     resume: bool = False,
+    foreign: Options = FOREIGN,
 ) -> Result:
     """Distil a teacher into a smaller student without any data: the main job.
 
     Example: zskt distill teacher --student wrn-16-1 --out runs/a --steps 2000 --eval cifar10-test.zip
 
     Args:
-        teacher: a teacher folder, or a run folder (its student).
-        student: wrn-DEPTH-WIDTH, resnet-18, resnet-34, vgg-11, lenet-5, lenet-5-half or convnet-WIDTH.
+        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        student: auto:0.25 for the teacher's family at about that fraction of its parameters; wrn-DEPTH-WIDTH,
+            resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half, convnet-WIDTH;
+            package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
+        student_args: arguments of the student's factory, as in depth=20 classes=37.
         out: folder of the run: log, checkpoints, sample images, student, report.
         recipe: a name from `zskt recipes`, or auto.
         steps: outer iterations, each of one or more generator updates and several student updates.
@@ -85,17 +106,21 @@ def run_distill(
         stop_after: leave early, after a time (90s, 9m, 2h) or a number of steps, to go on with --resume.
         resume: go on with the run in --out, exactly where its last checkpoint is.
     """
-    network = load_network(teacher)
+    network = open_network(teacher, foreign).teacher
     changes = dict(map(from_text, settings))
     for name in ("seed", "steps", "batch_size", "device", "precision", "recipe"):
         if name in changes:
             raise UsageError(f"--set {name}: there is an option for it, use --{name.replace('_', '-')}")
     given = {"steps": steps, "seed": seed, "batch_size": batch_size, "device": device, "precision": precision}
     changes = {name: value for name, value in given.items() if value is not None} | changes
-    with seeded(seed):
-        module = models.build(student, network.num_classes, network.input_size)
+    if is_factory(student):
+        notice(f"{student} runs the code of that file or package")
+    module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
+    notice(f"student {describe_student(module, network)}")
     config, reason = plan(network, module, recipe, changes)
     notice(f"recipe {config.recipe} ({reason}), {config.steps:,} steps, generator width {config.generator.width}")
+    if pairs := config.student.loss.stages:
+        notice(f"attention compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
     with distilling() as callback:
         result = distill(
@@ -129,25 +154,42 @@ def run_distill(
 
 
 def run_evaluate(
-    model: tyro.conf.Positional[Path], /, *, data: Data, teacher: Path | None = None, device: str = "auto"
+    model: tyro.conf.Positional[Network],
+    /,
+    *,
+    data: Data,
+    teacher: str | None = None,
+    device: str = "auto",
+    foreign: Options = FOREIGN,
 ) -> Result:
     """Measure a teacher or a student on labelled test images and, beside a teacher, how far they agree.
 
     Example: zskt evaluate runs/a --data cifar10-test.zip --teacher teacher
 
     Args:
-        model: a teacher folder, or a run folder (its student).
+        model: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
         data: labelled images, as in zskt teach; their test split is used.
-        teacher: also measure agreement and divergence from this one.
+        teacher: also measure agreement and divergence from this one, spelled likewise.
         device: auto, cpu, cuda or cuda:N.
     """
     where = pick_device(device)
-    network = load_network(model).to(where)
-    other = load_network(teacher).to(where) if teacher is not None else None
+    model_found, teacher_found = open_networks([model, teacher], foreign)
+    assert model_found is not None
+    network = model_found.teacher.to(where)
+    other = None if teacher_found is None else teacher_found.teacher.to(where)
     return measure(network, *test_images(data, network), other)
 
 
-def run_sample(run: tyro.conf.Positional[Path], /, *, out: Path, teacher: Path | None = None, seed: int = 0) -> Result:
+def run_sample(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    out: Path,
+    teacher: str | None = None,
+    seed: int = 0,
+    foreign: Options = FOREIGN,
+) -> Result:
     """Draw 64 pseudo images from the generator of a finished run, with what the student takes them for.
 
     Example: zskt sample runs/a --teacher teacher --out samples.png
@@ -155,13 +197,13 @@ def run_sample(run: tyro.conf.Positional[Path], /, *, out: Path, teacher: Path |
     Args:
         run: a run folder.
         out: the PNG to write.
-        teacher: also say what this network takes them for.
+        teacher: also say what this network, spelled as in zskt distill, takes them for.
         seed: of the latents.
     """
     x, student = sample(run, seed)
     beliefs = {"S": student(x)}  # (64, K)
     if teacher is not None:
-        network = load_network(teacher)
+        network = open_network(teacher, foreign).teacher
         check_networks(student, network)
         beliefs = {"T": network(renormalised(x, student, network))} | beliefs
     save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
@@ -242,6 +284,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "reproduce": run_reproduce,
     "sample": run_sample,
     "report": run_report,
+    "export": run_export,
     "recipes": run_recipes,
     "bench": run_bench,
 }

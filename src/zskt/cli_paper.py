@@ -11,7 +11,17 @@ import tyro
 from rich.table import Table
 
 from zskt.checkpoint import parse_budget
-from zskt.cli_teachers import Data, Result, read_images, test_images
+from zskt.cli_teachers import (
+    FOREIGN,
+    Data,
+    Network,
+    Options,
+    Result,
+    open_network,
+    open_networks,
+    read_images,
+    test_images,
+)
 from zskt.demo import fresh_folder
 from zskt.figures import average_transitions, single_transitions
 from zskt.files import UsageError, ZsktError, replacing, unknown, write_json, write_text
@@ -21,7 +31,6 @@ from zskt.progress import bar, console, notice
 from zskt.recipe import pick_device
 from zskt.reproduce import NAMES, Request, reproduction
 from zskt.tables import markdown_table, write_result
-from zskt.teacher import load_network
 from zskt.toy import POINT_STEPS, ROUNDS, STUDENT_STEPS, reproduce_toy, seconds_per_round, toy_table
 from zskt.transitions import Comparison, Start, Stepped, average_curves, check_networks, compare
 
@@ -30,8 +39,8 @@ ASK_ABOVE = 600.0
 
 
 def run_belief(
-    student: tyro.conf.Positional[Path],
-    teacher: tyro.conf.Positional[Path],
+    student: tyro.conf.Positional[Network],
+    teacher: tyro.conf.Positional[Network],
     /,
     *,
     data: Data,
@@ -45,6 +54,7 @@ def run_belief(
     batch_size: int = 128,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    foreign: Options = FOREIGN,
 ) -> Result:
     """Measure how closely two networks' beliefs match, near decision boundaries above all.
 
@@ -54,7 +64,8 @@ def run_belief(
     Example: zskt belief runs/a teacher --data cifar10-test.zip --out belief
 
     Args:
-        student: a teacher folder, or a run folder (its student).
+        student: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
         teacher: the network to compare it with, likewise.
         data: labelled images, as in zskt teach; their test split is used.
         images: how many images to follow, drawn from those on which both networks agree.
@@ -74,7 +85,8 @@ def run_belief(
     if out is not None and out.exists() and not out.is_dir():
         raise ZsktError(f"expected a folder or nothing at {out}, found a file; choose another --out")
     where = pick_device(device)
-    first, second = load_network(student).to(where), load_network(teacher).to(where)
+    found_networks = open_networks([student, teacher], foreign)
+    first, second = (found.teacher.to(where) for found in found_networks if found is not None)
     check_networks(first, second)
     pictures, labels = test_images(data, second)
     with bar("following", "paths") as show:
@@ -97,7 +109,7 @@ def run_belief(
     if out is None:
         notice("give --out for the transition curves as figures")
         return found.measured
-    names = [student.resolve().name, teacher.resolve().name]
+    names = [Path(name).resolve().name for name in (student, teacher)]
     write_comparison(out, found, names, second.class_names)
     notice(f"look at {out / 'average-transitions.png'} and {out / 'single-transitions.png'}")
     return found.measured | {"out": str(out)}
@@ -134,7 +146,7 @@ def run_reproduce(
     /,
     *,
     data: Data = (),
-    teacher: Path | None = None,
+    teacher: str | None = None,
     model: str | None = None,
     student: str | None = None,
     recipe: tuple[str, ...] = (),
@@ -151,6 +163,7 @@ def run_reproduce(
     resume: bool = False,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    foreign: Options = FOREIGN,
 ) -> Result:
     """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
 
@@ -161,7 +174,7 @@ def run_reproduce(
     Args:
         name: table-1, table-2, figure-2, figure-3, figure-4, figure-5, toy or mmrazor.
         data: labelled images, as in zskt teach; toy makes its own.
-        teacher: a teacher folder to use instead of training one.
+        teacher: a network, spelled as in zskt distill, to use instead of training one.
         model: another teacher network than the paper's.
         student: another student network than the paper's.
         recipe: other recipes than the paper's, each a row of its own.
@@ -201,7 +214,7 @@ def run_reproduce(
         raise ZsktError(f"{folder} already holds parts of a table; use them with --resume or choose another --out")
     if not data:
         raise UsageError(f"{name} needs --data: labelled images to train teachers on and to measure with")
-    network = None if teacher is None else load_network(teacher)
+    network = None if teacher is None else open_network(teacher, foreign).teacher
     train = read_images(data, "train", None if network is None else network.input_size)
     test = read_images(data, "test", (train.images.shape[1], train.images.shape[2], train.images.shape[3]))
     if network is not None and network.num_classes != len(test.class_names):

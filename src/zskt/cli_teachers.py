@@ -1,9 +1,13 @@
 """The subcommands that make and inspect teachers. Their docstrings are the help texts."""
 
+import statistics
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.markup import escape
 from rich.table import Table
@@ -14,21 +18,85 @@ from zskt.baselines import teach
 from zskt.belief import measure, noise_classes
 from zskt.data import KNOWN, Dataset, read
 from zskt.distill import plan
-from zskt.features import batchnorm_layers, find_stages, forward_flops
+from zskt.factories import parse_arguments
+from zskt.features import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.files import UsageError, ZsktError
 from zskt.importing import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
+from zskt.loading import Loaded, is_own_folder, load
 from zskt.process import seeded
 from zskt.progress import bar, console, notice, teaching
 from zskt.recipe import AUTO, choose
-from zskt.teacher import Teacher, check_teacher_folder, count_parameters, load_network, save_teacher
+from zskt.students import describe_student, make_student
+from zskt.teacher import Teacher, check_teacher_folder, count_parameters, save_teacher
 from zskt.training import Precision, Schedule, Training, updates_in
 
 Result = dict[str, Any]
 Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]
 Size = tuple[int, int, int]
 
+Network = Annotated[str, tyro.conf.arg(metavar="NETWORK")]
+
 NOISE_FLOPS = 200_000_000_000
 """Operations that `zskt inspect` spends on noise."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """How to read a network that is no folder of zskt's, as in: zskt inspect my.py:make --teacher-weights net.pt
+    --teacher-args depth=20 --input-size 3 32 32 --mean .5 .5 .5 --std .2 .2 .2"""
+
+    teacher_weights: Path | None = None
+    """checkpoint for a factory, timm:NAME or torchvision:NAME; nothing in it is executed."""
+    teacher_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = ()
+    """arguments of the factory, as in depth=20 classes=37."""
+    input_size: Size | None = None
+    """channels, height and width, as in 3 32 32, where nothing beside the weights says them."""
+    mean: tuple[float, ...] = ()
+    """per channel, of pixels in [0, 1] or 0..255, as in .4914 .4822 .4465; likewise."""
+    std: tuple[float, ...] = ()
+    """likewise, as in .2023 .1994 .2010."""
+    trust: bool = False
+    """load TorchScript, .pt2 files and folders that can run code, because you know who made them."""
+
+
+Options = tyro.conf.OmitArgPrefixes[Foreign]
+FOREIGN = Foreign()
+
+
+def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> list[Loaded | None]:
+    """The networks that a command names, in order; None stays None.
+
+    The options are for those that are no folders of zskt's, the factory's for the one that is spelled as one.
+    """
+    named = [str(network) for network in networks if network is not None]
+    outside = [name for name in named if not is_own_folder(Path(name))] or named[:1]  # which then refuses them
+    made = [name for name in outside if not Path(name).exists()] or outside[:1]
+    if len(made) > 1 and (foreign.teacher_weights or foreign.teacher_args):
+        raise UsageError(f"--teacher-weights and --teacher-args go to one factory, found {made[0]} and {made[1]}")
+    arguments = parse_arguments(foreign.teacher_args, "--teacher-args")
+
+    def opened(name: str) -> Loaded:
+        mine = name in made
+        options = foreign if name in outside else Foreign(trust=foreign.trust)
+        return load(
+            name,
+            weights=options.teacher_weights if mine else None,
+            arguments=arguments if mine else None,
+            input_size=options.input_size,
+            mean=options.mean,
+            std=options.std,
+            trust=options.trust,
+            notice=notice,
+        )
+
+    return [None if network is None else opened(str(network)) for network in networks]
+
+
+def open_network(network: str | Path, foreign: Foreign) -> Loaded:
+    """The one network that a command names."""
+    (loaded,) = open_networks([network], foreign)
+    assert loaded is not None
+    return loaded
 
 
 def read_images(sources: Sequence[str], split: Literal["train", "test"], size: Size | None) -> Dataset:
@@ -194,45 +262,80 @@ def run_import(
     return {"teacher": str(out), "renamed": report.facts["renamed"], "verified": bool(data), **measured}
 
 
-def run_inspect(teacher: tyro.conf.Positional[Path], /, *, student: str | None = None) -> Result:
-    """Show what was found in a teacher folder or a run, and which recipe auto would choose for it.
+def run_inspect(
+    teacher: tyro.conf.Positional[Network],
+    /,
+    *,
+    student: str | None = None,
+    student_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = (),
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Show what was found in a network, and what distilling it would do.
 
     Example: zskt inspect teacher --student wrn-10-1
 
     Args:
-        teacher: a teacher folder, or a run folder (its student).
-        student: also say what distilling into this network would do.
+        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        student: also say what distilling into this network, spelled as in zskt distill, would do.
+        student_args: arguments of the student's factory.
     """
-    network = load_network(teacher)
+    loaded = open_network(teacher, foreign)
+    network = loaded.teacher
     stages = find_stages(network.module, network.input_size)
     config, reason = choose(AUTO, network)
     flops = forward_flops(network.module, network.input_size)
-    count = max(100, min(1_000, NOISE_FLOPS // flops))  # of noise images: as many as take a few seconds
+    norms = len(batchnorm_layers(network.module))
+    count = max(100, min(1_000, NOISE_FLOPS // max(1, flops)))  # of noise images: as many as take a few seconds
     result: Result = {
+        "kind": loaded.kind,
         "model": getattr(network.module, "spec", None),
         "input_size": list(network.input_size),
         "num_classes": network.num_classes,
+        "output": network.output,
         "mean": network.mean.flatten().tolist(),
         "std": network.std.flatten().tolist(),
+        "normalisation_from": loaded.normalisation,
         "parameters": count_parameters(network.module),
         "flops": flops,
-        "batchnorm_layers": len(batchnorm_layers(network.module)),
+        "latency_ms": round(latency(network), 3),
+        "batchnorm_layers": norms,
         "stages": list(stages),
+        "stage_resolutions": [list(side) for side in stage_resolutions(network.module, stages, network.input_size)],
         "noise_classes": noise_classes(network, count),
         "recipe": config.recipe,
         "reason": reason,
+        "attention": f"possible, {len(stages)} stages" if stages else "lost: no stages to compare",
+        "batchnorm_prior": f"possible, {norms} layers" if norms else "lost: no statistics of BatchNorm",
+        "notes": [*network.notes, *([loaded.lost] if loaded.lost else [])],
     }
     if student is not None:
-        module = models.build(student, network.num_classes, network.input_size)
+        module = make_student(student, network, parse_arguments(student_args, "--student-args"))
+        notice(f"student {describe_student(module, network)}")
         config, reason = plan(network, module)
         result |= {
             "reason": reason,
             "student_parameters": count_parameters(module),
             "student_flops": forward_flops(module, network.input_size),
+            "student_fraction": round(count_parameters(module) / max(1, count_parameters(network.module)), 4),
             "generator_width": config.generator.width,
+            "attention_pairs": list(config.student.loss.stages),
         }
     table = Table("", "found", title=escape(str(teacher)))
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(str(value)))
     console().print(table)
     return result
+
+
+def latency(network: Teacher, seconds: float = 1.0) -> float:
+    """Median milliseconds of one image's forward on this machine, over about `seconds`, after three to warm up."""
+    image = torch.zeros(1, *network.input_size, dtype=torch.uint8)
+    x = network.normalise(image)  # (1, C, H, W)
+    times: list[float] = []
+    with evaluating(network):
+        while len(times) < 4 or (sum(times) < seconds and len(times) < 100):
+            begun = time.perf_counter()
+            network(x)
+            times.append(time.perf_counter() - begun)
+    return 1e3 * statistics.median(times[3:])

@@ -1,0 +1,489 @@
+"""Any teacher in: each kind with a real object of it, what it says about its images, and a short distillation."""
+
+import copy
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zskt
+from small import make_teacher, shake_batchnorm, stripes
+from zskt.belief import measure
+from zskt.cli import main
+from zskt.cli_teachers import Foreign, open_network, open_networks
+from zskt.features import batchnorm_layers, find_stages, forward_flops
+from zskt.files import UsageError, ZsktError
+from zskt.loading import Loaded, load, load_teacher
+
+SIZE = (3, 16, 16)
+GREY = {"mean": [0.5] * 3, "std": [0.25] * 3}
+TINY = {"batch_size": 4, "generator.width": 8, "generator.latent": 8, "student.updates": 2}
+
+SCRIPT = """
+import torch
+from sibling import width
+
+class Net(torch.nn.Module):
+    def __init__(self, classes, bias):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, width, 3, 2, 1, bias=bias)
+        self.bn = torch.nn.BatchNorm2d(width)
+        self.fc = torch.nn.Linear(width, classes)
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean(dim=(2, 3)))
+
+def make(classes=10, bias=True):
+    return Net(classes, bias)
+"""
+
+
+class Net(nn.Module):
+    """Two convolutions with BatchNorm, one of them without scale and shift, and dropout."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, eps=1e-3)
+        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8, affine=False)
+        self.dropout, self.fc = nn.Dropout(0.5), nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return self.fc(self.dropout(x.mean(dim=(2, 3))))
+
+
+class Named(Net):
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return {"aux": logits + 1, "logits": logits}
+
+
+def trained(module: nn.Module) -> nn.Module:
+    shake_batchnorm(nn.ModuleList(layer for layer in batchnorm_layers(module) if layer.affine))
+    if isinstance(module, Net):
+        nn.init.uniform_(module.bn2.running_var, 0.5, 1.5)
+    return module.eval()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def exported(module: nn.Module, path: Path, *, dynamic: bool = True, like: Tensor | None = None) -> Path:
+    shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},) if dynamic else None
+    images = torch.randn(2, *SIZE) if like is None else like
+    torch.export.save(torch.export.export(module, (images,), dynamic_shapes=shapes), path)
+    return path
+
+
+def traced(module: nn.Module, path: Path) -> Path:
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        torch.jit.trace(module, torch.randn(2, *SIZE)).save(str(path))
+    return path
+
+
+def refused(work: Callable[[], object], kind: type[ZsktError] = ZsktError) -> str:
+    with pytest.raises(kind) as error:
+        work()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def distils(teacher: zskt.Teacher, recipe: str = "auto") -> str:
+    """Two steps into a small student; the teacher comes back as it was. Returns the recipe."""
+    student = nn.Sequential(
+        nn.Conv2d(teacher.input_size[0], 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, teacher.num_classes),
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    modes = [module.training for module in teacher.modules()]
+    x = torch.randn(3, *teacher.input_size)
+    answers = teacher(x)
+    result = zskt.distill(teacher, student, recipe, steps=2, settings=TINY)
+    assert result.finished
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert [module.training for module in teacher.modules()] == modes
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert torch.equal(teacher(x), answers)
+    return result.config.recipe
+
+
+# Our own folders
+
+
+def test_own_folders(tmp_path: Path) -> None:
+    zskt.save_teacher(tmp_path / "teacher", make_teacher())
+    loaded = load(tmp_path / "teacher")
+    assert (loaded.kind, loaded.lost) == ("folder of zskt", "")
+    assert loaded.teacher.fingerprint() == make_teacher().fingerprint()
+    for name, value in (("input_size", SIZE), ("mean", [0.5] * 3), ("weights", "net.pt"), ("arguments", {"a": 1})):
+        assert "has no use" in refused(lambda n=name, v=value: load(tmp_path / "teacher", **{n: v}), UsageError)
+    (tmp_path / "empty").mkdir()
+    assert "teacher.json" in refused(lambda: load_teacher(tmp_path / "empty"))
+    assert "nothing there; give a teacher" in refused(lambda: load_teacher(tmp_path / "absent"))
+
+
+# Factories
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "sibling.py").write_text("width = 6\n")
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    return tmp_path / "mine.py"
+
+
+def test_a_factory_with_weights(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    how: dict[str, Any] = {"arguments": {"classes": 37, "bias": False}, "input_size": SIZE, **GREY}
+    made = load_teacher(f"{script}:make", notice=lines.append, **how)
+    assert lines == [f"{script}:make runs the code of that file or package"]
+    state = {f"module.{name}": tensor + 1 for name, tensor in made.module.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.pth")
+    found = load(f"{script}:make", weights=tmp_path / "net.pth", **how)
+    assert (found.kind, found.normalisation, found.teacher.num_classes) == ("factory", "as given", 37)
+    assert torch.equal(found.teacher.module.conv.weight, made.module.conv.weight + 1)
+    assert distils(found.teacher) == "zskt-prior"
+    monkeypatch.chdir(tmp_path)
+    assert load_teacher("mine:Net", **how).num_classes == 37  # from the current folder
+    del sys.modules["mine"]
+
+
+def test_a_factory_that_does_not_fit_is_refused(script: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"input_size": SIZE, **GREY}
+    torch.save({"conv.weight": torch.ones(2, 3, 3, 3)}, tmp_path / "other.pt")
+    assert "do not fit" in refused(lambda: load_teacher(f"{script}:make", weights=tmp_path / "other.pt", **how))
+    assert "--input-size" in refused(lambda: load_teacher(f"{script}:make"), UsageError)
+    assert "--mean" in refused(lambda: load_teacher(f"{script}:make", input_size=SIZE), UsageError)
+    assert "go together" in refused(lambda: load_teacher(f"{script}:make", input_size=SIZE, mean=[0.5] * 3), UsageError)
+
+
+def test_weights_alone_are_no_network(tmp_path: Path) -> None:
+    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    assert "--teacher-weights" in refused(lambda: load_teacher(tmp_path / "net.pt", input_size=SIZE, **GREY))
+
+
+# Recorded graphs
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    module = trained(Net())
+    lines: list[str] = []
+    found = load(exported(module, tmp_path / "net.pt2"), notice=lines.append, **GREY)
+    teacher, x = found.teacher, torch.randn(5, *SIZE)
+    assert (found.kind, teacher.input_size, teacher.num_classes) == ("exported program", SIZE, 5)
+    torch.testing.assert_close(teacher(x), module(x))
+    assert find_stages(teacher.module, SIZE) == ()
+    assert lines == [found.lost]
+    assert "no attention transfer" in found.lost
+    assert "2 BatchNorm layers" in found.lost
+    ours, theirs = batchnorm_layers(teacher.module), batchnorm_layers(module)
+    assert [type(layer) for layer in ours] == [nn.BatchNorm2d] * 2
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.eps, one.momentum, one.affine) == (other.eps, other.momentum, other.affine)
+        assert torch.equal(one.running_var, other.running_var)
+    assert forward_flops(teacher.module, SIZE) == forward_flops(module, SIZE)
+    assert distils(teacher) == "zskt-prior"  # the prior sees the statistics of the graph's BatchNorm
+    assert torch.equal(copy.deepcopy(teacher).double().float()(x), teacher(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, while it decomposes
+def test_an_exported_program_may_return_a_dictionary_or_be_decomposed(tmp_path: Path) -> None:
+    module, x = trained(Named()), torch.randn(5, *SIZE)
+    teacher = load_teacher(exported(module, tmp_path / "named.pt2"), **GREY)
+    torch.testing.assert_close(teacher(x), module(x)["logits"])
+    program = torch.export.load(tmp_path / "named.pt2").run_decompositions()
+    torch.export.save(program, tmp_path / "core.pt2")
+    found = load(tmp_path / "core.pt2", **GREY)
+    torch.testing.assert_close(found.teacher(x), module(x)["logits"])
+    assert len(batchnorm_layers(found.teacher.module)) == 2
+
+
+class Integers(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() / 255)
+
+
+class Two(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[None])
+
+
+def test_exported_programs_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    path = exported(trained(Net()), tmp_path / "fixed.pt2", dynamic=False)
+    assert "batches of exactly 2" in (message := refused(lambda: load_teacher(path, **GREY)))
+    assert "dynamic_shapes" in message
+    path = exported(Net().train(), tmp_path / "training.pt2")
+    assert "training mode" in refused(lambda: load_teacher(path, **GREY))
+    images = torch.randint(256, (2, *SIZE), dtype=torch.uint8)
+    path = exported(trained(Integers()), tmp_path / "bytes.pt2", like=images)
+    assert "integer images" in refused(lambda: load_teacher(path, **GREY))
+    path = exported(trained(Two()), tmp_path / "single.pt2", dynamic=False, like=torch.randn(*SIZE))
+    assert "one input of shape (N, C, H, W)" in refused(lambda: load_teacher(path, **GREY))
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    module, x = trained(Net()), torch.randn(5, *SIZE)
+    path = traced(module, tmp_path / "net.pt")
+    assert "--trust" in refused(lambda: load_teacher(path, input_size=SIZE, **GREY), UsageError)
+    assert "--input-size" in refused(lambda: load_teacher(path, trust=True, **GREY), UsageError)
+    found = load(path, trust=True, input_size=SIZE, **GREY)
+    assert found.kind == "TorchScript"
+    assert "no BatchNorm prior" in found.lost
+    torch.testing.assert_close(found.teacher(x), module(x))
+    assert found.teacher.fingerprint() == copy.deepcopy(found.teacher).fingerprint()
+    assert distils(found.teacher) == "zskt-fresh"
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        script = torch.jit.load(str(path))
+    bare = zskt.Teacher(script, input_size=SIZE, **GREY)  # handed in as it is
+    assert find_stages(bare.module, SIZE) == ()
+    assert all(parameter.requires_grad for parameter in script.parameters())  # it was copied
+    torch.testing.assert_close(bare(x), module(x))
+
+
+# Hugging Face folders
+
+
+@pytest.fixture(scope="module")
+def transformers() -> types.ModuleType:
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+PREPROCESSOR = {
+    "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255, "size": {"height": 16, "width": 16},
+    "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3],
+}  # fmt: skip
+
+
+def save_hugging_face(transformers: Any, kind: str, folder: Path, preprocessor: dict[str, Any] | None) -> nn.Module:
+    configs = {
+        "resnet": lambda: transformers.ResNetConfig(
+            embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=37
+        ),
+        "convnext": lambda: transformers.ConvNextConfig(
+            num_channels=1, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, patch_size=2, num_labels=2
+        ),
+        "vit": lambda: transformers.ViTConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16,
+            patch_size=4, id2label={0: "cat", 1: "dog", 2: "eel"}, label2id={"cat": 0, "dog": 1, "eel": 2},
+        ),
+    }  # fmt: skip
+    module = trained(transformers.AutoModelForImageClassification.from_config(configs[kind]()))
+    module.save_pretrained(folder)
+    if preprocessor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "recipe"),
+    [("resnet", 37, "zskt-prior"), ("convnext", 2, "zskt-fresh"), ("vit", 3, "zskt-fresh")],
+)
+def test_a_hugging_face_folder(transformers: Any, kind: str, classes: int, recipe: str, tmp_path: Path) -> None:
+    channels = 1 if kind == "convnext" else 3
+    facts = PREPROCESSOR | {name: PREPROCESSOR[name][:channels] for name in ("image_mean", "image_std")}
+    module = save_hugging_face(transformers, kind, tmp_path, facts)
+    lines: list[str] = []
+    found = load(tmp_path, notice=lines.append)
+    teacher = found.teacher
+    assert (found.kind, found.normalisation, lines) == (f"Hugging Face {kind}", "preprocessor_config.json", [])
+    assert (teacher.num_classes, teacher.input_size) == (classes, (channels, 16, 16))
+    assert teacher.class_names == (("cat", "dog", "eel") if kind == "vit" else None)
+    torch.testing.assert_close(teacher.mean.flatten().tolist(), facts["image_mean"])
+    torch.testing.assert_close(teacher.std.flatten().tolist(), facts["image_std"])
+    x = torch.randn(3, channels, 16, 16)
+    torch.testing.assert_close(teacher(x), module(x).logits)
+    assert bool(find_stages(teacher.module, teacher.input_size)) == (kind != "vit")
+    assert distils(teacher) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "mean", "std"),
+    [
+        (
+            {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 24}},
+            (16, 24),
+            0.5,
+            0.2,
+        ),
+        ({"size": 24, "do_center_crop": False, "crop_size": 16}, (24, 24), 0.5, 0.2),
+        ({"do_normalize": False}, (16, 16), 0.0, 1.0),
+        ({"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False}, (16, 16), 0.5, 0.5),
+        ({"do_rescale": False, "image_mean": [127.5], "image_std": [51.0]}, (16, 16), 0.5, 0.2),
+    ],
+    ids=["crop", "side", "no normalisation", "offset", "bytes"],
+)
+def test_preprocessors(
+    transformers: Any, changes: dict[str, Any], size: tuple[int, int], mean: float, std: float, tmp_path: Path
+) -> None:
+    facts = PREPROCESSOR | {"image_mean": [0.5], "image_std": [0.2]} | changes
+    save_hugging_face(transformers, "convnext", tmp_path, facts)
+    teacher = load_teacher(tmp_path)
+    assert teacher.input_size == (1, *size)
+    assert (teacher.mean.item(), teacher.std.item()) == (pytest.approx(mean), pytest.approx(std))
+
+
+def test_what_a_hugging_face_folder_does_not_say_is_asked_for(transformers: Any, tmp_path: Path) -> None:
+    save_hugging_face(transformers, "convnext", tmp_path, None)
+    message = refused(lambda: load_teacher(tmp_path), UsageError)
+    assert "--mean and --std" in message
+    lines: list[str] = []
+    how: dict[str, Any] = {"input_size": (1, 16, 16), "mean": [127.5], "std": [51]}
+    found = load(tmp_path, notice=lines.append, **how)
+    assert found.normalisation == "as given"
+    assert lines == ["--mean 127.5 --std 51 read as 0..255 and divided by 255"]
+    assert found.teacher.mean.item() == 0.5
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 16}}')
+    assert "not understood" in refused(lambda: load_teacher(tmp_path))
+
+
+class Payload:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_hugging_face_folders_run_nothing(transformers: Any, tmp_path: Path) -> None:
+    module = save_hugging_face(
+        transformers, "convnext", tmp_path, PREPROCESSOR | {"image_mean": [0.5], "image_std": [0.2]}
+    )
+    (tmp_path / "model.safetensors").unlink()
+    assert "pytorch_model.bin" in refused(lambda: load_teacher(tmp_path))
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    x = torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(load_teacher(tmp_path)(x), module(x).logits)
+    trace = tmp_path / "payload-ran"
+    torch.save(module.state_dict() | {"extra": Payload(trace)}, tmp_path / "pytorch_model.bin")
+    assert "wants to run posix.mkdir" in refused(lambda: load_teacher(tmp_path, trust=True))
+    assert not trace.exists()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(trace)!r})\n")
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForImageClassification": "code.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "its own code is not run" in refused(lambda: load_teacher(tmp_path, trust=True))
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    config |= {"model_type": "convnext", "_attn_implementation": "someone/kernels"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(load_teacher(tmp_path)(x), module(x).logits)
+    assert not trace.exists()
+
+
+def test_an_untrained_head_is_refused(transformers: Any, tmp_path: Path) -> None:
+    module = save_hugging_face(
+        transformers, "convnext", tmp_path, PREPROCESSOR | {"image_mean": [0.5], "image_std": [0.2]}
+    )
+    module.convnext.save_pretrained(tmp_path)  # the network without its classifier
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["ConvNextModel"]
+    assert "no trained classifier: classifier.bias" in refused(lambda: load_teacher(tmp_path))
+
+
+# Model libraries: neither can be imported beside every torch, so stand-ins play them
+
+
+def test_libraries_that_are_missing_say_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("timm", "torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for what in ("timm:resnet18", "torchvision:resnet18"):
+        assert "zskt[vision]" in refused(lambda w=what: load_teacher(w))
+
+
+def test_names_of_model_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def create_model(name: str, **options: Any) -> nn.Module:
+        asked.append(options)
+        module = trained(Net())
+        module.pretrained_cfg = {"input_size": SIZE, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2)}
+        return module
+
+    crop = types.SimpleNamespace(crop_size=[16], mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.2])
+    default = types.SimpleNamespace(transforms=lambda: crop)
+    models = types.ModuleType("torchvision.models")
+    models.get_model_weights = lambda name: types.SimpleNamespace(DEFAULT=default)
+    models.get_model = lambda name, weights, **options: (asked.append({"weights": weights} | options), trained(Net()))[
+        1
+    ]
+    timm = types.ModuleType("timm")
+    timm.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    for what in ("timm:resnet18.a1_in1k", "torchvision:resnet18"):
+        lines: list[str] = []
+        found = load(what, notice=lines.append)
+        assert "fetches" in lines[0]
+        assert found.teacher.input_size == SIZE
+        assert found.teacher.mean.flatten().tolist() == [0.4, 0.5, 0.6]
+        load(what, weights=tmp_path / "net.pt", arguments={"num_classes": 5}, notice=lines.append)
+        assert len(lines) == 1
+    assert asked == [
+        {"pretrained": True}, {"pretrained": False, "num_classes": 5}, {"weights": default},
+        {"weights": None, "num_classes": 5},
+    ]  # fmt: skip
+
+
+# The command line
+
+
+def run(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> tuple[Any, str]:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == status
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return (json.loads(out) if out else None), err
+
+
+def test_commands_take_every_spelling(
+    capsys: pytest.CaptureFixture[str], script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = load_teacher(f"{script}:make", arguments={"classes": 2}, input_size=(3, 8, 8), **GREY)
+    torch.save(made.module.state_dict(), tmp_path / "net.pt")
+    images = (("--input-size", 3, 8, 8), ("--mean", *GREY["mean"]), ("--std", *GREY["std"]))
+    factory = [f"{script}:make", "--teacher-weights", tmp_path / "net.pt", "--teacher-args", "classes=2"]
+    options = [item for option in images for item in option]
+    found, err = run(capsys, 0, "inspect", *factory, *options, "--student", "convnet-4")
+    assert (found["kind"], found["num_classes"], found["output"]) == ("factory", 2, "logits")
+    assert (found["normalisation_from"], found["recipe"]) == ("as given", "zskt-prior")
+    assert found["latency_ms"] > 0
+    assert found["stage_resolutions"] == [[4, 4]]
+    assert "runs the code" in err
+    tiny = ["--steps", 2, "--batch-size", 4, "--set", "generator.width=8", "generator.latent=8", "student.updates=2"]
+    run(capsys, 0, "distill", *factory, *options, "--student", "convnet-4", "--out", tmp_path / "run", *tiny)
+    monkeypatch.setattr("zskt.cli.test_images", lambda data, network: stripes(16, 3))
+    measured, _ = run(capsys, 0, "evaluate", tmp_path / "run", "--data", "x", "--teacher", *factory, *options)
+    assert measured == measure(zskt.load_student(tmp_path / "run"), *stripes(16, 3), made)
+    monkeypatch.setattr("zskt.cli_paper.test_images", lambda data, network: stripes(64, 3))
+    run(capsys, 0, "belief", tmp_path / "run", *factory, *options, "--data", "x", "--images", 2, "--steps", 2)
+    run(capsys, 0, "sample", tmp_path / "run", "--out", tmp_path / "a.png", "--teacher", *factory, *options)
+    _, err = run(capsys, 2, "inspect", f"{script}:make")
+    assert "--input-size C H W" in err
+    _, err = run(capsys, 2, "inspect", tmp_path / "run", *options)
+    assert "has no use" in err
+    _, err = run(capsys, 2, "inspect", *factory[:3], "--teacher-args", "classes")
+    assert "key=value" in err
+
+
+def test_options_go_to_the_network_from_elsewhere(script: Path, tmp_path: Path) -> None:
+    zskt.save_teacher(tmp_path / "teacher", make_teacher())
+    foreign = Foreign(input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3, teacher_args=("classes=10",))
+    first, none, second = open_networks([tmp_path / "teacher", None, f"{script}:make"], foreign)
+    assert isinstance(first, Loaded)
+    assert isinstance(second, Loaded)
+    assert none is None
+    assert (first.kind, second.kind) == ("folder of zskt", "factory")
+    with pytest.raises(UsageError, match="go to one factory"):
+        open_networks([f"{script}:make", f"{script}:Net"], foreign)
+    with pytest.raises(UsageError, match="has no use"):
+        open_network(tmp_path / "teacher", foreign)

@@ -1,0 +1,191 @@
+"""docs/your-model.md does what it says: every block of it is run, in order, with fewer steps."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zskt
+from small import make_teacher, shake_batchnorm
+from zskt import models
+from zskt.cli import main
+
+PAGE = (Path(__file__).parent.parent / "docs" / "your-model.md").read_text()
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+TINY = ["--steps", "2", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=1"]
+
+
+def blocks(number: int) -> list[tuple[str, str]]:
+    """Language and text of each block of one case, in order."""
+    (section,) = re.findall(rf"^## {number}\. .*?(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
+    return BLOCK.findall(section)
+
+
+def arguments(command: str) -> list[str]:
+    """A line of the page as a command of two small steps."""
+    program, *words = shlex.split(command)
+    assert program == "zskt"
+    if "--steps" in words:
+        at = words.index("--steps")
+        assert words[at + 1] == "2000"
+        words[at : at + 2] = TINY
+    return words
+
+
+def follow(number: int, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """Run all blocks of a case in the current folder; what its commands print."""
+    results = []
+    for language, text in blocks(number):
+        if text.startswith("# networks.py"):
+            Path("networks.py").write_text(text)
+        elif language == "python":
+            with own_modules():
+                exec(compile(text.replace('{"steps": 2000}', "SMALL"), "your-model.md", "exec"), {"SMALL": SMALL})
+        else:
+            for command in text.splitlines():
+                capsys.readouterr()
+                status = main(arguments(command))
+                out, err = capsys.readouterr()
+                assert status == 0, f"{command}\n{err}"
+                results.append(json.loads(out) | {"stderr": err})
+    return results
+
+
+SMALL = {"steps": 2, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 1}
+
+
+@contextlib.contextmanager
+def own_modules() -> Iterator[None]:
+    """The current folder's modules can be imported, as beside a script, and are forgotten afterwards."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
+        sys.modules.pop("networks", None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with `cifar10-test.zip`, two images of each of ten classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        place = tmp_path / "images" / "test" / f"class{label}"
+        place.mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    subprocess.run([sys.executable, "-m", "zipfile", "-c", "cifar10-test.zip", "images/test"], check=True)
+    return tmp_path
+
+
+def networks(folder: Path) -> Any:
+    """The module that the page writes down first."""
+    text = next(text for _, text in blocks(1) if text.startswith("# networks.py"))
+    (folder / "networks.py").write_text(text)
+    found = importlib.util.spec_from_file_location("networks_of_the_page", folder / "networks.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_a_network_of_your_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = networks(folder).network()
+    shake_batchnorm(network)
+    torch.save(network.state_dict(), "network.pth")
+    inspected, distilled, evaluated, exported = follow(1, capsys)
+    assert inspected["kind"] == "factory"
+    assert inspected["batchnorm_layers"] == 3
+    assert "runs the code of that file" in inspected["stderr"]
+    assert distilled["finished"]
+    assert evaluated["images"] == 20 if "images" in evaluated else 0 <= evaluated["accuracy"] <= 1
+    assert exported["agreement"] == 1
+    assert (folder / "own.onnx").exists()
+    own = networks(folder).network(width=24)
+    own.load_state_dict(torch.load("student.pth", weights_only=True))  # a plain student checkpoint
+    again = zskt.load_student("runs/python", module=own).module.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in own.state_dict().items())
+
+
+def test_a_hugging_face_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_labels=10, layer_type="basic"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = transformers.ResNetForImageClassification(config)
+    classifier.save_pretrained("classifier")
+    facts = {
+        "do_resize": True,
+        "size": {"height": 32, "width": 32},
+        "do_normalize": True,
+        "image_mean": [0.4914, 0.4822, 0.4465],
+        "image_std": [0.247, 0.2435, 0.2616],
+    }
+    Path("classifier/preprocessor_config.json").write_text(json.dumps(facts))
+    inspected, distilled, evaluated, exported = follow(2, capsys)
+    assert inspected["input_size"] == [3, 32, 32]
+    assert inspected["normalisation_from"] == "preprocessor_config.json"
+    assert 0.12 < inspected["student_fraction"] < 0.5
+    assert distilled["finished"]
+    assert 0 <= evaluated["agreement"] <= 1
+    assert [row["network"] for row in exported["timings"]] == ["teacher", "student"]
+
+
+def test_a_name_in_timm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        import timm
+    except Exception as error:
+        pytest.skip(f"timm cannot be imported here: {error}")
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), "resnet18.pth")
+    inspected, distilled, exported = follow(3, capsys)
+    assert inspected["normalisation_from"] == "pretrained_cfg"
+    assert distilled["finished"]
+    assert exported["agreement"] > 0.9
+
+
+def test_a_recorded_graph(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    networks(folder)
+    inspected, distilled = follow(4, capsys)
+    assert inspected["kind"] == "exported program"
+    assert inspected["input_size"] == [3, 32, 32]
+    assert inspected["batchnorm_layers"] == 3
+    assert "hooks see nothing inside an exported graph" in inspected["stderr"]
+    assert distilled["finished"]
+
+
+def test_weights_of_unknown_naming(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = make_teacher(models.wide_resnet(16, 2), size=(3, 32, 32))
+    spelled = {"group1": "stage_a", "group2": "stage_b", "group3": "stage_c", "fc": "classifier", "conv1": "c1"}
+    weights = {
+        "module." + ".".join(spelled.get(part, part) for part in name.split(".")): value
+        for name, value in teacher.module.state_dict().items()
+    }
+    torch.save({"epoch": 200, "state_dict": weights}, "mystery.pth")
+    imported, distilled = follow(5, capsys)
+    assert imported["verified"]
+    assert "classifier" in imported["renamed"]
+    assert distilled["finished"]
+    loaded = zskt.load_teacher("teacher").module.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in teacher.module.state_dict().items())
+
+
+def test_every_command_of_the_page_is_in_a_case() -> None:
+    inside = {text for number in range(1, 6) for _, text in blocks(number)}
+    assert {text for _, text in BLOCK.findall(PAGE)} == inside
