@@ -16,8 +16,7 @@ from rich.progress import track
 
 import record
 from zskt import models
-from zskt.bench import synchronise
-from zskt.process import denormals_flushed, seeded
+from zskt.process import denormals_flushed, seeded, synchronise
 from zskt.recipe import pick_device
 from zskt.reference import released_transitions
 from zskt.teacher import Teacher

@@ -54,6 +54,7 @@ STORY = [
     "tables",
     "reproduce",
     "reference",
+    "roofline",
     "bench",
     "progress",
     "demo",

@@ -23,13 +23,17 @@ from zskt.config import Config, replace
 from zskt.features import forward_flops
 from zskt.files import UsageError, ZsktError, unknown
 from zskt.generator import Generator
-from zskt.process import denormals_flushed, seeded
+from zskt.matching import BeliefMatching
+from zskt.process import denormals_flushed, seeded, synchronise
 from zskt.recipe import arrange, assemble, load_recipe, pick_device
 from zskt.reference import released_loop
+from zskt.roofline import explain
 from zskt.teacher import Teacher
 
+Precision = Literal["fp32", "bf16"]
 Arm = Literal["reference", "fp32", "bf16"]
 ARMS: tuple[Arm, ...] = ("reference", "fp32", "bf16")
+ENGINE: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,35 @@ PAIRS = {
 }
 
 
-def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
-    """A fresh teacher, student and generator with random weights; returns the function that does one step."""
-    steps = 1_000_000  # of the schedule, far longer than any timing: the learning rate stays where it starts
-    config = replace(load_recipe(pair.recipe), {"steps": steps, "batch_size": pair.batch_size})
+def engine(pair: Pair, precision: Precision, device: torch.device) -> BeliefMatching:
+    """A fresh teacher, student and generator with random weights, and the engine's step for them."""
+    config = replace(_config(pair), {"precision": precision})
     with seeded(0):
-        module = models.build(pair.teacher, 10, pair.input_size)
-        student = models.build(pair.student, 10, pair.input_size).to(device)
-        channels = pair.input_size[0]
-        teacher = Teacher(module, input_size=pair.input_size, mean=[0.5] * channels, std=[0.25] * channels).to(device)
-        rng = torch.Generator(device).manual_seed(0)
-        if arm == "reference":
-            return _reference(config, teacher, student, rng)
-        config = replace(config, {"precision": arm})
+        teacher, student, rng = _networks(pair, device)
         arrange(teacher, config)
         arrange(student, config)
-        return assemble(config, teacher, student, rng, torch.Generator()).step
+        return assemble(config, teacher, student, rng, torch.Generator())
+
+
+def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
+    """The function that does one step of an arm, from fresh networks with random weights."""
+    if arm != "reference":
+        return engine(pair, arm, device).step
+    with seeded(0):
+        return _reference(_config(pair), *_networks(pair, device))
+
+
+def _config(pair: Pair) -> Config:
+    steps = 1_000_000  # of the schedule, far longer than any timing: the learning rate stays where it starts
+    return replace(load_recipe(pair.recipe), {"steps": steps, "batch_size": pair.batch_size})
+
+
+def _networks(pair: Pair, device: torch.device) -> tuple[Teacher, nn.Module, torch.Generator]:
+    module = models.build(pair.teacher, 10, pair.input_size)
+    student = models.build(pair.student, 10, pair.input_size).to(device)
+    channels = pair.input_size[0]
+    teacher = Teacher(module, input_size=pair.input_size, mean=[0.5] * channels, std=[0.25] * channels).to(device)
+    return teacher, student, torch.Generator(device).manual_seed(0)
 
 
 def _reference(config: Config, teacher: Teacher, student: nn.Module, rng: torch.Generator) -> Callable[[], Any]:
@@ -86,12 +103,6 @@ def _reference(config: Config, teacher: Teacher, student: nn.Module, rng: torch.
         method=config.recipe,
     )
     return lambda: next(loop)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a CUDA device; a CPU is always done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def time_pair(
@@ -181,11 +192,7 @@ def run(
     `report` is called after every step with (done, of how many, arm). Speed-ups are medians over the interleaved pairs
     of timings; their ranges are given beside them.
     """
-    if name not in PAIRS:
-        raise unknown("pair", name, PAIRS)
-    if rounds < 1:
-        raise UsageError(f"rounds = {rounds}: expected at least 1")
-    device = pick_device(device_name)
+    device = _checked(name, device_name, rounds)
     operations = check_operations(PAIRS[name])
     seconds = time_pair(PAIRS[name], device, rounds=rounds, report=report)
     result: dict[str, Any] = {"pair": name, "device": str(device), "reference_flops_per_image": operations}
@@ -195,3 +202,24 @@ def run(
     result |= {f"seconds_{arm}": statistics.median(values) for arm, values in seconds.items()}
     result |= {f"peak_mib_{arm}": peak_memory(name, arm, device_name) for arm in ARMS}
     return result
+
+
+def explain_pair(
+    name: str = "wrn", device_name: str = "auto", *, steps: int = 5, report: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """For each precision, how much of the machine every phase of a step uses: what `roofline.explain` returns."""
+    device = _checked(name, device_name, steps)
+    result: dict[str, Any] = {"pair": name, "device": str(device)}
+    for precision in ENGINE:
+        report(f"{precision}: counting, then timing the machine and {steps} steps")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        result[precision] = explain(engine(PAIRS[name], precision, device), device, dtype, steps=steps)
+    return result
+
+
+def _checked(name: str, device_name: str, rounds: int) -> torch.device:
+    if name not in PAIRS:
+        raise unknown("pair", name, PAIRS)
+    if rounds < 1:
+        raise UsageError(f"rounds = {rounds}: expected at least 1")
+    return pick_device(device_name)

@@ -42,6 +42,7 @@ from zskt.pairs import describe_pairs, stage_pairs
 from zskt.progress import bar, console, distilling, notice
 from zskt.recipe import AUTO, load_recipe, pick_device, recipe_texts
 from zskt.report import write_report
+from zskt.roofline import PHASES
 from zskt.students import describe_student, make_student
 from zskt.teacher import count_parameters
 from zskt.transitions import check_networks, renormalised
@@ -226,7 +227,7 @@ def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | N
     return {"report": str(path), **measured}
 
 
-def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5) -> Result:
+def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5, explain: bool = False) -> Result:
     """Time a step of the engine on this machine, in fp32 and bf16, against the released loop.
 
     Example: zskt bench --pair digits
@@ -235,7 +236,11 @@ def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5) -> Re
         pair: wrn (WRN-40-2 -> WRN-16-1, 3 x 32 x 32), resnet, lenet, digits or large (224 x 224).
         device: auto, cpu, cuda or cuda:N.
         rounds: timings of each, interleaved; the median counts.
+        explain: instead of the released loop, compare each phase with the least time that its operations and bytes
+            would take on this machine, whose matrix product and copy are timed in the same run.
     """
+    if explain:
+        return run_explain(pair, device, rounds)
     with bar("timing", "steps") as show:
         result = bench.run(pair, device, rounds=rounds, report=show)
     table = Table("", "reference", "fp32", "bf16", title=f"one step of {bench.describe(pair)}")
@@ -247,6 +252,29 @@ def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5) -> Re
         values = (result.get(key.format(arm)) for arm in bench.ARMS)
         table.add_row(label, *("1" if value is None else form.format(value) for value in values))
     console().print(table)
+    return result
+
+
+def run_explain(pair: str, device: str, steps: int) -> Result:
+    """`zskt bench --explain`."""
+    result = bench.explain_pair(pair, device, steps=steps, report=notice)
+    for arm in bench.ENGINE:
+        found = result[arm]
+        title = (
+            f"{bench.describe(pair)}, {arm}; this machine: {found['operations_per_second'] / 1e9:,.0f} GFLOP/s, "
+            f"{found['bytes_per_second'] / 1e9:,.1f} GB/s"
+        )
+        table = Table("phase", "GFLOP", "GB at least", "s at best", "s measured", "attained", title=title)
+        for name, row in found["phases"].items():
+            seconds = (f"{row[key]:.4f}" for key in ("seconds_at_best", "seconds"))
+            table.add_row(
+                PHASES.get(name, name),
+                f"{row['operations'] / 1e9:,.1f}",
+                f"{row['bytes'] / 1e9:.3f}",
+                *seconds,
+                f"{row['fraction']:.0%}",
+            )
+        console().print(table)
     return result
 
 

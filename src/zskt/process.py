@@ -46,6 +46,12 @@ def denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(already)
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for a CUDA device; a CPU is always done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def versions() -> dict[str, str]:
     """What a result depends on."""
     return {"zskt": __version__, "torch": torch.__version__, "python": platform.python_version()}
