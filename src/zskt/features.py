@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from zskt.files import ZsktError
-from zskt.losses import at_least_float32
+from zskt.losses import Size, at_least_float32, attention_map
 
 
 class ChannelStatistics(NamedTuple):
@@ -35,6 +35,13 @@ class Observation:
     logits: Tensor
     stages: list[Tensor] = field(default_factory=list)
     statistics: list[ChannelStatistics] = field(default_factory=list)
+    _maps: dict[tuple[Size, ...], list[Tensor]] = field(default_factory=dict, repr=False)
+
+    def attention_maps(self, sizes: tuple[Size, ...]) -> list[Tensor]:
+        """Attention maps (N, H W) of the first stages at these sizes; worked out once, as a teacher's serve often."""
+        if sizes not in self._maps:
+            self._maps[sizes] = [attention_map(*stage) for stage in zip(self.stages, sizes, strict=False)]
+        return self._maps[sizes]
 
 
 def logits_of(output: Any) -> Tensor:

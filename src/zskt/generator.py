@@ -37,14 +37,15 @@ class Generator(nn.Module):
         self.linear = nn.Linear(latent, math.prod(self.start))
         self.bn = nn.BatchNorm2d(width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2))
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2, inplace=True))
             for a, b in itertools.pairwise(widths)
         )
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1, bias=False)
         self.conv_bn = nn.BatchNorm2d(channels)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.bn(self.linear(z).unflatten(1, self.start))  # (N, width, H / 2^d, W / 2^d)
+        x = self.linear(z).unflatten(1, self.start)  # (N, width, H / 2^d, W / 2^d)
+        x = self.bn(x.contiguous(memory_format=self._memory_format()))
         for left, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
             if left == 1 and x.shape[2:] != (self.height, self.image_width):
                 x = F.interpolate(x, size=(self.height, self.image_width))
@@ -53,6 +54,11 @@ class Generator(nn.Module):
             x = block(x)
         images: Tensor = self.conv_bn(self.conv(x))  # (N, C, H, W)
         return images
+
+    def _memory_format(self) -> torch.memory_format:
+        """That of the weights: maps made of a linear layer's output have none of their own."""
+        weight = next(self.blocks.parameters())
+        return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
 
 
 def choose_width(latent: int, size: tuple[int, int, int], budget: int) -> int:

@@ -1,7 +1,8 @@
 """The terms of the generator's and the student's losses: pure functions of logits, stage outputs and images.
 
 N batch, K classes, C x H x W images. Logits (N, K); all functions return a scalar () and compute in at least float32,
-whatever precision the networks ran in. Weights and signs belong to the caller: minus a divergence is an adversary.
+whatever precision the networks ran in, but for the squares of `attention_map`. Weights and signs belong to the caller:
+minus a divergence is an adversary.
 """
 
 import math
@@ -15,6 +16,8 @@ from torch import Tensor
 from zskt.files import ZsktError
 
 Scale = Literal["per_class", "batchmean"]
+Size = tuple[int, int]
+"""(H, W)"""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -49,34 +52,48 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.stack(list(halves)).mean()
 
 
-def attention_map(features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def attention_map(features: Tensor, size: Size | None = None) -> Tensor:
     """Mean over channels of the squared activations (N, C, H, W), as a unit vector per image: (N, H W).
 
-    With a `size` other than (H, W) the map is first averaged down to it.
+    With a `size` other than (H, W) the map is first averaged down to it. Squares of bfloat16 are rounded to it, which
+    spares copies of all activations; everything from their sum on is in at least float32.
     """
-    maps = at_least_float32(features).square().mean(dim=1)  # (N, H, W)
+    # A sum and a division, not a mean, whose gradient would be written out, in contiguous order, for every channel.
+    x = features.float() if features.dtype == torch.float16 else features  # whose squares end at 256^2
+    maps = x.square().sum(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)) / x.shape[1]  # (N, H, W)
     if size is not None and maps.shape[1:] != size:
         maps = F.adaptive_avg_pool2d(maps, size)
     return F.normalize(maps.flatten(1), dim=1)
 
 
-def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Sum over stages of mean_n,p (a_np - b_np)^2, with a and b the attention maps at pixels p.
-
-    Stage outputs are (N, C, H, W); channels may differ within a pair. Where H or W differ, the finer map is averaged
-    down to the coarser one. Source: released ZSKT code (the paper's eq. 1 has a norm in place of the mean square),
-    which knows equal resolutions only.
-    """
+def common_sizes(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Size, ...]:
+    """(H, W) at which each pair of stage outputs (N, C, H, W) is compared: the coarser of both."""
     if not student or len(student) != len(teacher):
         raise ZsktError(
             f"attention transfer needs as many student stages as teacher stages, found {len(student)} and "
             f"{len(teacher)}; set student.loss.attention to 0 or name the stages"
         )
-    distances = []
-    for a, b in zip(student, teacher, strict=True):
-        size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
-        distances.append((attention_map(a, size) - attention_map(b, size)).square().mean())
-    return torch.stack(distances).sum()
+    return tuple(
+        (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])) for a, b in zip(student, teacher, strict=True)
+    )
+
+
+def attention_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Sum over stages of mean_n,p (a_np - b_np)^2 of attention maps a and b (N, P) at pixels p.
+
+    Source: released ZSKT code (the paper's eq. 1 has a norm in place of the mean square).
+    """
+    return torch.stack([(a - b).square().mean() for a, b in zip(student, teacher, strict=True)]).sum()
+
+
+def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """The distance between the attention maps of stage outputs (N, C, H, W), whose channels may differ within a pair.
+
+    Where H or W differ, the finer map is averaged down to the coarser one; the released code knows equal sizes only.
+    """
+    sizes = common_sizes(student, teacher)
+    maps = ([attention_map(*stage) for stage in zip(stages, sizes, strict=True)] for stages in (student, teacher))
+    return attention_distance(*maps)
 
 
 def batchnorm_prior(statistics: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:

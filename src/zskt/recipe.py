@@ -130,8 +130,9 @@ def student_terms(config: Config) -> dict[str, Term]:
 
 def _attention(beliefs: Beliefs) -> Tensor:
     """Of the stages that are compared: the teacher's last one may be there beside them, for the activation prior."""
-    student = beliefs.student.stages
-    return losses.attention_transfer(student, beliefs.teacher.stages[: len(student)])
+    student, teacher = beliefs.student, beliefs.teacher
+    sizes = losses.common_sizes(student.stages, teacher.stages[: len(student.stages)])
+    return losses.attention_distance(student.attention_maps(sizes), teacher.attention_maps(sizes))
 
 
 def _weighted(weight: float, term: Term) -> Term:

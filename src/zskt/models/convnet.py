@@ -25,7 +25,9 @@ class ConvNet(nn.Module):
 
     @staticmethod
     def _stage(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.stage1(x), 2)  # (N, width, H / 2, W / 2)

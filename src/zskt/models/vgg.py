@@ -3,7 +3,7 @@
 And narrower ones, for students: vgg-11-16 is a quarter as wide.
 """
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zskt.files import UsageError
@@ -40,14 +40,15 @@ class VGG(nn.Module):
         layers: list[nn.Module] = []
         for outputs in widths:
             convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
             inputs = outputs
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
             x = self.pool(stage(x))  # (N, width .. 8 width, H / 2 .. H / 16, W / 2 .. W / 16)
-        x = torch.mean(self.stage5(x), dim=(2, 3))  # (N, 8 width)
+        x = self.stage5(x)
+        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # (N, 8 width)
         logits: Tensor = self.fc(x)  # (N, K)
         return logits
 

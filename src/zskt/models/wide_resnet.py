@@ -1,6 +1,5 @@
 """WideResNet-d-k with pre-activation blocks (Zagoruyko & Komodakis 2016), the networks of the ZSKT paper."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,8 +19,8 @@ class _Block(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
-        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        activated = F.relu(self.bn1(x), inplace=True)
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
         shortcut: Tensor = x if self.shortcut is None else self.shortcut(activated)
         return shortcut + residual
 
@@ -65,7 +64,8 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))  # (N, 64 k, H / 4, W / 4)
-        x = torch.mean(F.relu(self.bn1(x)), dim=(2, 3))  # (N, 64 k)
+        x = F.relu(self.bn1(x), inplace=True)
+        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # (N, 64 k)
         logits: Tensor = self.fc(x)  # (N, K)
         return logits
 
