@@ -14,7 +14,7 @@ import record
 from zskt.data import KNOWN, read
 from zskt.figures import average_transitions
 from zskt.importing import import_weights
-from zskt.process import denormals_flushed
+from zskt.process import arithmetic
 from zskt.transitions import average_curves, compare
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     )
     results, rows = {}, []
     for precision, start in (("fp32", "prediction"), ("fp32", "label"), ("bf16", "prediction")):
-        with Progress() as progress, denormals_flushed():
+        with Progress() as progress, arithmetic():
             task = progress.add_task(f"{precision}, from the {start}")
             found = compare(
                 first,

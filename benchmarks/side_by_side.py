@@ -104,7 +104,7 @@ def main() -> None:
         arrange(teacher, config)
         arrange(student, config)
         rng = torch.Generator().manual_seed(arguments.seed)
-        matching = assemble(config, teacher, student, rng, torch.Generator())
+        matching = assemble(config, teacher, student, rng, torch.Generator(rng.device))
     formats = (torch.contiguous_format, torch.channels_last)
     generators = [copy.deepcopy(matching.generator) for _ in formats]
     steps = [engine(matching)]

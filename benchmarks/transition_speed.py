@@ -16,7 +16,7 @@ from rich.progress import track
 
 import record
 from zskt import models
-from zskt.process import denormals_flushed, seeded, synchronise
+from zskt.process import arithmetic, seeded, synchronise
 from zskt.recipe import pick_device
 from zskt.reference import released_transitions
 from zskt.teacher import Teacher
@@ -34,7 +34,6 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with seeded(0):
         first, second = (
             Teacher(models.wide_resnet(16, 1), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3).to(device)
@@ -58,7 +57,7 @@ def main() -> None:
         synchronise(device)
         return time.perf_counter() - begun
 
-    with denormals_flushed():
+    with arithmetic():
         loop, batched = released(2, 4), ours(2, 4)  # warm-up, and a look at whether they do the same
         difference = float((torch.stack(loop).cpu() - batched.examples).abs().max())
         pairs = [(timed(released), timed(ours)) for _ in track(range(arguments.rounds))]

@@ -74,7 +74,7 @@ def make_matching(
     rng = torch.Generator(like.device).manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        matching = assemble(config, teacher, student, rng, torch.Generator().manual_seed(seed))
+        matching = assemble(config, teacher, student, rng, torch.Generator(like.device).manual_seed(seed))
     return matching, config
 
 

@@ -100,16 +100,16 @@ def test_bank_continues_identically_from_its_state(before: int) -> None:
         two.batches(second, filled(value), 3)
         assert all(torch.equal(a, b) for a, b in zip(one.taught, two.taught, strict=True))
     assert torch.equal(first.images, second.images)
-    assert first.added == second.added == before + 5
+    assert first.slot == second.slot == (before + 5) % 3
 
 
-@pytest.mark.parametrize("filled_before", [1, 3])
-def test_bank_from_a_checkpoint_goes_back_to_the_device_of_the_images(filled_before: int) -> None:
-    memory, counting = bank(), Counting()
-    memory.load_state_dict({"images": torch.zeros(filled_before, *SHAPE).bfloat16(), "added": torch.tensor(3)})
-    images = filled(1).to("meta")  # stands in for a GPU: state from disk is on the CPU
-    (batch,) = counting.batches(memory, images, 1)
-    assert batch.images.device == images.device
+@pytest.mark.gpu
+def test_bank_from_a_checkpoint_goes_back_to_its_device() -> None:
+    memory, counting = Bank(3, torch.Generator("cuda")), Counting()
+    memory.load_state_dict({"images": torch.zeros(2, *SHAPE).bfloat16(), "slot": torch.tensor([2])})
+    (batch,) = counting.batches(memory, filled(1).cuda(), 1)
+    assert batch.images.is_cuda
+    assert memory.slot.is_cuda
 
 
 @pytest.mark.parametrize("make", [Same, Fresh])

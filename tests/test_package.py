@@ -37,6 +37,7 @@ STORY = [
     "figures",
     "checkpoint",
     "process",
+    "capture",
     "students",
     "report",
     "distill",

@@ -24,7 +24,7 @@ from zskt.features import forward_flops
 from zskt.files import UsageError, ZsktError, unknown
 from zskt.generator import Generator
 from zskt.matching import BeliefMatching
-from zskt.process import denormals_flushed, seeded, synchronise
+from zskt.process import arithmetic, seeded, synchronise
 from zskt.recipe import arrange, assemble, load_recipe, pick_device
 from zskt.reference import released_loop
 from zskt.roofline import explain
@@ -63,7 +63,7 @@ def engine(pair: Pair, precision: Precision, device: torch.device) -> BeliefMatc
         teacher, student, rng = _networks(pair, device)
         arrange(teacher, config)
         arrange(student, config)
-        return assemble(config, teacher, student, rng, torch.Generator())
+        return assemble(config, teacher, student, rng, torch.Generator(device))
 
 
 def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
@@ -111,7 +111,7 @@ def time_pair(
     """Seconds of one step per arm, `rounds` times each, interleaved, after one untimed step each."""
     arms = {arm: start(pair, arm, device) for arm in ARMS}
     seconds: dict[Arm, list[float]] = {arm: [] for arm in ARMS}
-    with denormals_flushed():
+    with arithmetic():
         for i in range(rounds + 1):
             for arm, step in arms.items():
                 synchronise(device)

@@ -150,6 +150,8 @@ class Config:
     """of weights and images; channels_last is faster"""
     fused: bool = True
     """fused optimisers: one kernel for all parameters"""
+    cuda_graph: bool = False
+    """repeat every step as one CUDA graph, instead of launching its kernels one by one; for device cuda"""
     log_every: int | Literal["auto"] = "auto"
     """steps between lines of metrics.jsonl; auto: at most 1,000 lines"""
     evaluate_every: int | Literal["auto"] = "auto"
@@ -172,6 +174,8 @@ class Config:
                 raise UsageError(f"{name} = {value!r}: expected a positive number")
             if name in _NOT_NEGATIVE and value < 0:
                 raise UsageError(f"{name} = {value!r}: expected 0 or a positive number")
+        if self.cuda_graph and not self.fused:
+            raise UsageError("cuda_graph = true needs fused = true: other optimisers wait for the device")
         if self.batch_size < 2:
             raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
         student, schedule, loss = self.student, self.schedule, self.generator.loss

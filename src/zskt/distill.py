@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zskt import checkpoint
 from zskt.belief import check_images, judge, network_like, predict, pseudo_beliefs, warning_lights
+from zskt.capture import CapturedStep
 from zskt.config import Config, from_toml, replace, to_toml
 from zskt.features import evaluating, logits_of
 from zskt.figures import believed_grid, save_image
@@ -23,7 +24,7 @@ from zskt.files import UsageError, ZsktError, read_json, read_tensors, read_text
 from zskt.generator import Generator, pseudo_images
 from zskt.matching import BeliefMatching, StepLosses
 from zskt.pairs import stages_pair_up
-from zskt.process import denormals_flushed, seeded, stream, versions
+from zskt.process import arithmetic, seeded, stream, versions
 from zskt.rebuild import describe_module
 from zskt.recipe import AUTO, arrange, assemble, choose, pick_device, settle_layout, settle_stages, settle_width
 from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
@@ -129,6 +130,8 @@ def distill(
     if folder is not None:
         checkpoint.check_folder(folder, config, resume)
     device = pick_device(config.device)
+    if config.cuda_graph and device.type != "cuda":
+        raise UsageError(f"cuda_graph = true is for CUDA devices, found {device}; leave it out or use --device cuda")
     student.to(device)
     arrange(student, config)
     working_teacher = copy.deepcopy(teacher).to(device)
@@ -136,9 +139,9 @@ def distill(
     if evaluate is not None:
         check_images(teacher, *evaluate)  # wrong size or labels: said now, not after the first hours
 
-    with checkpoint.owning(folder), denormals_flushed(), seeded(stream(config.seed, "run"), device):
+    with checkpoint.owning(folder), arithmetic(), seeded(stream(config.seed, "run"), device):
         rng = torch.Generator(device).manual_seed(stream(config.seed, "latents"))
-        bank_rng = torch.Generator().manual_seed(stream(config.seed, "bank"))
+        bank_rng = torch.Generator(device).manual_seed(stream(config.seed, "bank"))
         matching = assemble(config, working_teacher, student, rng, bank_rng)
         run = Run(config, matching, working_teacher, folder, evaluate, [rng, bank_rng], started)
         try:
@@ -179,6 +182,7 @@ class Run:
         self.evaluate = evaluate
         self.rngs = rngs
         self.started = started
+        self.advance = CapturedStep(matching, rngs) if config.cuda_graph else matching.step
         self.step = 0
         self.seconds_before = 0.0
         self.answers: Tensor | None = None
@@ -201,7 +205,7 @@ class Run:
         last = min(config.steps, self.step + budget[1])
         with checkpoint.stopping(budget[0], signals=self.folder is not None) as request:
             while self.step < last:
-                losses = self.matching.step()
+                losses = self.advance()
                 self.step += 1
                 line = self.log(losses)
                 for callback in callbacks:

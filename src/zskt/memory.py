@@ -33,6 +33,11 @@ class Memory(Protocol):
     needs_images: bool
     """Whether `batches` wants the images that the search ended with."""
 
+    @property
+    def steady(self) -> bool:
+        """Whether its tensors have the shapes and places that they will keep."""
+        ...
+
     def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -41,6 +46,8 @@ class Memory(Protocol):
 
 
 class _Stateless:
+    steady = True
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -79,11 +86,15 @@ class Bank:
     needs_images = True
 
     def __init__(self, capacity: int, rng: torch.Generator) -> None:
-        """`capacity` in pseudo batches; `rng` on the CPU, its state is the caller's to save."""
+        """`capacity` in pseudo batches; `rng` on the images' device, its state is the caller's to save."""
         self.capacity = capacity
         self.rng = rng
         self.images: Tensor | None = None  # (filled, N, C, H, W) bfloat16
-        self.added = 0
+        self.slot = torch.zeros(1, dtype=torch.int64, device=rng.device)  # where the next batch goes
+
+    @property
+    def steady(self) -> bool:
+        return self.images is not None and len(self.images) == self.capacity
 
     def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]:
         assert images is not None
@@ -91,19 +102,20 @@ class Bank:
         if self.images is None:
             self.images = stored
         elif len(self.images) < self.capacity:
-            self.images = torch.cat([self.images.to(stored.device), stored])
+            self.images = torch.cat([self.images, stored])
         else:
-            self.images = self.images.to(stored.device)  # a restored bank comes from the CPU
-            self.images[self.added % self.capacity] = stored[0]
-        self.added += 1
+            self.images.index_copy_(0, self.slot, stored)
+        self.slot.add_(1).remainder_(self.capacity)
         everything = self.images.flatten(0, 1)  # (filled N, C, H, W)
         for _ in range(updates):
-            chosen = torch.randint(len(everything), (len(images),), generator=self.rng)  # (N,)
-            yield teach(everything[chosen.to(everything.device)].to(images.dtype))
+            size = (len(images),)
+            chosen = torch.randint(len(everything), size, generator=self.rng, device=everything.device)  # (N,)
+            yield teach(everything[chosen].to(images.dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.images is None else {"images": self.images, "added": torch.tensor(self.added)}
+        return {} if self.images is None else {"images": self.images, "slot": self.slot}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.images = state.get("images")
-        self.added = int(state.get("added", 0))
+        if state:
+            self.images = state["images"].to(self.rng.device)
+            self.slot.copy_(state["slot"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from zskt.checkpoint import Interrupted
 from zskt.files import UsageError, ZsktError, read_json, write_json
-from zskt.process import denormals_flushed, seeded
+from zskt.process import arithmetic, seeded
 
 Show = Callable[[int, int, str], None]
 """called with (units done, units in all, what to show beside them)"""
@@ -116,7 +116,7 @@ def time_parts(parts: Sequence[Part], root: Path, seconds: float = 20.0) -> dict
     missing = [part for part in parts if part.measured(root) is None and part.units]
     paces = {part.pace: part.trial for part in missing}
     found = {}
-    with denormals_flushed(), seeded(0):
+    with arithmetic(), seeded(0):
         for pace, trial in paces.items():
             work = trial()
             work()  # the first one is slow

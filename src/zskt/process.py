@@ -1,4 +1,4 @@
-"""The process around the work: random numbers, denormals, and what a result depends on."""
+"""The process around the work: random numbers, arithmetic, and what a result depends on."""
 
 import contextlib
 import datetime
@@ -36,13 +36,21 @@ def stream(seed: int, purpose: str) -> int:
 
 
 @contextlib.contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """Numbers too small to be normal count as 0 for a while: they carry nothing and can be 100 times slower."""
+def arithmetic() -> Iterator[None]:
+    """How numbers are computed for a while, whatever the process does otherwise.
+
+    Numbers too small to be normal count as 0: they carry nothing and can be 100 times slower. On CUDA float32 is
+    float32, not TF32, and cudnn times its algorithms once and takes the quickest.
+    """
     already = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     torch.set_flush_denormal(True)
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, True
     try:
         yield
     finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
         torch.set_flush_denormal(already)
 
 

@@ -166,8 +166,8 @@ def assemble(
 ) -> BeliefMatching:
     """The step that `config` describes, for a teacher and a student on one device.
 
-    The generator is initialised from torch's global random numbers; `rng` draws latents on that device, `bank_rng` (on
-    the CPU) draws from a bank. Raises ZsktError where teacher, student and config do not fit together.
+    The generator is initialised from torch's global random numbers; on that device `rng` draws latents and `bank_rng`
+    from a bank. Raises ZsktError where teacher, student and config do not fit together.
     """
     check_pair(teacher, student)
     side, learner = config.generator, config.student

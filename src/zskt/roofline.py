@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from zskt.matching import BeliefMatching
-from zskt.process import denormals_flushed, seeded, synchronise
+from zskt.process import arithmetic, seeded, synchronise
 
 PHASES = {
     "generator_step": "search",
@@ -122,7 +122,7 @@ def clock(matching: BeliefMatching, device: torch.device, steps: int) -> dict[st
         taken[name][-1] += time.perf_counter() - begun
         return result
 
-    with watching(matching, around), denormals_flushed():
+    with watching(matching, around), arithmetic():
         for _ in range(steps):
             for times in taken.values():
                 times.append(0.0)

@@ -298,7 +298,7 @@ class Study:
         config, _ = plan(teacher, student, recipe, settings)
         arrange(teacher, config)
         arrange(student, config)
-        return assemble(config, teacher, student, torch.Generator(device), torch.Generator()).step
+        return assemble(config, teacher, student, torch.Generator(device), torch.Generator(device)).step
 
     def try_following(self) -> Callable[[], Any]:
         """One gradient step of a batch of paths from noise."""

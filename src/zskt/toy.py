@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zskt.figures import save_image
 from zskt.files import UsageError, replacing
 from zskt.losses import forward_kl
-from zskt.process import denormals_flushed, seeded, stream
+from zskt.process import arithmetic, seeded, stream
 
 GAUSSIANS = (  # class, centre, standard deviations, radius of the hole around the centre
     (0, (0.0, 1.0), (0.3, 0.4), 0.3),
@@ -182,7 +182,7 @@ class PointMatching:
 def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None] | None = None) -> ToyResult:
     """The whole experiment; about fifty rounds are recorded, evenly spaced, and `callback` gets each as it is."""
     started = time.monotonic()
-    with denormals_flushed(), contextlib.ExitStack() as restoring:
+    with arithmetic(), contextlib.ExitStack() as restoring:
         restoring.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # enough for matrices this small, and the same sums on every machine
         points, labels = butterfly(seed)
@@ -212,7 +212,7 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
 
 def seconds_per_round(rounds: int = 20) -> float:
     """How long a round takes on this machine, from so many of them between untrained networks; drawing not included."""
-    with denormals_flushed(), seeded(0), contextlib.ExitStack() as restoring:
+    with arithmetic(), seeded(0), contextlib.ExitStack() as restoring:
         restoring.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         matching = PointMatching(mlp().requires_grad_(False), mlp(), torch.randn(POINTS, 2))

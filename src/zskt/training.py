@@ -27,7 +27,7 @@ from zskt.belief import check_images, judge, network_like, predict
 from zskt.config import check_bounds
 from zskt.features import memory_format
 from zskt.files import UsageError, ZsktError, unknown
-from zskt.process import denormals_flushed, seeded, stream, versions
+from zskt.process import arithmetic, seeded, stream, versions
 from zskt.recipe import pick_device
 from zskt.teacher import Teacher, check_teacher_folder, count_parameters, save_network
 
@@ -162,7 +162,7 @@ def fit(
     result = TrainingResult(network)
     with (
         checkpoint.owning(folder),
-        denormals_flushed(),
+        arithmetic(),
         seeded(stream(training.seed, "augmentation"), device),
         checkpoint.stopping(seconds, signals=state is not None) as request,
     ):
