@@ -1,12 +1,14 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   distil a student without data, in about a minute
 #   make test   lint, types and tests
+# and a third what it costs: make bench [DEVICE=cuda]
 # Set-up goes to stderr, so that the last line on stdout is the demo's JSON.
 
 PYTHON ?= python3
 BIN := .venv/bin
+DEVICE ?= auto
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/installed
 	@$(BIN)/python -m zskt demo
@@ -14,6 +16,9 @@ demo: .venv/installed
 test: .venv/installed
 	@scripts/check
 	@scripts/test
+
+bench: .venv/installed
+	@$(BIN)/python benchmarks/step_time.py --device $(DEVICE)
 
 check: .venv/installed
 	@scripts/check

@@ -185,6 +185,7 @@ def quiet() -> Iterator[None]:
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.11, on loading
             yield
     finally:
         logging.disable(disabled)
