@@ -10,6 +10,7 @@ import argparse
 
 import record
 from zskt import bench
+from zskt.recipe import pick_device
 
 
 def main() -> None:
@@ -28,7 +29,8 @@ def main() -> None:
             cells = [f"{result[f'seconds_{arm}']:.3f}", times, f"{result[f'peak_mib_{arm}']:.0f}"]
             rows.append([bench.describe(name), arm, *cells])
     head = ["pair", "arm", "seconds", "times as fast, median (range)", "peak MiB"]
-    record.write("step-time", "One step: engine and released loop, interleaved", results, head, rows)
+    name = "-".join(["step-time", *arguments.pairs, pick_device(arguments.device).type])
+    record.write(name, "One step: engine and released loop, interleaved", results, head, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""`zskt bench --explain`, recorded: how much of this machine each phase of a step uses.
+
+python benchmarks/roofline.py [--pairs wrn lenet] [--device cuda]
+"""
+
+import argparse
+
+import record
+from zskt import bench
+from zskt.recipe import pick_device
+from zskt.roofline import PHASES
+
+
+def main() -> None:
+    """Count and time each pair; one result file for all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", nargs="+", default=["wrn"], choices=bench.PAIRS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=5)
+    arguments = parser.parse_args()
+    results = {name: bench.explain_pair(name, arguments.device, steps=arguments.steps) for name in arguments.pairs}
+    rows = []
+    for name, result in results.items():
+        for precision in bench.ENGINE:
+            found = result[precision]
+            rates = f"{found['operations_per_second'] / 1e9:,.0f} GFLOP/s, {found['bytes_per_second'] / 1e9:,.1f} GB/s"
+            for phase, row in found["phases"].items():
+                rows.append(
+                    [
+                        f"{bench.PAIRS[name].teacher} -> {bench.PAIRS[name].student}",
+                        f"{precision} ({rates})",
+                        PHASES.get(phase, "whole step"),
+                        f"{row['operations'] / 1e9:,.1f}",
+                        f"{row['bytes'] / 1e9:.3f}",
+                        f"{row['seconds_at_best']:.4f}",
+                        f"{row['seconds']:.4f}",
+                        f"{row['fraction']:.0%}",
+                    ]
+                )
+    head = ["pair", "precision", "phase", "GFLOP", "GB at least", "s at best", "s measured", "attained"]
+    name = "-".join(["roofline", *arguments.pairs, pick_device(arguments.device).type])
+    record.write(name, "Each phase of a step beside what this machine could do", results, head, rows)
+
+
+if __name__ == "__main__":
+    main()
