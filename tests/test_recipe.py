@@ -1,6 +1,9 @@
 """Recipes become objects: rates, terms, widths, pairs of stages; every recipe that comes with the package runs."""
 
+import json
 import math
+import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from zskt.losses import attention_map
 from zskt.matching import Beliefs
 from zskt.memory import Bank, Fresh, Same
 from zskt.recipe import (
+    BF16_COMPARED,
     arrange,
     assemble,
     choose,
@@ -25,6 +29,7 @@ from zskt.recipe import (
     load_recipe,
     pick_device,
     recipe_texts,
+    settle_precision,
     settle_width,
     student_terms,
 )
@@ -215,3 +220,29 @@ def test_every_recipe_runs(size: tuple[int, int, int], classes: int) -> None:
         assert losses.student_logits.shape == (4, classes)
         ran += 1
     assert ran == len(recipe_texts()) >= 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capable", "dtype", "expected"),
+    [
+        ("zskt-prior", True, torch.float32, "bf16"),
+        ("zskt-prior", False, torch.float32, "fp32"),
+        ("zskt-prior", True, torch.float64, "fp32"),
+        ("zskt-mmrazor", True, torch.float32, "fp32"),  # never compared
+    ],
+)
+def test_auto_precision_is_bf16_only_where_that_was_compared(
+    recipe: str, capable: bool, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: capable)
+    config = replace(load_recipe(recipe), {"precision": "auto", "device": "cpu"})
+    assert settle_precision(config, make_teacher().to(dtype)).precision == expected
+
+
+def test_each_recipe_that_auto_runs_in_bf16_has_its_comparison() -> None:
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    found = json.loads(sorted(folder.glob("*-precision.json"))[-1].read_text())
+    for recipe in BF16_COMPARED:
+        fp32, bf16 = (found[recipe]["accuracy"][precision] for precision in ("fp32", "bf16"))
+        assert len(fp32) == len(bf16) >= 3
+        assert statistics.fmean(fp32) - statistics.fmean(bf16) <= statistics.stdev(fp32)

@@ -144,8 +144,8 @@ class Config:
     """of latents, initialisation made here, dropout"""
     device: str = "auto"
     """a torch device; auto: cuda where there is one, else cpu"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32: the networks' own dtype; bf16: autocast, losses and weights in fp32"""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """fp32: the networks' own dtype; bf16: autocast, losses and weights in fp32; auto: bf16 where it is known to do"""
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     """of weights and images; channels_last is faster"""
     fused: bool = True

@@ -26,7 +26,17 @@ from zskt.matching import BeliefMatching, StepLosses
 from zskt.pairs import stages_pair_up
 from zskt.process import arithmetic, seeded, stream, versions
 from zskt.rebuild import describe_module
-from zskt.recipe import AUTO, arrange, assemble, choose, pick_device, settle_layout, settle_stages, settle_width
+from zskt.recipe import (
+    AUTO,
+    arrange,
+    assemble,
+    choose,
+    pick_device,
+    settle_layout,
+    settle_precision,
+    settle_stages,
+    settle_width,
+)
 from zskt.teacher import Teacher, check_pair, count_parameters, load_student, save_network
 
 
@@ -87,7 +97,8 @@ def plan(
     if recipe == AUTO and config.student.loss.attention and not named and not stages_pair_up(teacher, student):
         config = replace(config, {"student.loss.attention": 0.0})
         reason += "; without attention transfer, as the stages of teacher and student do not pair up"
-    config = settle_stages(replace(config, settings), teacher, student)
+    config = settle_precision(replace(config, settings), teacher)
+    config = settle_stages(config, teacher, student)
     config, unable = settle_layout(config, teacher, student)
     if unable:
         problem = f"the {unable} cannot work in channels_last (a reshape by view, perhaps)"

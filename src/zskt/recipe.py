@@ -22,6 +22,8 @@ from zskt.pairs import stage_pairs
 from zskt.teacher import Teacher, check_pair
 
 AUTO = "auto"
+BF16_COMPARED = ("zskt-prior", "zskt")
+"""Recipes whose bf16 lost no accuracy beyond a standard deviation over three seeds (benchmarks/precision.py)."""
 
 
 def recipe_texts() -> dict[str, str]:
@@ -58,6 +60,16 @@ def settle_width(config: Config, teacher: Teacher, student: nn.Module) -> Config
     budget = forward_flops(teacher.module, size) + forward_flops(student, size)
     width = choose_width(config.generator.latent, size, budget)
     return dataclasses.replace(config, generator=dataclasses.replace(config.generator, width=width))
+
+
+def settle_precision(config: Config, teacher: Teacher) -> Config:
+    """The config with `auto` precision decided: bf16 on a CPU that computes in it, for recipes of BF16_COMPARED."""
+    if config.precision != "auto":
+        return config
+    like = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), torch.float32)
+    fast = pick_device(config.device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    known = config.recipe in BF16_COMPARED and like == torch.float32
+    return dataclasses.replace(config, precision="bf16" if fast and known else "fp32")
 
 
 def settle_stages(config: Config, teacher: Teacher, student: nn.Module) -> Config:
@@ -187,6 +199,7 @@ def assemble(
             stages = (stages[0] + last, stages[1])
     like = next(p for p in student.parameters() if p.requires_grad)
     assert isinstance(side.width, int), "settle_width first"
+    assert config.precision != "auto", "settle_precision first"
     generator = Generator(side.latent, teacher.input_size, side.width).to(like.device, like.dtype)
     arrange(generator, config)
     memories: dict[str, Callable[[], Memory]] = {

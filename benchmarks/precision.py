@@ -1,0 +1,82 @@
+"""Does bf16 cost accuracy? Digits, three seeds, the same teachers and initial students in fp32 and in bf16.
+
+python benchmarks/precision.py     (about ten minutes on two cores)
+
+Precision `auto` may take bf16 for the recipes that lose no more than one standard deviation of fp32 here.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+from zskt import distill, models
+from zskt.baselines import teach
+from zskt.data import KNOWN, digits
+from zskt.demo import BATCH, EPOCHS, SHIFT, STEPS, STUDENT, TEACHER
+from zskt.process import seeded
+from zskt.progress import distilling, teaching
+from zskt.teacher import Teacher, load_network
+from zskt.training import Training, updates_in
+
+SEEDS = (0, 1, 2)
+PRECISIONS = ("fp32", "bf16")
+
+
+def make_teacher(seed: int) -> Teacher:
+    """The demo's teacher."""
+    known, (train, test) = KNOWN["digits"], digits(0)
+    with seeded(seed):
+        module = models.build(TEACHER, len(known.class_names), known.size)
+    training = Training(updates_in(EPOCHS, len(train.images), BATCH), batch_size=BATCH, shift=SHIFT, seed=seed)
+    with tempfile.TemporaryDirectory() as folder, teaching() as callback:
+        out = Path(folder) / "teacher"
+        data = (train.images, train.labels), (test.images, test.labels)
+        teach(module, *data, training, mean=known.mean, std=known.std, out=out, callbacks=[callback])
+        return load_network(out)
+
+
+def main() -> None:
+    """Distil with each recipe, seed and precision; write accuracies and what bf16 cost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipes", nargs="+", default=["zskt-prior", "zskt"])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    known, (_, test) = KNOWN["digits"], digits(0)
+    teachers = {seed: make_teacher(seed) for seed in SEEDS}
+    result: dict[str, Any] = {}
+    rows = []
+    for recipe in arguments.recipes:
+        accuracies: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+        for seed in SEEDS:
+            for precision in PRECISIONS:
+                with seeded(seed):
+                    student = models.build(STUDENT, len(known.class_names), known.size)
+                settings = {"precision": precision, "device": "cpu"}
+                with distilling() as callback:
+                    found = distill(
+                        teachers[seed],
+                        student,
+                        recipe,
+                        steps=arguments.steps,
+                        seed=seed,
+                        settings=settings,
+                        evaluate=(test.images, test.labels),
+                        callbacks=[callback],
+                    )
+                accuracies[precision].append(found.measured["accuracy"])
+        mean = {precision: statistics.fmean(values) for precision, values in accuracies.items()}
+        std = {precision: statistics.stdev(values) for precision, values in accuracies.items()}
+        cost = mean["fp32"] - mean["bf16"]
+        result[recipe] = {"accuracy": accuracies, "cost": cost, "within_one_std": cost <= std["fp32"]}
+        for precision, values in accuracies.items():
+            seeds = [f"{value:.4f}" for value in values]
+            rows.append([recipe, precision, *seeds, f"{mean[precision]:.4f} ± {std[precision]:.4f}"])
+    title = f"Digits, {TEACHER} -> {STUDENT}, {arguments.steps} steps: fp32 beside bf16"
+    record.write("precision", title, result, ["recipe", "precision", *(f"seed {s}" for s in SEEDS), "mean ± std"], rows)
+
+
+if __name__ == "__main__":
+    main()
