@@ -57,6 +57,14 @@ def test_command_prints_the_stable_keys(capsys: pytest.CaptureFixture[str], monk
     assert all(result[key] > 0 for key in keys)
 
 
+def test_peak_memory_is_that_of_the_steps_and_not_of_who_asks() -> None:
+    held = torch.ones(2**28)  # 1 GiB here is nothing there
+    found = {arm: bench.peak_memory("digits", arm, "cpu") for arm in bench.ARMS}
+    del held
+    assert all(1 < mib < 500 for mib in found.values())
+    assert found["fp32"] <= found["reference"]
+
+
 def test_unknown_pairs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--pair", "wrm"]) == 2
     assert "did you mean wrn" in capsys.readouterr().err

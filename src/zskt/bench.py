@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -168,9 +169,12 @@ def print_peak_memory(name: str, arm: Arm, device_name: str) -> None:
 def _high_water(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every platform
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise ZsktError("peak memory is read from /proc, which this system does not have; measure on Linux")
+    # Not getrusage's maximum: a child starts with its parent's there.
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def describe(name: str) -> str:
