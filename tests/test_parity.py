@@ -20,12 +20,12 @@ CLIP_THAT_BITES = 0.01
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def pair(recipe: str) -> tuple[Teacher, nn.Module]:
-    """A teacher and a student in float64; four post-ReLU stages for mmrazor's recipe, three WRN stages otherwise."""
+def pair(recipe: str, dtype: torch.dtype = torch.float64) -> tuple[Teacher, nn.Module]:
+    """A teacher and a student; four post-ReLU stages for mmrazor's recipe, three WRN stages otherwise."""
     torch.manual_seed(1)
     if recipe == "zskt-mmrazor":
-        return make_teacher(FourStages(8)).double(), FourStages(4).double()
-    return make_teacher().double(), models.wide_resnet(10, 1).double()
+        return make_teacher(FourStages(8)).to(dtype), FourStages(4).to(dtype)
+    return make_teacher().to(dtype), models.wide_resnet(10, 1).to(dtype)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -42,13 +42,16 @@ def compare(
     device: str = "cpu",
     clip: float | None = None,
     tamper: Callable[[BeliefMatching], None] = lambda matching: None,
+    dtype: torch.dtype = torch.float64,
+    precision: str = "fp32",
+    iterations: int = OUTER_ITERATIONS,
 ) -> tuple[float, float]:
     """Run both loops from the same state; the largest relative differences of losses and of tensors."""
-    teacher, student = pair(recipe)
+    teacher, student = pair(recipe, dtype)
     teacher.to(device)
     student.to(device)
     plain_teacher, plain_student = copy.deepcopy(teacher.module).requires_grad_(True), copy.deepcopy(student)
-    changes: dict[str, Any] = {"memory_format": memory_format, "fused": fused}
+    changes: dict[str, Any] = {"memory_format": memory_format, "fused": fused, "precision": precision}
     if clip is not None:
         changes |= {"generator.clip": clip, "student.clip": clip}
     matching, config = make_matching(recipe, teacher, student, changes)
@@ -60,13 +63,13 @@ def compare(
         plain_teacher,
         plain_student,
         plain_generator,
-        lambda: torch.randn(shape, generator=rng, dtype=torch.float64, device=device),
+        lambda: torch.randn(shape, generator=rng, dtype=dtype, device=device),
         student.stages,
         total=config.steps,
         method=recipe,
     )
     loss_difference = 0.0
-    for _ in range(OUTER_ITERATIONS):
+    for _ in range(iterations):
         ours, theirs = matching.step(), next(oracle)
         for mine, other in zip(ours.generator, theirs.generator_losses, strict=True):
             loss_difference = max(loss_difference, distance(mine.total, other))
@@ -88,6 +91,17 @@ def test_engine_is_the_released_loop(recipe: str, memory_format: str, device: st
     loss_difference, tensor_difference = compare(recipe, memory_format, device=device)
     assert loss_difference <= 1e-10
     assert tensor_difference <= 1e-9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize("recipe", ["zskt", "zskt-fresh", "zskt-mmrazor"])
+def test_first_iteration_in_lower_precision(recipe: str, precision: str, limit: float, device: str) -> None:
+    """One iteration only: later on rounding alone drives an adversarial game apart."""
+    difference, _ = compare(
+        recipe, "channels_last", device=device, dtype=torch.float32, precision=precision, iterations=1
+    )
+    assert 0 < difference <= limit
 
 
 def test_plain_optimisers_take_the_same_steps() -> None:
