@@ -70,7 +70,7 @@ def probe(module: nn.Module, size: tuple[int, int, int]) -> Probe:
     with torch.no_grad():
         try:
             both = logits_of(module(noise))  # (3, K)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _fixed_batch(2, error) from error
     if both.shape[0] != 3:
         raise ZsktError(f"expected logits for each of 3 images, found {both.shape[0]}; return (batch, classes)")
@@ -98,14 +98,13 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: tuple[int, int, int])
             outputs = logits_of(module(images))  # (2, K)
         except ZsktError:
             raise
-        except Exception as error:  # a module of somebody else's may refuse a shape in any way
+        except (Exception, SystemExit) as error:  # somebody else's module may refuse a shape in any way
             raise _refusal(module, noise.detach(), size, error) from error
     if images._version:
         raise ZsktError("the network changes its images in place, which others see after it; make that out of place")
     if not outputs.is_floating_point():
-        raise ZsktError(
-            f"expected logits, found integers ({outputs.dtype}): an argmax inside? Return what it is taken of"
-        )
+        advice = "return their real part" if outputs.is_complex() else "an argmax inside? Return what it is taken of"
+        raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}: {advice}")
     if not torch.isfinite(outputs).all():
         raise ZsktError("the network answers noise with NaN or infinity; check its weights")
     if outputs.shape[1] < 2:
@@ -113,7 +112,12 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: tuple[int, int, int])
     unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): probabilities have a sum without gradient
     gradient = None
     if outputs.requires_grad:
-        (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
+        try:
+            (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
+        except Exception as error:
+            raise ZsktError(
+                f"the backward pass of the network fails ({first_line(error)}); see what it changes in place"
+            ) from error
     if gradient is None:
         raise ZsktError(
             "no gradient reaches the images, and without it there is no search: the network runs under torch.no_grad "
@@ -124,14 +128,14 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: tuple[int, int, int])
     return outputs.detach()
 
 
-def _refusal(module: nn.Module, noise: Tensor, size: tuple[int, int, int], error: Exception) -> ZsktError:
+def _refusal(module: nn.Module, noise: Tensor, size: tuple[int, int, int], error: BaseException) -> ZsktError:
     """Why two images were not taken: another batch size, integers, or another image size."""
 
     def taken(images: Tensor) -> bool:
         try:
             with torch.no_grad():
                 module(images)
-        except Exception:
+        except (Exception, SystemExit):
             return False
         return True
 
@@ -145,7 +149,7 @@ def _refusal(module: nn.Module, noise: Tensor, size: tuple[int, int, int], error
     )
 
 
-def _fixed_batch(count: int, error: Exception) -> ZsktError:
+def _fixed_batch(count: int, error: BaseException) -> ZsktError:
     return ZsktError(
         f"the network takes batches of exactly {count} ({first_line(error)}); export it with a dynamic batch, as in "
         "torch.export.export(..., dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
