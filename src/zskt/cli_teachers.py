@@ -20,7 +20,7 @@ from zskt.data import KNOWN, Dataset, read
 from zskt.distill import plan
 from zskt.factories import parse_arguments
 from zskt.features import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
-from zskt.files import UsageError, ZsktError
+from zskt.files import UsageError, ZsktError, printable
 from zskt.importing import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
 from zskt.loading import Loaded, is_own_folder, load
 from zskt.process import seeded
@@ -289,7 +289,7 @@ def run_inspect(
     count = max(100, min(1_000, NOISE_FLOPS // max(1, flops)))  # of noise images: as many as take a few seconds
     result: Result = {
         "kind": loaded.kind,
-        "model": getattr(network.module, "spec", None),
+        "model": spec if isinstance(spec := getattr(network.module, "spec", None), str) else None,
         "input_size": list(network.input_size),
         "num_classes": network.num_classes,
         "output": network.output,
@@ -321,9 +321,9 @@ def run_inspect(
             "generator_width": config.generator.width,
             "attention_pairs": list(config.student.loss.stages),
         }
-    table = Table("", "found", title=escape(str(teacher)))
+    table = Table("", "found", title=escape(printable(teacher)))
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(str(value)))
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(printable(value)))
     console().print(table)
     return result
 

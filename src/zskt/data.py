@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -29,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from zskt.arrays import Pixels, Split, find_arrays, read_arrays
-from zskt.files import UsageError, ZsktError, first_line, replacing, unknown, write_json
+from zskt.files import UsageError, ZsktError, expanded, first_line, replacing, to_stderr, unknown, write_json
 from zskt.sources import Member, Notice, members_of
 
 Size = tuple[int, int, int]  # (C, H, W), C 1 or 3
@@ -253,17 +252,13 @@ def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, lis
 # The two ways in
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def read(
     sources: Sequence[str],
     split: Split,
     *,
     size: Size | None = None,
     progress: Progress | None = None,
-    notice: Notice = _to_stderr,
+    notice: Notice = to_stderr,
 ) -> Dataset:
     """One split of the data in `sources`: paths of folders, zips, tars and files, or ["digits"].
 
@@ -316,7 +311,7 @@ def digits(split_seed: int = 0) -> tuple[Dataset, Dataset]:
 
 
 def _existing(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if os.path.exists(path):  # pathlib's would raise where a folder above must not be read
         return path
     if source in KNOWN:

@@ -5,7 +5,6 @@ Image size and normalisation come from what lies beside the weights, else they a
 
 import importlib
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import nn
 
 from zskt.archives import kind_of
 from zskt.factories import call_factory, is_factory
-from zskt.files import UsageError, ZsktError, first_line, read_json
+from zskt.files import UsageError, ZsktError, expanded, first_line, read_json, to_stderr
 from zskt.graphs import read_exported, read_torchscript
 from zskt.importing import fill, unit_normalisation
 from zskt.rebuild import RUNS_CODE
@@ -60,10 +59,6 @@ class _Found:
     lost: str = ""
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def load_teacher(
     what: str | Path,
     *,
@@ -73,7 +68,7 @@ def load_teacher(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     trust: bool = False,
-    notice: Notice = _to_stderr,
+    notice: Notice = to_stderr,
 ) -> Teacher:
     """The trained classifier that `what` spells, ready to be distilled, measured or compared.
 
@@ -106,10 +101,10 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     trust: bool = False,
-    notice: Notice = _to_stderr,
+    notice: Notice = to_stderr,
 ) -> Loaded:
     """What `load_teacher` returns, and where it was found."""
-    spelling, path = str(what), Path(what).expanduser()
+    spelling, path = str(what), expanded(what)
     if is_own_folder(path):
         given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
         _refuse_unused(given, f"{path}, a folder that says everything")

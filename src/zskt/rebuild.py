@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from zskt import models
 from zskt.factories import call_factory, factory_of
-from zskt.files import ZsktError, first_line
+from zskt.files import ZsktError, first_line, to_stderr
 
 Size = tuple[int, int, int]
 
@@ -80,7 +80,7 @@ def rebuild_module(
                 f"{where} says that {spec} makes this network, which runs that code: load it with trust=True or "
                 "--trust if you trust the folder, or hand the network in, as in load_student(folder, module=...)"
             )
-        print(f"running {spec}, as {where} says, to rebuild the network", file=sys.stderr, flush=True)
+        to_stderr(f"running {spec}, as {where} says, to rebuild the network")
         return call_factory(spec, how["arguments"])
     package, _, name = str(how.get("python", "your.Network")).rpartition(".")
     folder = where.parent
