@@ -298,7 +298,7 @@ def run_inspect(
         "normalisation_from": loaded.normalisation,
         "parameters": count_parameters(network.module),
         "flops": flops,
-        "latency_ms": round(latency(network), 3),
+        "latency_ms": latency(network),
         "batchnorm_layers": norms,
         "stages": list(stages),
         "stage_resolutions": [list(side) for side in stage_resolutions(network.module, stages, network.input_size)],
@@ -328,14 +328,20 @@ def run_inspect(
     return result
 
 
-def latency(network: Teacher, seconds: float = 1.0) -> float:
-    """Median milliseconds of one image's forward on this machine, over about `seconds`, after three to warm up."""
+def latency(network: Teacher, seconds: float = 1.0) -> float | None:
+    """Median milliseconds of one image's forward on this machine, over about `seconds`, after three to warm up.
+
+    None where the network refuses a single image.
+    """
     image = torch.zeros(1, *network.input_size, dtype=torch.uint8)
     x = network.normalise(image)  # (1, C, H, W)
     times: list[float] = []
     with evaluating(network):
         while len(times) < 4 or (sum(times) < seconds and len(times) < 100):
             begun = time.perf_counter()
-            network(x)
+            try:
+                network(x)
+            except Exception:
+                return None
             times.append(time.perf_counter() - begun)
-    return 1e3 * statistics.median(times[3:])
+    return round(1e3 * statistics.median(times[3:]), 3)

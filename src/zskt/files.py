@@ -188,3 +188,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise cannot("read", path, error) from error
     except safetensors.SafetensorError as error:
         raise ZsktError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a safetensors file, read off its header."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except safetensors.SafetensorError as error:
+        raise ZsktError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from error

@@ -1,16 +1,18 @@
 """What a classifier does with noise, found before anything is built on it: classes, kind of output, gradients.
 
-N images, K classes. Nothing here switches a network into training mode.
+N images, K classes. Nothing here switches a network into training mode, but for a copy of a student.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from zskt.features import logits_of
-from zskt.files import ZsktError, first_line
+from zskt.files import ZsktError, first_line, short
 
 Output = Literal["logits", "probabilities", "log-probabilities"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
@@ -154,3 +156,48 @@ def _fixed_batch(count: int, error: BaseException) -> ZsktError:
         f"the network takes batches of exactly {count} ({first_line(error)}); export it with a dynamic batch, as in "
         "torch.export.export(..., dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
     )
+
+
+def check_state(module: nn.Module, who: str) -> None:
+    """Raise ZsktError, with the name, unless all that a network remembers are ordinary tensors with values."""
+    try:
+        state = module.state_dict()
+    except (Exception, SystemExit) as error:
+        raise ZsktError(f"the {who} does not give its state ({first_line(error)}); mend its state_dict") from error
+    for name, value in state.items():
+        found = "" if isinstance(value, Tensor) else f"a {type(value).__name__}, which no weights file holds"
+        if is_lazy(value):
+            found = "one without a shape yet; show the network an image first"
+        elif isinstance(value, Tensor) and value.is_meta:
+            found = "one without values, on the meta device; load its weights"
+        elif isinstance(value, Tensor) and value.layout is not torch.strided:
+            found = f"one of layout {value.layout}; make it dense"
+        if found:
+            raise ZsktError(f"expected an ordinary tensor in {short(name)} of the {who}, found {found}")
+
+
+def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> None:
+    """One forward and backward in training mode, of a copy, which may do otherwise than in eval mode."""
+    try:
+        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
+            twin = copy.deepcopy(student)
+            twin.train()
+            logits = logits_of(twin(images))  # (2, K)
+            trained = [p for p in twin.parameters() if p.requires_grad]
+            weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, for a softmax inside
+            reached = logits.requires_grad and any(
+                gradient is not None
+                for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
+            )
+    except ZsktError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ZsktError(
+            f"the student cannot be copied and trained on a batch of two ({first_line(error)}); mend its training mode"
+        ) from error
+    if logits.shape != shape or not reached:
+        found = f"shape {tuple(logits.shape)}" if logits.shape != shape else "ones that no gradient passes"
+        raise ZsktError(
+            f"expected logits of shape {tuple(shape)} from the student in training mode as in eval mode, found "
+            f"{found}; mend its training mode"
+        )
