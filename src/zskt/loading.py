@@ -19,7 +19,7 @@ from zskt.archives import kind_of
 from zskt.factories import call_factory, is_factory
 from zskt.files import UsageError, ZsktError, expanded, first_line, read_json, tensor_shapes, to_stderr
 from zskt.graphs import read_exported, read_torchscript
-from zskt.importing import fill, unit_normalisation
+from zskt.importing import fill, find_state_dict, unit_normalisation
 from zskt.rebuild import unallocated, without_code
 from zskt.teacher import Teacher, count_parameters, is_hub_folder, load_network, read_weights
 
@@ -254,9 +254,10 @@ def _hugging_face(folder: Path) -> _Found:
         kind_of_network = found_class[0] if isinstance(found_class, tuple) else found_class
         weights = None if tensors else read_weights(pickled[0])  # never by the library, which may unpickle
         held = sum(math.prod(shape) for path in tensors for shape in tensor_shapes(path).values())
+        held += sum(tensor.numel() for tensor in find_state_dict(weights).values()) if weights is not None else 0
         with unallocated():
             wanted = count_parameters(kind_of_network(config))
-        if tensors and wanted > 2 * held + 1_000_000:  # some may be absent, and then are said below
+        if wanted > 2 * held + 1_000_000:  # some may be absent, and then are said below
             raise ZsktError(
                 f"{folder / 'config.json'} describes {wanted:,} parameters, and the weights beside it are {held:,} "
                 "numbers; save the network anew"

@@ -130,15 +130,17 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     try:
         with torch.no_grad():
             twin = copy.deepcopy(module)
+        check_state(twin, "network")
         for parameter in twin.parameters():
             parameter.requires_grad_(False)
         twin.eval()
+    except ZsktError:
+        raise
     except (Exception, SystemExit) as error:  # locks, open files, tensors with a history, methods of its own
         raise ZsktError(
             f"the network cannot be copied and frozen ({first_line(error)}); take out what is no part of it, or load "
             "it anew"
         ) from error
-    check_state(twin, "network")
     return twin
 
 
