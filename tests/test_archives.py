@@ -202,6 +202,95 @@ def test_a_plain_program_passes_and_answers_the_same(program: Path) -> None:
     assert torch.equal(read_exported(program, trust=True).network(x), expected)
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [
+        *("_reshape_alias.default", "_scaled_dot_product_flash_attention_for_cpu.default", "set_.source_Tensor"),
+        *("resize_.default", "as_strided_.default", "squeeze_.dim", "relu.out", "from_file.default"),
+        *("segment_reduce.default", "batch_norm_update_stats.default", "max_pool2d_with_indices_backward.default"),
+        "fbgemm_linear_int8_weight.default",
+    ],
+)
+def test_operations_that_could_leave_their_tensors_are_refused(operation: str, program: Path, tmp_path: Path) -> None:
+    def names_it(model: dict[str, Any]) -> None:
+        graph(model)["nodes"][0]["target"] = f"torch.ops.aten.{operation}"
+
+    path = rewritten(program, tmp_path / "evil.pt2", {MODEL: names_it})
+    assert f"the operation 'torch.ops.aten.{operation}'" in refused(lambda: vetted(path))
+
+
+class InPlace(Net):
+    """What the usual networks do in place: activations, a sum with a shortcut, values put into slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kinds = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.Dropout)
+        self.activations = nn.ModuleList(kind(inplace=True) for kind in kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        shifted = x.new_zeros(x.shape)
+        shifted[:, :2] = x[:, 2:]
+        shifted += x
+        for activation in self.activations:
+            shifted = activation(shifted * 2)  # each has a tensor of its own, for the backward pass
+        return self.fc(shifted.flatten(1))
+
+
+def test_operations_in_place_on_their_own_elements_pass(tmp_path: Path) -> None:
+    module, x = InPlace().eval(), torch.randn(4, 3, 8, 8)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=shapes), tmp_path / "net.pt2")
+    teacher = load_teacher(tmp_path / "net.pt2", mean=[0.5] * 3, std=[0.25] * 3)
+    torch.testing.assert_close(teacher(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, while it decomposes
+def test_a_decomposed_norm_looks_at_the_sizes_of_its_tensors(program: Path, tmp_path: Path) -> None:
+    torch.export.save(torch.export.load(program).run_decompositions(), tmp_path / "core.pt2")
+
+    def moves(model: dict[str, Any]) -> None:  # 5 weights for 4 channels
+        (norm,) = (node for node in graph(model)["nodes"] if "batch_norm" in node["target"])
+        norm["inputs"][1]["arg"]["as_tensor"]["name"] = "p_fc_bias"
+
+    path = rewritten(tmp_path / "core.pt2", tmp_path / "evil.pt2", {MODEL: moves})
+    assert "does not take images" in refused(lambda: load_teacher(path, mean=[0.5] * 3, std=[0.25] * 3))
+
+
+@pytest.mark.parametrize("value", [{"as_int": 1}, {"as_none": True}])
+@pytest.mark.parametrize("place", [6, 7], ids=["momentum", "epsilon"])
+def test_odd_numbers_of_a_norm_are_taken_or_refused(
+    place: int, value: dict[str, Any], program: Path, tmp_path: Path
+) -> None:
+    def sets(model: dict[str, Any]) -> None:
+        (norm,) = (node for node in graph(model)["nodes"] if "batch_norm" in node["target"])
+        norm["inputs"][place]["arg"] = value
+
+    path = rewritten(program, tmp_path / "odd.pt2", {MODEL: sets})
+    if value == {"as_int": 1}:
+        load_teacher(path, mean=[0.5] * 3, std=[0.25] * 3)
+    else:
+        refused(lambda: load_teacher(path, mean=[0.5] * 3, std=[0.25] * 3))
+
+
+def storage_ends(config: dict[str, Any]) -> None:
+    config["config"]["conv.weight"]["tensor_meta"]["storage_offset"] = {"as_int": 10**9}
+
+
+def other_shape(model: dict[str, Any]) -> None:
+    (linear,) = (node for node in graph(model)["nodes"] if "linear" in node["target"])
+    linear["inputs"][1]["arg"]["as_tensor"]["name"] = "p_conv_weight"
+
+
+@pytest.mark.parametrize("change", [{WEIGHTS: storage_ends}, {MODEL: other_shape}], ids=["loading", "calling"])
+def test_torch_says_nothing_beside_our_line(
+    change: dict[str, Any], program: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = rewritten(program, tmp_path / "broken.pt2", change)
+    refused(lambda: load_teacher(path, mean=[0.5] * 3, std=[0.25] * 3))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("name", ["evil.pt", "evil.pth", "evil.bin"])
 def test_a_crafted_weights_file_is_refused_and_has_not_run(name: str, tmp_path: Path, trace: Path) -> None:
     torch.save({"state_dict": {"w": torch.ones(2)}, "extra": Payload(trace)}, tmp_path / name)

@@ -285,3 +285,79 @@ def test_demo_reaches_its_target(capsys: pytest.CaptureFixture[str], tmp_path: P
     result = run(capsys, "demo", "--out", tmp_path / "demo")
     assert result["teacher_accuracy"] >= 0.985
     assert result["student_accuracy"] >= 0.95
+
+
+LEAVING = """
+import sys, torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(48, 3)
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+class Early(Net):
+    def forward(self, x):
+        sys.exit(0)
+
+class Late(Net):
+    def forward(self, x):
+        return super().forward(x) if len(x) > 1 else sys.exit(0)
+
+def leaves():
+    sys.exit()
+
+def __getattr__(name):
+    raise ImportError("needs \\x1b[31mfoo\\nzskt: done")
+"""
+GREY = ["--input-size", "3", "4", "4", "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
+
+
+@pytest.mark.parametrize("factory", ["leaves", "Early", "Late", "absent"])
+def test_a_network_that_leaves_is_an_error(
+    factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    monkeypatch.setattr("zskt.cli_teachers.latency", lambda network: network(torch.zeros(1, 3, 4, 4)))
+    line = refused(capsys, 1, "inspect", f"{tmp_path}/leaving.py:{factory}", *GREY)
+    assert line.isprintable()
+    (tmp_path / "at_import.py").write_text("raise SystemExit")
+    assert "cannot import" in refused(capsys, 1, "inspect", f"{tmp_path}/at_import.py:make", *GREY)
+
+
+def test_what_nobody_foresaw_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str | None = None) -> None:
+        raise LookupError("a\x1b[2J\nb")
+
+    monkeypatch.setitem(COMMANDS, "recipes", fails)
+    line = refused(capsys, 1, "recipes")
+    assert line.startswith("zskt: unexpected LookupError: a [2J; please report it")
+    assert "ZSKT_TRACEBACK=1" in line
+    monkeypatch.setenv("ZSKT_TRACEBACK", "1")
+    with pytest.raises(LookupError):
+        main(["recipes"])
+
+
+def test_names_cannot_command_the_terminal(teacher: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(data) / "test"
+    for label in range(10):
+        (folder / f"class{label}").rename(folder / f"\x1b[2Jclass{label}\nzskt: done")
+    main(["evaluate", teacher, "--data", str(folder.parent)])
+    (folder / "\x1b[31mlink").symlink_to("/")
+    (Path(data) / "train").rename(Path(data) / "unused")
+    main(["evaluate", teacher, "--data", str(folder.parent)])
+    main(["inspect", "\x1b]0;title\x07" + 200 * "x"])
+    out, err = capsys.readouterr()
+    assert "\x07" not in out + err
+    assert "\x1b[2J" not in out + err
+    assert "\x1b[31m" not in out + err
+    assert "zskt: done" not in err.splitlines()
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "~nosuchuser/x.py:make"])
+def test_the_home_of_nobody_is_a_path_that_is_not_there(
+    path: str, teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, 1, "inspect", path, *GREY)
+    refused(capsys, 1, "evaluate", teacher, "--data", path)

@@ -173,3 +173,15 @@ def test_recipes_hold_their_header_and_differences_only(name: str, text: str) ->
 
 def test_no_recipe_file_is_left_out() -> None:
     assert sorted(recipe_texts()) == sorted(path.stem for path in (SOURCE / "recipes").iterdir())
+
+
+@pytest.mark.parametrize("value", ["[" * 5_000, "9" * 5_000])
+def test_a_value_too_long_or_too_deep_is_refused_in_a_short_line(value: str) -> None:
+    with pytest.raises(UsageError, match="too long or too deep") as error:
+        from_text(f"steps={value}")
+    assert len(str(error.value)) < 200
+    with pytest.raises(UsageError):
+        from_toml(f"steps = {value}", "here")
+    with pytest.raises(UsageError) as error:
+        from_toml(f"steps = '{'x' * 5_000}'", "here")
+    assert len(str(error.value)) < 200

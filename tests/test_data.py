@@ -400,6 +400,56 @@ def test_a_member_that_claims_to_be_huge_is_refused(tmp_path: Path, monkeypatch:
         read([source], "test")
 
 
+def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SMALL", 10_000, raising=False)
+    with zipfile.ZipFile(tmp_path / "zeros.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("test/a/1.bmp", bytes(2_000_000))
+    with pytest.raises(ZsktError, match=r"1\.bmp is a decompression bomb"):
+        read([str(tmp_path / "zeros.zip")], "test")
+    labels = gzip.compress(bytes(2_000_000))
+    files = {"t10k-images-idx3-ubyte.gz": labels, "t10k-labels-idx1-ubyte.gz": labels}
+    with pytest.raises(ZsktError, match="a decompression bomb"):
+        read([write_folder(tmp_path / "idx", files)], "test")
+    zipped = write_folder(tmp_path / "zipped", {"test/a/1.png": gzip.compress(png(pixels(4, 4)))})
+    with pytest.raises(ZsktError, match="is not an image of a known format"):
+        read([zipped], "test")
+
+
+def test_what_gzip_holds_is_never_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGEST", 10_000)
+    files = idx_files("t10k", pixels(20, 28, 28), np.zeros(20, np.uint8))
+    packed = write_folder(tmp_path / "idx", {f"{name}.gz": gzip.compress(content) for name, content in files.items()})
+    with pytest.raises(ZsktError, match=r"expected at most 10,000|over 10,000 bytes"):
+        read([packed], "test")
+
+
+def test_few_large_files_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = {f"test/a/{i}.png": png(pixels(16, 16)) for i in range(6)}
+    most = 2 * max(map(len, images.values()))
+    monkeypatch.setattr("zskt.data._GROUP_BYTES", most)
+    done: list[int] = []
+    folder = write_folder(tmp_path / "images", images)
+    read([folder], "test", progress=lambda images, total: done.append(images))
+    assert done == [2, 4, 6]
+
+
+@pytest.mark.parametrize("shape", [(1, 6_000_000), (6_000_000, 1)])
+def test_images_too_long_to_be_resized_are_refused(shape: tuple[int, int], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images", {"test/a/long.png": png(np.zeros(shape, np.uint8))})
+    with pytest.raises(ZsktError, match=r"long\.png: .* is too far from 32 x 32"):
+        read([folder], "test", size=(3, 32, 32))
+
+
+def test_a_tar_with_a_negative_size_is_no_archive(tmp_path: Path) -> None:
+    entry = tarfile.TarInfo("test/a/1.png")
+    header = bytearray(entry.tobuf())
+    header[124:136] = b"\xff" * 10 + (-512 & 0xFFFF).to_bytes(2)
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
+    (tmp_path / "negative.tar").write_bytes(bytes(header) + bytes(10_240))
+    with pytest.raises(ZsktError):
+        read([str(tmp_path / "negative.tar")], "test")
+
+
 def test_an_empty_folder_and_a_wrong_layout_say_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ZsktError, match=r"expected images as split/class/file .* found nothing"):
@@ -565,6 +615,12 @@ def test_a_pickle_cannot_run_code(tmp_path: Path, function: Any, found: str) -> 
     with pytest.raises(ZsktError, match=f"test_batch.*calls for .*{found}"):
         read([write_folder(tmp_path / "c", {"test_batch": evil})], "test")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_pickle_asks_for_no_more_places_than_it_fills(tmp_path: Path) -> None:
+    write_folder(tmp_path / "c", {"test_batch": b"\x80\x02}r\x00\x00\x00\x01."})  # 16,777,216 of them
+    with pytest.raises(ZsktError, match="wants 16,777,216 places"):
+        read([str(tmp_path / "c")], "test")
 
 
 def test_a_pickle_makes_no_arrays_but_of_bytes(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from zskt.export import BATCHES, IMAGES, check_agreement, deviation
 from zskt.factories import call_factory
 from zskt.files import UsageError, ZsktError
 from zskt.formats import feed, need, open_onnx
+from zskt.hub import write_hub
 from zskt.teacher import Teacher, load_network
 
 exporting = sys.modules["zskt.export"]  # the package's attribute of that name is the function
@@ -218,6 +219,27 @@ def test_a_hub_folder_tells_no_path_of_its_maker(tmp_path: Path) -> None:
     assert how == {"factory": "mynet.py:make", "arguments": {}}
     for path in (tmp_path / "hub").iterdir():
         assert b"secret" not in path.read_bytes()
+
+
+def test_a_hub_folder_passes_on_only_known_facts(tmp_path: Path) -> None:
+    names = ["\ud800", "<b>b</b>", "c"]
+    network = Teacher(Plain(), input_size=(3, 16, 16), mean=MEAN, std=STD, class_names=names)
+    facts = {
+        "auto_map": {"AutoModel": "evil--x.Y"}, "model_type": "vit", "id2label": 5, "steps": "many",
+        "seed": float("nan"),
+        "recipe": "zskt", "measured": {"accuracy": float("nan"), "agreement": "x", "calibration_error": 0.5},
+        "warnings": ["x\n\n# Heading\n<script>alert(1)</script>", 5], "teacher_model": "<img src=x>", "reason": 7,
+    }  # fmt: skip
+    write_hub(tmp_path, network, facts)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "zskt"
+    assert not {"auto_map", "steps", "seed", "reason"} & config.keys()
+    assert config["measured"] == {"calibration_error": 0.5}
+    card = (tmp_path / "README.md").read_text()
+    assert "\n# Heading" not in card
+    assert not any(tag in card for tag in ("<script", "<img", "<b>"))
+    assert "not measured" in card
+    write_hub(tmp_path, network, {name: object() for name in facts})
 
 
 def test_a_model_card_says_what_was_not_measured(finished: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,39 @@ def test_values_above_one_mean_0_to_255() -> None:
 def test_mixed_or_impossible_scales_are_usage_errors(mean: tuple[float], std: tuple[float]) -> None:
     with pytest.raises(UsageError, match=r"expected all in \[0, 1\] or all in 0..255"):
         unit_normalisation(mean, std)
+
+
+class Renamed:
+    """An OrderedDict that the file gives an attribute `items`."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (list(self.content.items()),), {"items": 5, "keys": 6}
+
+
+def test_attributes_of_a_file_replace_no_methods(tmp_path: Path) -> None:
+    state = network().state_dict()
+    weight = nn.Parameter(state["fc.weight"])
+    weight.to, weight.isfinite = 7, 8  # type: ignore[assignment,method-assign]
+    torch.save(Renamed(state | {"fc.weight": weight}), tmp_path / "w.pth")
+    teacher, _ = import_weights(tmp_path / "w.pth", "wrn-10-1", SIZE, CLASSES, MEAN, STD)
+    assert torch.equal(teacher.module.fc.weight, weight)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["quantised", "float4", "nested", "sparse"])
+def test_tensors_without_arithmetic_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    state = network().state_dict()
+    counter = next(name for name in state if name.endswith("num_batches_tracked"))
+    name = counter if kind == "quantised" else "fc.weight"
+    odd: dict[str, Callable[[], Tensor]] = {
+        "quantised": lambda: torch.quantize_per_tensor(torch.zeros(()), 1.0, 0, torch.qint8),
+        "float4": lambda: torch.zeros(state[name].shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        "sparse": lambda: state[name].to_sparse(),
+    }
+    torch.save(state | {name: odd[kind]()}, tmp_path / "w.pth")
+    with pytest.raises(ZsktError, match=name):
+        import_weights(tmp_path / "w.pth", "wrn-10-1", SIZE, CLASSES, MEAN, STD)

@@ -22,6 +22,7 @@ from zskt.cli_teachers import Foreign, open_network, open_networks
 from zskt.features import batchnorm_layers, find_stages, forward_flops
 from zskt.files import UsageError, ZsktError
 from zskt.loading import Loaded, load, load_teacher
+from zskt.rebuild import rebuild_module, without_code
 
 SIZE = (3, 16, 16)
 GREY = {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -487,3 +488,88 @@ def test_options_go_to_the_network_from_elsewhere(script: Path, tmp_path: Path) 
         open_networks([f"{script}:make", f"{script}:Net"], foreign)
     with pytest.raises(UsageError, match="has no use"):
         open_network(tmp_path / "teacher", foreign)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        [{"image_processor": [1]}],
+        {"image_processor": None},
+        {"size": {"height": float("inf"), "width": 8}},
+        {"image_mean": [10**400] * 3},
+        {"size": {"shortest_edge": [8]}},
+        {"rescale_factor": "x"},
+    ],
+)
+def test_a_preprocessor_of_odd_values_is_not_understood(transformers: Any, facts: Any, tmp_path: Path) -> None:
+    save_hugging_face(transformers, "vit", tmp_path, None)
+    text = json.dumps(facts if isinstance(facts, list) else PREPROCESSOR | facts)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    assert "not understood" in refused(lambda: load_teacher(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_labels": 10**9}, "at most 100,000 classes"),
+        ({"id2label": {str(i): "x" for i in range(100_001)}}, "at most 100,000 classes"),
+        ({"hidden_size": 2**15, "intermediate_size": 2**15, "num_hidden_layers": 2}, "numbers; save the network anew"),
+        ({"model_type": "timm_wrapper", "architecture": "x"}, "timm"),
+        ({"backbone_config": [{"model_type": "timm_backbone"}]}, "timm"),
+    ],
+)
+def test_a_config_that_asks_for_too_much_is_refused(
+    transformers: Any, changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_hugging_face(transformers, "vit", tmp_path, PREPROCESSOR)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)  # nothing is made
+    assert words in refused(lambda: load_teacher(tmp_path))
+
+
+def test_configs_lose_what_fetches_code_at_any_depth(transformers: Any) -> None:
+    evil = {"auto_map": {"AutoModel": "x--y.Z"}, "quantization_config": {}, "attn_implementation": "a/b"}
+    config = {"a": 1, "b": [evil | {"c": 2}], "d": {"e": evil}, **evil}
+    assert without_code(config, Path("here")) == {"a": 1, "b": [{"c": 2}], "d": {"e": {}}}
+    how = {"transformers": "TimmWrapperForImageClassification", "config": {}}
+    assert "no image classifier" in refused(lambda: rebuild_module(how, Path("here"), 3, SIZE, trust=True))
+    how = {"transformers": "ViTForImageClassification", "config": {"num_labels": 4}}
+    assert "expected 3 classes" in refused(lambda: rebuild_module(how, Path("here"), 3, SIZE, trust=True))
+
+
+def unusual(tmp_path: Path, body: str) -> str:
+    (tmp_path / "unusual.py").write_text(
+        f"import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        f"        self.fc = torch.nn.Linear(48, 3)\n\n{body}"
+    )
+    return f"{tmp_path}/unusual.py:Net"
+
+
+GREY_48 = ["--input-size", "3", "4", "4", "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
+FORWARD = "    def forward(self, x):\n        return self.fc(x.flatten(1))\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{FORWARD}    spec = {{1, 2}}\n",
+        f"{FORWARD}    stages = ['fc', {{}}]\n",
+        FORWARD.replace("return", "assert len(x) > 1; return"),
+        f"{FORWARD}    def __setattr__(self, name, value):\n        assert not name.startswith('_zskt')\n"
+        "        super().__setattr__(name, value)\n",
+    ],
+    ids=["spec", "stages", "single", "setattr"],
+)
+def test_unusual_networks_are_inspected(body: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", unusual(tmp_path, body), *GREY_48]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["model"], result["num_classes"]) == (None, 3)
+    assert (result["latency_ms"] is None) == ("len(x) > 1" in body)
+
+
+def test_a_fraction_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = "        self.register_buffer('w', self.fc.weight.detach().T.clone())\n        del self.fc\n"
+    network = unusual(tmp_path, body + "    def forward(self, x):\n        return x.flatten(1) @ self.w\n")
+    assert main(["inspect", network, *GREY_48, "--student", "auto:0.5"]) == 1
+    assert "the teacher has none" in capsys.readouterr().err

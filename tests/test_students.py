@@ -19,6 +19,7 @@ from zskt import models
 from zskt.cli import main
 from zskt.distill import distill
 from zskt.factories import call_factory, is_factory, parse_arguments
+from zskt.files import UsageError
 from zskt.students import describe_student, make_student, scaled_config
 from zskt.teacher import Teacher, count_parameters
 
@@ -391,3 +392,9 @@ def test_the_command_line_says_what_it_chose(folder: Path, capsys: pytest.Captur
         assert main(["distill", "teacher", *arguments, "--out", "c", *common]) == 2
         assert words in capsys.readouterr().err
     assert not (folder / "c").exists()
+
+
+@pytest.mark.parametrize("value", ["1979-05-27", "nan", "inf", "[{a = 07:32:00}]"])
+def test_arguments_that_student_json_cannot_hold_are_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="what JSON can hold"):
+        parse_arguments([f"d={value}"], "--student-args")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from small import make_teacher, shake_batchnorm
@@ -233,3 +234,109 @@ def test_weights_files_are_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("text.pt", "empty.pt", "absent.pt", "absent.safetensors"):
         assert name in refused(lambda name=name: read_weights(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"model": "wrn-16-9999"}, "does not fit the wrn-16-9999"),
+        ({"num_classes": 100_000}, "does not fit"),
+        (
+            {"model": None, "rebuild": {"transformers": "ViTForImageClassification", "config": {"hidden_size": 10**5}}},
+            "",
+        ),
+    ],
+)
+def test_a_short_file_makes_no_large_network(
+    facts: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    save_teacher(tmp_path / "t", make_teacher())
+    described = json.loads((tmp_path / "t" / "teacher.json").read_text())
+    (tmp_path / "t" / "teacher.json").write_text(json.dumps(described | facts))
+    real = nn.Linear.__init__
+
+    def small(self: nn.Linear, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        assert self.weight.is_meta or self.weight.numel() < 10**6
+
+    monkeypatch.setattr(nn.Linear, "__init__", small)
+    assert words in refused(lambda: load_network(tmp_path / "t"))
+
+
+def test_eight_bit_floats_are_widened(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t", make_teacher())
+    path = tmp_path / "t" / "teacher.safetensors"
+    tensors = {n: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t for n, t in load_file(path).items()}
+    save_file(tensors, path)
+    assert torch.equal(load_network(tmp_path / "t").module.fc.weight, tensors["fc.weight"].float())
+
+
+class Odd(nn.Module):
+    """Like many a student, but for one thing."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+        if what == "sparse buffer":
+            self.register_buffer("mask", torch.eye(3).to_sparse())
+
+    def train(self, mode: bool = True) -> Any:
+        if self.what == "refuses to change":
+            raise RuntimeError("no train")
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.what == "fails":
+            raise ValueError("cannot\ntrain")
+        y = self.fc(self.conv(x).mean(dim=(2, 3)))
+        if self.training and self.what == "detaches":
+            return y.detach()
+        return y[:1] if self.training and self.what == "returns fewer" else y
+
+
+class Remembers(Odd):
+    def get_extra_state(self) -> Any:
+        return {"a": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        (Odd("fails"), "training mode"),
+        (Odd("detaches"), "no gradient passes"),
+        (Odd("returns fewer"), "shape (1, 10)"),
+        (Odd("sparse buffer"), "mask"),
+        (Remembers(""), "_extra_state"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "without a shape yet"),
+    ],
+    ids=["fails", "detaches", "fewer", "sparse", "extra", "lazy"],
+)
+def test_a_student_is_tried_in_training_mode(student: nn.Module, words: str) -> None:
+    random = torch.get_rng_state()
+    assert words in refused(lambda: check_pair(make_teacher(), student))
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (Odd("refuses to change"), "no train"),
+        (Odd("sparse buffer"), "mask"),
+        (Remembers(""), "_extra_state"),
+        (Odd("").to("meta"), "meta device"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "without a shape yet"),
+    ],
+    ids=["mode", "sparse", "extra", "meta", "lazy"],
+)
+def test_a_teacher_remembers_ordinary_tensors(module: nn.Module, words: str) -> None:
+    assert words in refused(lambda: teacher_of(module))
+
+
+def test_names_of_classes_are_text() -> None:
+    names = ["\ud800", "a\nb", "\x1b[2J", *"defghij"]
+    assert teacher_of(models.wide_resnet(10, 1), class_names=names).class_names[:3] == (" ", "a b", " [2J")

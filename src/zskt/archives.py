@@ -89,7 +89,19 @@ _ARITHMETIC = re.compile(
     r"_operator\.(add|sub|mul|mod|floordiv|truediv|neg|pos|eq|ne|ge|gt|le|lt|getitem|and_|or_)|math\.(ceil|floor|trunc)|"
     r"torch\.sym_(int|float|max|min|not|ite)"
 )
-_TOUCHES_FILES = {"from_file"}  # aten operations that read or write files
+_UNCHECKED = re.compile(  # operations that touch files, or kernels that trust sizes and indices they are given
+    r"(set|resize|as_strided|batch_norm|native_batch_norm|fractional)_.*|set|resize|data|from_file|save|segment_reduce|"
+    r".*(backward|sparse|quantiz|nested|mkldnn|fbgemm|cudnn|miopen|mps).*"
+)
+_PRIVATE = {  # of the names with an underscore in front, which are internals, those that exported classifiers hold
+    "_adaptive_avg_pool2d", "_assert_scalar", "_assert_tensor_metadata", "_log_softmax", "_softmax", "_to_copy",
+    "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
+    "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training",  # unchecked: for `graphs` to replace
+}  # fmt: skip
+_IN_PLACE = {  # beside those that torch itself calls pointwise
+    "alpha_dropout_", "copy_", "dropout_", "feature_dropout_", "fill_", "hardswish_", "index_put_", "masked_fill_",
+    "mish_", "rrelu_", "zero_",
+}  # fmt: skip
 _FUNCTIONS = {
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv",
     "CleanDiv", "IntTrueDiv", "ModularIndexing", "CeilToInt", "FloorToInt", "TruncToInt", "ToFloat", "Where",
@@ -105,9 +117,9 @@ class _Suspicious(Exception):
 def vetted(path: Path) -> io.BytesIO:
     """A `.pt2` archive rebuilt from those parts of `path` that cannot run anything, for torch.export.load.
 
-    Its one pickle passes weights-only loading, tensors are raw bytes, operations are torch's own (`aten`) and
-    arithmetic, size expressions are sums and products of symbols. Guards and debugging notes are dropped. Raises
-    ZsktError otherwise.
+    Its one pickle passes weights-only loading, tensors are raw bytes, operations are arithmetic and such of torch's own
+    (`aten`) as stay inside their tensors, size expressions are sums and products of symbols. Guards and debugging notes
+    are dropped. Raises ZsktError otherwise.
     """
     rebuilt = io.BytesIO()
     with open_archive(path) as archive, zipfile.ZipFile(rebuilt, "w") as copy:
@@ -165,9 +177,7 @@ def _checked(value: Any, key: str = "") -> Any:
 def _check_text(key: str, text: str) -> None:
     if key in ("target", "as_operator"):
         operation = _TARGET.fullmatch(text)
-        packet = getattr(torch.ops.aten, operation[1], None) if operation else None
-        found = getattr(packet, operation[2], None) if operation and operation[1] not in _TOUCHES_FILES else None
-        if not isinstance(found, torch._ops.OpOverload) and not _ARITHMETIC.fullmatch(text):
+        if not (_stays_in_bounds(operation[1], operation[2]) if operation else _ARITHMETIC.fullmatch(text)):
             raise _Suspicious(f"the operation {text[:80]!r}")
     elif key == "expr_str":
         try:
@@ -178,6 +188,21 @@ def _check_text(key: str, text: str) -> None:
         _check_structure(json.loads(text)[1])
     elif key != "torch_version" and not _PLAIN.fullmatch(text):
         raise _Suspicious(f"the text {text[:80]!r}")
+
+
+def _stays_in_bounds(name: str, overload: str) -> bool:
+    """Whether this operation of torch's reads and writes nothing but the elements of its tensors.
+
+    In place it may only work element by element: views are checked when they are made, so that such a write stays
+    inside the file's own tensors.
+    """
+    found = getattr(getattr(torch.ops.aten, name, None), overload, None)
+    if not isinstance(found, torch._ops.OpOverload) or _UNCHECKED.fullmatch(name):
+        return False
+    if name.startswith("_"):
+        return name in _PRIVATE
+    written = [argument.name for argument in found._schema.arguments if argument.is_write]
+    return not written or (written == ["self"] and (name in _IN_PLACE or torch.Tag.pointwise in found.tags))
 
 
 def _check_expression(node: ast.expr) -> None:

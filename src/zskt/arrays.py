@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import pickletools
 import re
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ def _read_cifar(parts: dict[str, Member], split: Split) -> Arrays:
                 records = np.frombuffer(data, np.uint8).reshape(-1, label + 1 + 3072)
                 batch = {b"data": records[:, label + 1 :], b"labels": records[:, label]}
             else:
+                _check_memo(data)
                 batch = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
             images.append(batch[b"data"].reshape(-1, 3, 32, 32))
             labels.append(np.array(batch[b"labels" if ten or binary else b"fine_labels"], np.int64))
@@ -87,6 +89,13 @@ def _read_cifar(parts: dict[str, Member], split: Split) -> Arrays:
                 f"{member} is not a whole CIFAR batch ({first_line(error)}); do not use it, fetch it again"
             ) from error
     return np.concatenate(images), np.concatenate(labels), "cifar10" if ten else "cifar100"
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse places in a pickle's memory that it cannot fill: room is made for all below."""
+    for code, argument, _ in pickletools.genops(data):
+        if "PUT" in code.name and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError(f"it wants {argument:,} places")
 
 
 class _CifarUnpickler(pickle.Unpickler):

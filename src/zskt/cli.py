@@ -4,13 +4,15 @@ The last line on stdout is one JSON object; everything else goes to stderr. Exit
 2 bad usage, 130 or 143 interrupted with a checkpoint written.
 """
 
+import functools
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.table import Table
@@ -37,7 +39,7 @@ from zskt.config import flat, from_text, to_toml
 from zskt.distill import distill, plan, sample
 from zskt.factories import is_factory, parse_arguments
 from zskt.figures import believed_grid, save_image
-from zskt.files import UsageError, ZsktError, cannot
+from zskt.files import UsageError, ZsktError, cannot, first_line, short
 from zskt.pairs import describe_pairs, stage_pairs
 from zskt.progress import bar, console, distilling, notice
 from zskt.recipe import AUTO, load_recipe, pick_device, recipe_texts
@@ -290,7 +292,8 @@ def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
     if name is not None and name != AUTO:
         config = load_recipe(name)
         header = [line for line in texts[name].splitlines() if line.startswith("#")]
-        notice("\n".join(header) + "\n\n" + to_toml(config))
+        for line in (*header, "", *to_toml(config).splitlines()):
+            notice(line)
         return flat(config)
     summaries = {AUTO: "zskt-prior where the teacher has BatchNorm, else zskt-fresh; the default"}
     summaries |= {recipe: text.splitlines()[0].removeprefix("# ") for recipe, text in texts.items()}
@@ -327,36 +330,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.count(option) > 1:
                 raise UsageError(f"{option} is given twice: give all its values after one, as in {option} A B")
         result = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="zskt", description=__doc__, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+            {name: _guarded(command) for name, command in COMMANDS.items()},
+            prog="zskt",
+            description=__doc__,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
         print(json.dumps(result, allow_nan=False), flush=True)
     except Interrupted as error:
-        notice(f"zskt: {printable(error)}")
+        notice(f"zskt: {short(error, 2_000)}")
         return error.status
     except ZsktError as error:
-        notice(f"zskt: {printable(error)}")
+        notice(f"zskt: {short(error, 2_000)}")
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         return 1
     except OSError as error:
-        notice(f"zskt: {printable(cannot('use', Path(str(error.filename or 'a file')), error))}")
-        return 1
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not re.search(
-            r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{type(error).__name__} {error}"
-        ):
-            raise
-        notice("zskt: not enough memory for this; use a smaller --batch-size, network or generator.width")
+        notice(f"zskt: {cannot('use', Path(str(error.filename or 'a file')), error)}")
         return 1
     except KeyboardInterrupt:
         notice("zskt: interrupted")
         return 130
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        if re.search(r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{what} {error}"):
+            notice("zskt: not enough memory for this; use a smaller --batch-size, network or generator.width")
+        elif os.environ.get("ZSKT_TRACEBACK"):
+            raise
+        else:
+            notice(f"zskt: unexpected {what}; please report it with the command (ZSKT_TRACEBACK=1 shows where it was)")
+        return 1
     return 0
 
 
-def printable(error: Exception) -> str:
-    """A message as one line, whatever names of files and tensors it quotes."""
-    return "".join(character if character.isprintable() else " " for character in str(error))
+def _guarded(command: Callable[..., Result]) -> Callable[..., Result]:
+    """The same command, in which sys.exit of somebody else's network is an error and not the end of ours."""
+
+    @functools.wraps(command)
+    def call(*arguments: Any, **options: Any) -> Result:
+        try:
+            return command(*arguments, **options)
+        except SystemExit as error:
+            raise ZsktError(f"the network's own code calls sys.exit({error.code!r}); take that out") from error
+
+    return call
 
 
 if __name__ == "__main__":

@@ -254,7 +254,8 @@ def run_reproduce(
         "seconds": round(time.monotonic() - begun, 1),
     }
     result = write_result(made, folder, scale=scale, failed=failed, circumstances=facts)
-    notice("\n".join(markdown_table(made.cells, folder, failed)))
+    for line in markdown_table(made.cells, folder, failed):
+        notice(line)
     notice(
         f"look at {folder / name}.md" + ("" if result["finished"] else "; not all of it was run: go on with --resume")
     )

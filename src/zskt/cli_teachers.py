@@ -20,7 +20,7 @@ from zskt.data import KNOWN, Dataset, read
 from zskt.distill import plan
 from zskt.factories import parse_arguments
 from zskt.features import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
-from zskt.files import UsageError, ZsktError
+from zskt.files import UsageError, ZsktError, printable
 from zskt.importing import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
 from zskt.loading import Loaded, is_own_folder, load
 from zskt.process import seeded
@@ -289,7 +289,7 @@ def run_inspect(
     count = max(100, min(1_000, NOISE_FLOPS // max(1, flops)))  # of noise images: as many as take a few seconds
     result: Result = {
         "kind": loaded.kind,
-        "model": getattr(network.module, "spec", None),
+        "model": spec if isinstance(spec := getattr(network.module, "spec", None), str) else None,
         "input_size": list(network.input_size),
         "num_classes": network.num_classes,
         "output": network.output,
@@ -298,7 +298,7 @@ def run_inspect(
         "normalisation_from": loaded.normalisation,
         "parameters": count_parameters(network.module),
         "flops": flops,
-        "latency_ms": round(latency(network), 3),
+        "latency_ms": latency(network),
         "batchnorm_layers": norms,
         "stages": list(stages),
         "stage_resolutions": [list(side) for side in stage_resolutions(network.module, stages, network.input_size)],
@@ -321,21 +321,27 @@ def run_inspect(
             "generator_width": config.generator.width,
             "attention_pairs": list(config.student.loss.stages),
         }
-    table = Table("", "found", title=escape(str(teacher)))
+    table = Table("", "found", title=escape(printable(teacher)))
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(str(value)))
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(printable(value)))
     console().print(table)
     return result
 
 
-def latency(network: Teacher, seconds: float = 1.0) -> float:
-    """Median milliseconds of one image's forward on this machine, over about `seconds`, after three to warm up."""
+def latency(network: Teacher, seconds: float = 1.0) -> float | None:
+    """Median milliseconds of one image's forward on this machine, over about `seconds`, after three to warm up.
+
+    None where the network refuses a single image.
+    """
     image = torch.zeros(1, *network.input_size, dtype=torch.uint8)
     x = network.normalise(image)  # (1, C, H, W)
     times: list[float] = []
     with evaluating(network):
         while len(times) < 4 or (sum(times) < seconds and len(times) < 100):
             begun = time.perf_counter()
-            network(x)
+            try:
+                network(x)
+            except Exception:
+                return None
             times.append(time.perf_counter() - begun)
-    return 1e3 * statistics.median(times[3:])
+    return round(1e3 * statistics.median(times[3:]), 3)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from zskt.files import UsageError, unknown
+from zskt.files import UsageError, short, unknown
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def check_bounds(name: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} = {value!r}: expected a finite number")
     if type(value) is int and abs(value) > LARGEST:
-        raise UsageError(f"{name} = {value!r}: expected at most {LARGEST:,}")
+        raise UsageError(f"{name} = {short(value)}: expected at most {LARGEST:,}")
 
 
 _POSITIVE = {
@@ -277,24 +277,28 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     return _config(tree)
 
 
-def from_text(assignment: str) -> tuple[str, Any]:
-    """`key=value` of the command line; the value in TOML, or a bare word."""
+def from_text(assignment: str, option: str = "--set") -> tuple[str, Any]:
+    """`key=value` of the command line; the value in TOML, or a bare word. `option` names it in errors."""
     name, equals, text = assignment.partition("=")
     if not equals:
-        raise UsageError(f"--set {assignment!r}: expected key=value, as in --set student.learning_rate=1e-3")
+        raise UsageError(
+            f"{option} {short(assignment)!r}: expected key=value, as in {option} student.learning_rate=1e-3"
+        )
     try:
         return name.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         with contextlib.suppress(ValueError):
             return name.strip(), float(text)  # .5 and 1e-3 are numbers to everybody but TOML
         return name.strip(), text.strip()
+    except (RecursionError, ValueError) as error:  # a number of thousands of digits
+        raise UsageError(f"{option} {short(assignment)!r}: expected a value, found one too long or too deep") from error
 
 
 def from_toml(text: str, where: str) -> Config:
     """A config from TOML text that holds differences from the defaults; `where` names it in errors."""
     try:
         return _config(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not valid TOML: {error}") from error
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
@@ -321,7 +325,7 @@ def _build(kind: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise UsageError(
-                    f"{full} = {value!r}: expected a section; set one of its values, as in {full}.name=..."
+                    f"{full} = {short(repr(value))}: expected a section; set one of its values, as in {full}.name=..."
                 )
             arguments[name] = _build(typing.cast(type[Any], hints[name]), value, f"{full}.")
         else:
@@ -353,4 +357,4 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             choices.append({int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[option])
             if type(value) is option or (option is float and type(value) is int):
                 return option(value)
-    raise UsageError(f"{name} = {value!r}: expected {' or '.join(choices)}")
+    raise UsageError(f"{name} = {short(repr(value))}: expected {' or '.join(choices)}")

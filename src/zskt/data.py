@@ -9,13 +9,13 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
-import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +29,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from zskt.arrays import Pixels, Split, find_arrays, read_arrays
-from zskt.files import UsageError, ZsktError, first_line, replacing, unknown, write_json
-from zskt.sources import Member, Notice, members_of
+from zskt.files import UsageError, ZsktError, expanded, first_line, replacing, to_stderr, unknown, write_json
+from zskt.sources import IMAGE_NAME, Member, Notice, members_of
 
 Size = tuple[int, int, int]  # (C, H, W), C 1 or 3
 Progress = Callable[[int, int], None]  # (images done, images in all)
@@ -94,12 +94,11 @@ KNOWN: dict[str, KnownSet] = {
 # Image files: decoding, resizing, the cache
 
 _IMAGE = re.compile(  # [top/]split/class/file; the shortest reading counts, because CIFAR-100 has a class called train
-    r"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/.+\.(?:png|jpe?g|webp|bmp|gif|tiff?|p[gp]m)",
-    re.IGNORECASE | re.DOTALL,
+    rf"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/{IMAGE_NAME.pattern}", re.IGNORECASE | re.DOTALL
 )
 _DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS: Pillow would start Ghostscript on it
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}  # 8-bit modes
-_GROUP = 256  # images in memory at once while decoding
+_GROUP, _GROUP_BYTES = 256, 2**27  # images in memory at once while decoding, and bytes of their files
 
 
 def _read_images(
@@ -200,8 +199,8 @@ def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: P
     shape: tuple[int, ...] = ()
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for start in range(0, len(files), _GROUP):
-            group = files[start : start + _GROUP]
+        done = 0
+        for group in _groups(files):
             contents = [member.read() for member in group]  # an archive is read by one thread
             fitted = pool.map(partial(_fit, size=size), group, contents)
             for member, (pixels, changed) in zip(group, fitted, strict=True):
@@ -214,9 +213,21 @@ def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: P
                     raise ZsktError(f"expected images of one size (C, H, W), found {found}; give the size wanted")
                 file.write(pixels.tobytes())
                 changes.update(changed)
+            done += len(group)
             if progress:
-                progress(start + len(group), len(files))
+                progress(done, len(files))
     return [f"{count:,} of {len(files):,} images {change}" for change, count in changes.items()]
+
+
+def _groups(files: list[Member]) -> Iterator[list[Member]]:
+    """Files in order, so many at a time as may be in memory together."""
+    group: list[Member] = []
+    for member in files:
+        if group and (len(group) == _GROUP or sum(each.size for each in [*group, member]) > _GROUP_BYTES):
+            yield group
+            group = []
+        group.append(member)
+    yield group
 
 
 def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, list[str]]:
@@ -243,6 +254,11 @@ def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, lis
         scaled = (native[2] * height // native[1], height)  # (width, height): the height fits, the width is cropped
         if scaled[0] < width:
             scaled = (width, native[1] * width // native[2])
+        if scaled[0] * scaled[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ZsktError(
+                f"{member}: {native[1]} x {native[2]} is too far from {height} x {width} to be resized and cropped; "
+                "crop it, or leave it out"
+            )
         left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
         image = image.resize(scaled, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
         changes.append(f"resized and centre-cropped to {height} x {width}")
@@ -253,17 +269,13 @@ def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, lis
 # The two ways in
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def read(
     sources: Sequence[str],
     split: Split,
     *,
     size: Size | None = None,
     progress: Progress | None = None,
-    notice: Notice = _to_stderr,
+    notice: Notice = to_stderr,
 ) -> Dataset:
     """One split of the data in `sources`: paths of folders, zips, tars and files, or ["digits"].
 
@@ -316,7 +328,7 @@ def digits(split_seed: int = 0) -> tuple[Dataset, Dataset]:
 
 
 def _existing(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if os.path.exists(path):  # pathlib's would raise where a folder above must not be read
         return path
     if source in KNOWN:

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from zskt.config import from_text
-from zskt.files import UsageError, ZsktError, first_line, unknown
+from zskt.files import UsageError, ZsktError, first_line, short, unknown
 
 _ORIGIN = "_zskt_factory"
 """Attribute of a network that remembers which factory made it."""
@@ -27,10 +28,17 @@ def parse_arguments(assignments: Sequence[str], option: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for assignment in assignments:
         if "=" not in assignment:
-            raise UsageError(f"{option} {assignment!r}: expected key=value, as in {option} depth=20")
-        name, value = from_text(assignment)
+            raise UsageError(f"{option} {short(assignment)!r}: expected key=value, as in {option} depth=20")
+        name, value = from_text(assignment, option)
         if not name.isidentifier() or name in arguments:
-            raise UsageError(f"{option} {assignment!r}: expected the name of an argument, once, before the =")
+            raise UsageError(f"{option} {short(assignment)!r}: expected the name of an argument, once, before the =")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"{option} {short(assignment)!r}: expected what JSON can hold, as it is kept beside the student, found "
+                f"{short(repr(value))}; give it as a word in quotes, or another value"
+            ) from error
         arguments[name] = value
     return arguments
 
@@ -56,21 +64,23 @@ def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Mo
     with _importable(path.resolve().parent if path is not None else Path.cwd()):
         try:
             module = _load_file(path) if path is not None else importlib.import_module(place)
-        except Exception as error:  # the user's code may fail in any way
+            factory: Any = module
+            for part in name.split("."):
+                if not hasattr(factory, part):
+                    raise unknown(f"factory in {place}", part, _callables(factory))
+                factory = getattr(factory, part)
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's code may fail in any way
             raise ZsktError(
                 f"cannot import {place} for {spec} ({type(error).__name__}: {first_line(error)}); check the spelling, "
                 "the current folder and the file itself"
             ) from error
-        factory: Any = module
-        for part in name.split("."):
-            if not hasattr(factory, part):
-                raise unknown(f"factory in {place}", part, _callables(factory))
-            factory = getattr(factory, part)
         if not callable(factory):
             raise ZsktError(f"expected a function or class at {spec}, found {type(factory).__name__}; name another")
         try:
             network = factory(**(arguments or {}))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             with contextlib.suppress(TypeError, ValueError):  # some callables have no signature
                 inspect.signature(factory).bind(**(arguments or {}))
                 raise ZsktError(f"{spec} failed with {type(error).__name__}: {first_line(error)}; mend it") from error
@@ -80,7 +90,7 @@ def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Mo
     if not isinstance(network, nn.Module):
         raise ZsktError(f"expected {spec} to return a torch.nn.Module, found {type(network).__name__}; mend it")
     absolute = spec if path is None else f"{path.resolve()}:{name}"
-    setattr(network, _ORIGIN, {"factory": absolute, "arguments": dict(arguments or {})})
+    vars(network)[_ORIGIN] = {"factory": absolute, "arguments": dict(arguments or {})}  # its __setattr__ may refuse
     return network
 
 

@@ -145,9 +145,9 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def _blank(module: nn.Module, size: tuple[int, ...]) -> Tensor:
-    """A batch of one, of zeros, (1, *size), of the module's device and dtype."""
+    """A batch of two, which all networks take, of zeros, (2, *size), of the module's device and dtype."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-    return torch.zeros(1, *size, dtype=like.dtype, device=like.device)
+    return torch.zeros(2, *size, dtype=like.dtype, device=like.device)
 
 
 def layout(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
@@ -155,7 +155,7 @@ def layout(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
 
     On a CPU it is up to twice as fast. A network that reshapes maps by `view` takes contiguous images only.
     """
-    blank = _blank(module, size).expand(2, *size).contiguous(memory_format=torch.channels_last)
+    blank = _blank(module, size).contiguous(memory_format=torch.channels_last)
     try:
         with evaluating(module):
             module(blank)
@@ -177,7 +177,7 @@ def forward_flops(module: nn.Module, size: tuple[int, ...]) -> int:
     """Operations (two per multiply-accumulate) of one forward of one input of `size`: convolutions and products."""
     with evaluating(module), FlopCounterMode(display=False) as counter:
         module(_blank(module, size))
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) // 2
 
 
 class _Call(NamedTuple):
@@ -192,7 +192,7 @@ class _Call(NamedTuple):
 def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...]:
     """Names of the submodules whose outputs are the stage outputs for images of `size` = (C, H, W), finest first."""
     named = getattr(module, "stages", None)
-    if isinstance(named, (tuple, list)) and set(named) <= {name for name, _ in module.named_modules()}:
+    if isinstance(named, (tuple, list)) and all(map([name for name, _ in module.named_modules()].__contains__, named)):
         return tuple(named)
     calls: dict[str, _Call] = {}
     tokens = False

@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,17 +29,37 @@ class UsageError(ZsktError):
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> UsageError:
     """An error for a name that is not among `valid`, with the nearest ones first."""
-    valid = list(valid)
+    valid, name = list(valid), short(name)
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     advice = f"did you mean {' or '.join(near)}? " if near else ""
     return UsageError(f"unknown {what} {name!r}: {advice}valid are {', '.join(valid)}")
 
 
+def printable(text: object) -> str:
+    """A text as one line that no terminal obeys, whatever names of files, classes and tensors it quotes."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))
+
+
+def short(text: object, most: int = 80) -> str:
+    """A text of somebody else's, to be quoted inside a line of ours."""
+    line = printable(text)
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, on one line and short enough to stand inside a line of ours."""
     lines = str(error).strip().splitlines()
-    text = lines[0][:150] if lines else type(error).__name__
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable(lines[0][:150]) if lines else type(error).__name__
+
+
+def to_stderr(line: str) -> None:
+    """One line for the user."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` in its place; one that begins with the name of no user stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 @contextlib.contextmanager
@@ -163,6 +184,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except safetensors.SafetensorError as error:
+        raise ZsktError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a safetensors file, read off its header."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise cannot("read", path, error) from error
     except safetensors.SafetensorError as error:

@@ -4,9 +4,13 @@ They have parameters, but no mode to switch and nothing inside for hooks to watc
 operations of an exported graph are turned back into layers, whose statistics a prior can use.
 """
 
+import contextlib
 import copy
+import io
+import logging
 import operator
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +21,9 @@ from torch import Tensor, fx, nn
 from zskt.archives import vetted
 from zskt.files import UsageError, ZsktError, first_line
 
-_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default)
+_NORM = torch.ops.aten.batch_norm.default
+_UNCHECKED_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+"""what decomposition makes of it: reads beyond tensors that are too short"""
 _LAYERS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     2: nn.BatchNorm1d,
     3: nn.BatchNorm1d,
@@ -44,7 +50,7 @@ class Graph(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """Whatever the graph returns for images (N, C, H, W)."""
-        return self.graph(images)
+        return nn.Module.__call__(self.graph, images)  # its own prints tracebacks when it fails
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a loaded `.pt2` raises on it, and what is recorded has no modes."""
@@ -74,13 +80,15 @@ def read_exported(path: Path, trust: bool = False) -> Recording:
     """
     source = path if trust else vetted(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silent():
             program = torch.export.load(source)
             graph = program.module()
+            assert isinstance(graph, fx.GraphModule)
+            recovered, training = _recover_batchnorm(graph)
+    except ZsktError as error:
+        raise ZsktError(f"{path}: {error}") from error
     except Exception as error:  # a parser of foreign files
         raise ZsktError(f"{path} cannot be loaded ({_reason(error)}); export it again with this torch") from error
-    assert isinstance(graph, fx.GraphModule)
     inputs = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4:
         found = [tuple(map(str, value.shape)) if isinstance(value, Tensor) else value for value in inputs]
@@ -97,7 +105,6 @@ def read_exported(path: Path, trust: bool = False) -> Recording:
         raise ZsktError(
             f"{path} takes batches of exactly {batch}, as it was exported without dynamic shapes; {_EXPORT_AGAIN}"
         )
-    recovered, training = _recover_batchnorm(graph)
     if training:
         raise ZsktError(f"{path} was exported in training mode ({training} does); {_EXPORT_AGAIN}")
     lost = "no attention transfer: hooks see nothing inside an exported graph"
@@ -113,14 +120,26 @@ def read_torchscript(path: Path, trust: bool = False) -> Recording:
             f"{path} is TorchScript, a program that runs when loaded; --trust loads it if you trust its maker"
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated, and what many have
+        with _silent():  # deprecated, and what many have
             script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ZsktError(f"{path} cannot be loaded as TorchScript ({_reason(error)}); save it again") from error
     return Recording(
         Graph(script), None, "no attention transfer and no BatchNorm prior: hooks see nothing inside TorchScript"
     )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """torch prints, logs and warns about what it cannot load; the error says it in one line."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _reason(error: Exception) -> str:
@@ -134,19 +153,42 @@ def _recover_batchnorm(graph: fx.GraphModule) -> tuple[int, str]:
     count = 0
     for node in list(graph.graph.nodes):
         name = str(node.target)
-        flag = {torch.ops.aten.batch_norm.default: 5, torch.ops.aten.dropout.default: 2}.get(node.target)
-        if (flag is not None and node.args[flag]) or "_native_batch_norm_legit_functional" in name:
+        flag = {_NORM: 5, torch.ops.aten.dropout.default: 2}.get(node.target)
+        if (flag is not None and _argument(node, flag)) or "_native_batch_norm_legit_functional" in name:
             return count, name
-        if node.target in _NORMS and _replace_norm(graph, node):
+        if node.target is _UNCHECKED_NORM:
+            node = _checked_norm(graph, node)
+        if node.target is _NORM and _replace_norm(graph, node):
             count += 1
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return count, ""
 
 
+def _argument(node: fx.Node, place: int) -> Any:
+    """An argument of an operation, by its place in the schema, however it is given."""
+    schema = node.target._schema.arguments[place]  # type: ignore[union-attr]
+    return node.args[place] if place < len(node.args) else node.kwargs.get(schema.name, schema.default_value)
+
+
+def _checked_norm(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The same BatchNorm as the one operation that looks at the sizes of its tensors."""
+    arguments = [_argument(node, place) for place in range(7)]
+    with graph.graph.inserting_before(node):
+        call = graph.graph.call_function(_NORM, (*arguments[:5], False, *arguments[5:], False))
+    call.meta = dict(node.meta)
+    for user in list(node.users):  # it returns a tuple, whose first entry is the result
+        if user.target is not operator.getitem or user.args[1] != 0:
+            raise ZsktError("an operation uses what BatchNorm returns beside its result; export the network again")
+        user.replace_all_uses_with(call)
+        graph.graph.erase_node(user)
+    graph.graph.erase_node(node)
+    return call
+
+
 def _replace_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Put a BatchNorm layer in the place of one operation, if its tensors lie together under the usual names."""
-    x, *tensors = node.args[:5]
+    x, *tensors = (_argument(node, place) for place in range(5))
     names = ("weight", "bias", "running_mean", "running_var")
     given = {name: item for name, item in zip(names, tensors, strict=True) if item is not None}
     targets = {name: str(item.target) for name, item in given.items() if isinstance(item, fx.Node)}
@@ -154,29 +196,24 @@ def _replace_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
     if not place or targets != {name: f"{place}.{name}" for name in given} or not isinstance(x, fx.Node):
         return False
     holder = graph.get_submodule(place)
-    momentum, epsilon = node.args[6:8] if node.target is _NORMS[0] else node.args[5:7]
-    assert isinstance(momentum, float)
-    assert isinstance(epsilon, float)
-    dimensions = x.meta["val"].ndim if "val" in x.meta else 4
+    momentum, epsilon = _argument(node, 6), _argument(node, 7)
+    dimensions = x.meta["val"].ndim if isinstance(x.meta.get("val"), Tensor) else 4
     affine = "weight" in given and "bias" in given
-    if len(given) not in (2, 4) or (len(given) == 4) != affine:
+    if len(given) not in (2, 4) or (len(given) == 4) != affine or dimensions not in _LAYERS:
         return False
-    running_mean = holder.running_mean
-    assert isinstance(running_mean, Tensor)
-    layer = _LAYERS[dimensions](running_mean.numel(), epsilon, momentum, affine=affine).eval()
-    for name in given:
-        setattr(layer, name, getattr(holder, name))
+    if not isinstance(momentum, int | float) or not isinstance(epsilon, int | float):
+        return False
+    held = {name: tensor for name in given if isinstance(tensor := getattr(holder, name, None), Tensor)}
+    if held.keys() != given.keys():
+        return False
+    layer = _LAYERS[dimensions](held["running_mean"].numel(), epsilon, momentum, affine=affine).eval()
+    for name, tensor in held.items():
+        setattr(layer, name, tensor)
     if isinstance(counter := getattr(holder, "num_batches_tracked", None), Tensor):
         layer.num_batches_tracked = counter
     graph.set_submodule(place, layer)
     with graph.graph.inserting_before(node):
         call = graph.graph.call_module(place, (x,))
     call.meta = dict(node.meta)
-    if node.target is _NORMS[0]:
-        node.replace_all_uses_with(call)
-    else:  # it returns a tuple, whose first entry is the result
-        for user in list(node.users):
-            if user.target is operator.getitem and user.args[1] == 0:
-                user.replace_all_uses_with(call)
-                graph.graph.erase_node(user)
+    node.replace_all_uses_with(call)
     return True

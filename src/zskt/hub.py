@@ -3,15 +3,19 @@
 Written without a network connection, and read by `load_student` and `load_network`.
 """
 
+import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zskt.files import write_json, write_tensors, write_text
+from zskt.files import printable, write_json, write_tensors, write_text
 from zskt.report import MEASURES
 from zskt.teacher import HUB_TYPE, Teacher, describe_network
 from zskt.version import __version__
+
+_TEXTS = ("recipe", "reason", "teacher_fingerprint", "teacher_model", "imported_from", "sha256", "how")
+_NUMBERS = ("steps", "seed", "seconds", "teacher_parameters")
 
 
 def write_hub(folder: Path, network: Teacher, facts: Mapping[str, Any]) -> None:
@@ -24,11 +28,11 @@ def write_hub(folder: Path, network: Teacher, facts: Mapping[str, Any]) -> None:
     described = describe_network(network)
     described["rebuild"] = _without_folder(described["rebuild"])
     config = {
+        **known_facts(facts),
         "model_type": HUB_TYPE,
-        "architectures": [type(network.module).__name__],
+        "architectures": [printable(type(network.module).__name__)],
         "id2label": {str(k): name for k, name in enumerate(names)},
         "label2id": {name: k for k, name in enumerate(names)},
-        **facts,
         **described,
         "zskt_version": __version__,
     }
@@ -49,6 +53,26 @@ def write_hub(folder: Path, network: Teacher, facts: Mapping[str, Any]) -> None:
     write_json(folder / "preprocessor_config.json", preprocessing)
     write_text(folder / "README.md", model_card(folder.name, network, config))
     write_json(folder / "config.json", config)
+
+
+def known_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's facts that we write ourselves, if they are of their kind: a folder may come from anywhere."""
+    known: dict[str, Any] = {name: printable(facts[name]) for name in _TEXTS if isinstance(facts.get(name), str)}
+    known |= {name: value for name in _NUMBERS if _finite(value := facts.get(name))}
+    measured, warnings, versions = (facts.get(name) for name in ("measured", "warnings", "versions"))
+    if isinstance(measured, dict):
+        known["measured"] = {name: measured[name] for name in MEASURES if _finite(measured.get(name))}
+    if isinstance(warnings, list):
+        known["warnings"] = [printable(line) for line in warnings if isinstance(line, str)]
+    if isinstance(versions, dict):
+        known["versions"] = {
+            name: printable(versions[name]) for name in ("zskt", "torch", "python") if name in versions
+        }
+    return known
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e18
 
 
 def model_card(name: str, network: Teacher, config: Mapping[str, Any]) -> str:
@@ -100,7 +124,7 @@ def model_card(name: str, network: Teacher, config: Mapping[str, Any]) -> str:
         "",
         *_table("origin", {key: "not recorded" if value is None else value for key, value in origin.items()}),
         "",
-        *(f"Warning of the run: {light}\n" for light in config.get("warnings") or []),
+        *(f"Warning of the run: {html.escape(light)}\n" for light in config.get("warnings") or []),
         "## What was measured",
         "",
         "On the test images given to the command that made it; accuracies and agreement are fractions in [0, 1].",
@@ -128,5 +152,6 @@ def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(head: str, rows: Mapping[str, Any]) -> list[str]:
-    cells = ((str(key), " ".join(str(value).split()).replace("|", "\\|")) for key, value in rows.items())
+    texts = {str(key): html.escape(printable(value), quote=False) for key, value in rows.items()}
+    cells = ((key, " ".join(text.split()).replace("|", "\\|")) for key, text in texts.items())
     return [f"| {head} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)]

@@ -7,6 +7,7 @@ one of ours of equal shape and fill all of ours, and be the only renaming that d
 components spelled alike on both sides settle it, and anything else is refused with the candidates.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zskt import models
-from zskt.files import UsageError, ZsktError, unknown
+from zskt.files import UsageError, ZsktError, short, unknown
 from zskt.teacher import Teacher, read_weights
 
 NOT_VERIFIED = "mapping not verified: names and shapes fit, nothing was measured; give --data to measure the accuracy"
@@ -63,9 +64,10 @@ def find_state_dict(loaded: object) -> dict[str, Tensor]:
         if not isinstance(value, Mapping) or id(value) in seen or "param_groups" in value:
             continue
         seen.add(id(value))
-        if value and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items()):
-            found[place or "the top level"] = dict(value)
-        waiting += [(f"{place}.{name}" if place else str(name), item) for name, item in value.items()]
+        items = list(type(value).items(value))  # a file may give what it holds attributes of any name
+        if items and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in items):
+            found[place or "the top level"] = {name: Tensor.detach(item) for name, item in items}
+        waiting += [(f"{place}.{name}" if place else str(name), item) for name, item in items]
     if not found:
         what = f"entries {_some(loaded)}" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
         raise ZsktError(f"expected a state dict (names -> tensors), found {what}; save model.state_dict() on its own")
@@ -147,6 +149,8 @@ def fill(
     Nothing in the file is executed. Raises ZsktError, with `advice`, for names that do not map.
     """
     own, foreign = module.state_dict(), find_state_dict(read_weights(path))
+    if nested := [key for key, tensor in foreign.items() if tensor.is_nested]:
+        raise ZsktError(f"{short(nested[0])}: expected a dense tensor, found a nested one; save it anew")
     keys = find_renaming({k: v.shape for k, v in foreign.items()}, {k: v.shape for k, v in own.items()}, rename, advice)
     weights = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith(_COUNTER)}
     weights |= {name: _checked(key, foreign[key], own[name]) for key, name in keys.items()}
@@ -177,11 +181,14 @@ def _some(items: Iterable[object], separator: str = ", ") -> str:
 def _checked(key: str, tensor: Tensor, own: Tensor) -> Tensor:
     """`tensor` in the type of `own`; its shape is known to be equal, so a hostile size cannot get here."""
     if tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point() >= own.is_floating_point():
-        value = tensor.to(own.dtype)
-        if value.isfinite().all():
-            return value
+        with contextlib.suppress(RuntimeError):  # of types that have no arithmetic, such as quantised ones
+            value = tensor.to(own.dtype)
+            if value.isfinite().all():
+                return value
     found = f"{tensor.dtype}, {tensor.layout}, or NaN or infinity among them"
-    raise ZsktError(f"{key}: expected a dense tensor of finite floating-point numbers, found {found}; save it anew")
+    raise ZsktError(
+        f"{short(key)}: expected a dense tensor of finite floating-point numbers, found {found}; save it anew"
+    )
 
 
 def _renamed(keys: Mapping[str, str]) -> dict[str, str]:

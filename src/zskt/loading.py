@@ -4,8 +4,8 @@ Image size and normalisation come from what lies beside the weights, else they a
 """
 
 import importlib
+import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from torch import nn
 
 from zskt.archives import kind_of
 from zskt.factories import call_factory, is_factory
-from zskt.files import UsageError, ZsktError, first_line, read_json
+from zskt.files import UsageError, ZsktError, expanded, first_line, read_json, tensor_shapes, to_stderr
 from zskt.graphs import read_exported, read_torchscript
-from zskt.importing import fill, unit_normalisation
-from zskt.rebuild import RUNS_CODE
-from zskt.teacher import Teacher, is_hub_folder, load_network, read_weights
+from zskt.importing import fill, find_state_dict, unit_normalisation
+from zskt.rebuild import unallocated, without_code
+from zskt.teacher import Teacher, count_parameters, is_hub_folder, load_network, read_weights
 
 Size = tuple[int, int, int]
 Notice = Callable[[str], None]  # one line for the user
@@ -60,10 +60,6 @@ class _Found:
     lost: str = ""
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def load_teacher(
     what: str | Path,
     *,
@@ -73,7 +69,7 @@ def load_teacher(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     trust: bool = False,
-    notice: Notice = _to_stderr,
+    notice: Notice = to_stderr,
 ) -> Teacher:
     """The trained classifier that `what` spells, ready to be distilled, measured or compared.
 
@@ -106,10 +102,10 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     trust: bool = False,
-    notice: Notice = _to_stderr,
+    notice: Notice = to_stderr,
 ) -> Loaded:
     """What `load_teacher` returns, and where it was found."""
-    spelling, path = str(what), Path(what).expanduser()
+    spelling, path = str(what), expanded(what)
     if is_own_folder(path):
         given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
         _refuse_unused(given, f"{path}, a folder that says everything")
@@ -253,12 +249,23 @@ def _hugging_face(folder: Path) -> _Found:
                 f"expected an image classifier of transformers in {folder}, found model type {kind[:80]!r}; its own "
                 "code is not run: give package.module:factory"
             )
-        config = known.from_dict(_without_code(facts))
+        config = known.from_dict(without_code(facts, folder / "config.json"))
         found_class = classes[known]
-        model, loading = (found_class[0] if isinstance(found_class, tuple) else found_class).from_pretrained(
+        kind_of_network = found_class[0] if isinstance(found_class, tuple) else found_class
+        weights = None if tensors else read_weights(pickled[0])  # never by the library, which may unpickle
+        held = sum(math.prod(shape) for path in tensors for shape in tensor_shapes(path).values())
+        held += sum(tensor.numel() for tensor in find_state_dict(weights).values()) if weights is not None else 0
+        with unallocated():
+            wanted = count_parameters(kind_of_network(config))
+        if wanted > 2 * held + 1_000_000:  # some may be absent, and then are said below
+            raise ZsktError(
+                f"{folder / 'config.json'} describes {wanted:,} parameters, and the weights beside it are {held:,} "
+                "numbers; save the network anew"
+            )
+        model, loading = kind_of_network.from_pretrained(
             folder if tensors else None,
             config=config,
-            state_dict=None if tensors else read_weights(pickled[0]),  # never by the library, which may unpickle
+            state_dict=weights,
             use_safetensors=bool(tensors),
             output_loading_info=True,
             local_files_only=True,
@@ -273,13 +280,6 @@ def _hugging_face(folder: Path) -> _Found:
     found = _Found(model, f"Hugging Face {config.model_type}", class_names=_names(config))
     _read_preprocessor(folder, config, found)
     return found
-
-
-def _without_code(value: Any) -> Any:
-    """A config without the entries by which transformers would fetch and run somebody's code."""
-    if isinstance(value, Mapping):
-        return {name: _without_code(item) for name, item in value.items() if name not in RUNS_CODE}
-    return value
 
 
 @contextmanager
@@ -305,15 +305,17 @@ def _names(config: Any) -> list[str] | None:
 
 def _read_preprocessor(folder: Path, config: Any, found: _Found) -> None:
     """Image size and normalisation, as far as a transformers folder says them."""
-    facts: dict[str, Any] = {}
+    facts: Any = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
             facts = read_json(folder / name)
-            facts = facts.get("image_processor", facts) if isinstance(facts, dict) else {}
+            facts = facts.get("image_processor", facts) if isinstance(facts, dict) else None
             found.source = name
             break
     channels = getattr(config, "num_channels", None)
     try:
+        if not isinstance(facts, dict):
+            raise TypeError(f"expected an object, found {type(facts).__name__}")
         sides = _sides(facts) or _pair(getattr(config, "image_size", None))
         if channels and sides:
             found.input_size = (int(channels), *sides)
@@ -328,7 +330,7 @@ def _read_preprocessor(folder: Path, config: Any, found: _Found) -> None:
         means, deviations = (facts["image_mean"], facts["image_std"]) if normalised else (zeros, ones)
         found.mean = [(float(mean) + offset) / (255 * factor) for mean in means]
         found.std = [float(deviation) / (255 * factor) for deviation in deviations]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ZsktError(
             f"{folder / found.source} is not understood ({type(error).__name__}: {first_line(error)}); correct it, or "
             "remove it and give --input-size, --mean and --std"

@@ -1,16 +1,18 @@
 """What a classifier does with noise, found before anything is built on it: classes, kind of output, gradients.
 
-N images, K classes. Nothing here switches a network into training mode.
+N images, K classes. Nothing here switches a network into training mode, but for a copy of a student.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from zskt.features import logits_of
-from zskt.files import ZsktError, first_line
+from zskt.files import ZsktError, first_line, short
 
 Output = Literal["logits", "probabilities", "log-probabilities"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
@@ -70,7 +72,7 @@ def probe(module: nn.Module, size: tuple[int, int, int]) -> Probe:
     with torch.no_grad():
         try:
             both = logits_of(module(noise))  # (3, K)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _fixed_batch(2, error) from error
     if both.shape[0] != 3:
         raise ZsktError(f"expected logits for each of 3 images, found {both.shape[0]}; return (batch, classes)")
@@ -98,14 +100,13 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: tuple[int, int, int])
             outputs = logits_of(module(images))  # (2, K)
         except ZsktError:
             raise
-        except Exception as error:  # a module of somebody else's may refuse a shape in any way
+        except (Exception, SystemExit) as error:  # somebody else's module may refuse a shape in any way
             raise _refusal(module, noise.detach(), size, error) from error
     if images._version:
         raise ZsktError("the network changes its images in place, which others see after it; make that out of place")
     if not outputs.is_floating_point():
-        raise ZsktError(
-            f"expected logits, found integers ({outputs.dtype}): an argmax inside? Return what it is taken of"
-        )
+        advice = "return their real part" if outputs.is_complex() else "an argmax inside? Return what it is taken of"
+        raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}: {advice}")
     if not torch.isfinite(outputs).all():
         raise ZsktError("the network answers noise with NaN or infinity; check its weights")
     if outputs.shape[1] < 2:
@@ -113,7 +114,12 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: tuple[int, int, int])
     unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): probabilities have a sum without gradient
     gradient = None
     if outputs.requires_grad:
-        (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
+        try:
+            (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
+        except Exception as error:
+            raise ZsktError(
+                f"the backward pass of the network fails ({first_line(error)}); see what it changes in place"
+            ) from error
     if gradient is None:
         raise ZsktError(
             "no gradient reaches the images, and without it there is no search: the network runs under torch.no_grad "
@@ -124,14 +130,14 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: tuple[int, int, int])
     return outputs.detach()
 
 
-def _refusal(module: nn.Module, noise: Tensor, size: tuple[int, int, int], error: Exception) -> ZsktError:
+def _refusal(module: nn.Module, noise: Tensor, size: tuple[int, int, int], error: BaseException) -> ZsktError:
     """Why two images were not taken: another batch size, integers, or another image size."""
 
     def taken(images: Tensor) -> bool:
         try:
             with torch.no_grad():
                 module(images)
-        except Exception:
+        except (Exception, SystemExit):
             return False
         return True
 
@@ -145,8 +151,53 @@ def _refusal(module: nn.Module, noise: Tensor, size: tuple[int, int, int], error
     )
 
 
-def _fixed_batch(count: int, error: Exception) -> ZsktError:
+def _fixed_batch(count: int, error: BaseException) -> ZsktError:
     return ZsktError(
         f"the network takes batches of exactly {count} ({first_line(error)}); export it with a dynamic batch, as in "
         "torch.export.export(..., dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
     )
+
+
+def check_state(module: nn.Module, who: str) -> None:
+    """Raise ZsktError, with the name, unless all that a network remembers are ordinary tensors with values."""
+    try:
+        state = module.state_dict()
+    except (Exception, SystemExit) as error:
+        raise ZsktError(f"the {who} does not give its state ({first_line(error)}); mend its state_dict") from error
+    for name, value in state.items():
+        found = "" if isinstance(value, Tensor) else f"a {type(value).__name__}, which no weights file holds"
+        if is_lazy(value):
+            found = "one without a shape yet; show the network an image first"
+        elif isinstance(value, Tensor) and value.is_meta:
+            found = "one without values, on the meta device; load its weights"
+        elif isinstance(value, Tensor) and value.layout is not torch.strided:
+            found = f"one of layout {value.layout}; make it dense"
+        if found:
+            raise ZsktError(f"expected an ordinary tensor in {short(name)} of the {who}, found {found}")
+
+
+def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> None:
+    """One forward and backward in training mode, of a copy, which may do otherwise than in eval mode."""
+    try:
+        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
+            twin = copy.deepcopy(student)
+            twin.train()
+            logits = logits_of(twin(images))  # (2, K)
+            trained = [p for p in twin.parameters() if p.requires_grad]
+            weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, for a softmax inside
+            reached = logits.requires_grad and any(
+                gradient is not None
+                for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
+            )
+    except ZsktError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ZsktError(
+            f"the student cannot be copied and trained on a batch of two ({first_line(error)}); mend its training mode"
+        ) from error
+    if logits.shape != shape or not reached:
+        found = f"shape {tuple(logits.shape)}" if logits.shape != shape else "ones that no gradient passes"
+        raise ZsktError(
+            f"expected logits of shape {tuple(shape)} from the student in training mode as in eval mode, found "
+            f"{found}; mend its training mode"
+        )

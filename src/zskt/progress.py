@@ -1,7 +1,6 @@
 """Live progress on stderr: bars and one line of what matters, while something long runs."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, RenderableType
@@ -9,7 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from zskt.distill import Event
+from zskt.files import to_stderr
 from zskt.training import TrainingEvent
+
+notice = to_stderr
 
 
 class _Rate(ProgressColumn):
@@ -22,11 +24,6 @@ class _Rate(ProgressColumn):
 def console() -> Console:
     """Where everything but the final JSON goes."""
     return Console(stderr=True, soft_wrap=True)
-
-
-def notice(line: str) -> None:
-    """One line for the user."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class _TwoLines(Progress):

@@ -13,12 +13,17 @@ from torch.overrides import TorchFunctionMode
 
 from zskt import models
 from zskt.factories import call_factory, factory_of
-from zskt.files import ZsktError, first_line
+from zskt.files import ZsktError, first_line, short, to_stderr
 
 Size = tuple[int, int, int]
 
-RUNS_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels"}
+_RUNS_CODE = {
+    *("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels"),
+    *("kernel_config", "quantization_config"),
+}
 """Entries of a config by which transformers loads modules or kernels from a repository."""
+FETCHES = "timm"
+"""How model types begin that hand over to timm, which fetches or unpickles what a config names."""
 
 
 class _Untouched(TorchFunctionMode):
@@ -73,14 +78,14 @@ def rebuild_module(
     if isinstance(spec := how.get("spec"), str):
         return models.build(spec, num_classes, input_size)
     if isinstance(how.get("transformers"), str) and isinstance(how.get("config"), dict):
-        return _from_transformers(how["transformers"], how["config"], where)
+        return _from_transformers(how["transformers"], how["config"], where, num_classes)
     if isinstance(spec := how.get("factory"), str) and isinstance(how.get("arguments"), dict):
         if not trust:
             raise ZsktError(
                 f"{where} says that {spec} makes this network, which runs that code: load it with trust=True or "
                 "--trust if you trust the folder, or hand the network in, as in load_student(folder, module=...)"
             )
-        print(f"running {spec}, as {where} says, to rebuild the network", file=sys.stderr, flush=True)
+        to_stderr(f"running {spec}, as {where} says, to rebuild the network")
         return call_factory(spec, how["arguments"])
     package, _, name = str(how.get("python", "your.Network")).rpartition(".")
     folder = where.parent
@@ -90,7 +95,7 @@ def rebuild_module(
     )
 
 
-def _from_transformers(name: str, config: dict[str, Any], where: Path) -> nn.Module:
+def _from_transformers(name: str, config: dict[str, Any], where: Path, num_classes: int) -> nn.Module:
     """A network of the transformers library from its config, which is kept from naming code to fetch."""
     try:
         import transformers
@@ -98,8 +103,11 @@ def _from_transformers(name: str, config: dict[str, Any], where: Path) -> nn.Mod
         raise ZsktError(f"{where} describes a network of transformers; install it: pip install transformers") from error
     kind = _classifier(transformers, name)
     if kind is None:
-        raise ZsktError(f"{where} wants {name} of transformers, which this version does not have; install another")
-    config = {key: value for key, value in config.items() if key not in RUNS_CODE}
+        raise ZsktError(
+            f"{where} wants {short(name)} of transformers, which is no image classifier of this version that stands by "
+            "itself; install another version, or hand the network in"
+        )
+    config = without_code(config, where, num_classes)
     try:
         module: nn.Module = kind(kind.config_class.from_dict(config))
     except Exception as error:  # a config of another version may fail in any way
@@ -109,9 +117,34 @@ def _from_transformers(name: str, config: dict[str, Any], where: Path) -> nn.Mod
     return module
 
 
+def without_code(config: Any, where: Path, num_classes: int | None = None) -> Any:
+    """A transformers config, at any depth less the entries by which somebody's code would be fetched and run.
+
+    Raises ZsktError for model types of timm's, and for a class count that is unreasonable or not `num_classes`.
+    """
+    if isinstance(config, list):
+        return [without_code(item, where) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if (kind := str(config.get("model_type"))).startswith(FETCHES):
+        raise ZsktError(
+            f"{where} names model type {short(kind)}, by which timm fetches and unpickles files: not loaded; give "
+            "timm:NAME with a weights file"
+        )
+    names = config.get("id2label")
+    for count in (config.get("num_labels"), len(names) if isinstance(names, dict | list) else None):
+        if count is None:
+            continue
+        if type(count) is not int or not 1 <= count <= models.MOST or num_classes not in (None, count):
+            expected = f"{num_classes:,}" if num_classes else f"at most {models.MOST:,}"
+            raise ZsktError(f"expected {expected} classes in {where}, found {short(count)}; write the folder anew")
+    return {name: without_code(item, where) for name, item in config.items() if name not in _RUNS_CODE}
+
+
 def _classifier(transformers: Any, name: str) -> Any:
     """An image classifier's class of the library, or None."""
-    kind = getattr(transformers, name, None) if "ForImageClassification" in name else None
+    fitting = "ForImageClassification" in name and not name.lower().startswith(FETCHES)
+    kind = getattr(transformers, name, None) if fitting else None
     return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 
 

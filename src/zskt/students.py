@@ -81,6 +81,10 @@ def _relative(teacher: Teacher, fraction: float) -> nn.Module:
     """The member of the teacher's family whose parameter count is nearest to this fraction of the teacher's."""
     module = _bare(teacher)
     target = fraction * count_parameters(module)
+    if not target:
+        raise ZsktError(
+            f"auto:{fraction:g} counts parameters, and the teacher has none; name a student, as in wrn-16-1"
+        )
     sizes: dict[str, int] = {}
     builders: dict[str, Callable[[], nn.Module]] = {}
     for ladder in _family(teacher, fraction):

@@ -5,6 +5,7 @@ A finished student is kept and loaded the same way, as `student.json` and `stude
 
 import argparse
 import copy
+import functools
 import hashlib
 import pickle
 import re
@@ -19,9 +20,20 @@ from torch import Tensor, nn
 
 from zskt.archives import open_archive
 from zskt.features import batchnorm_layers, evaluating, logits_of
-from zskt.files import ZsktError, cannot, first_line, read_json, read_tensors, write_json, write_tensors
-from zskt.probing import Logarithm, output_kind, probe
-from zskt.rebuild import describe_module, rebuild_module
+from zskt.files import (
+    ZsktError,
+    cannot,
+    first_line,
+    printable,
+    read_json,
+    read_tensors,
+    short,
+    tensor_shapes,
+    write_json,
+    write_tensors,
+)
+from zskt.probing import Logarithm, check_state, check_training, output_kind, probe
+from zskt.rebuild import describe_module, rebuild_module, unallocated
 
 FORMAT = 1
 """Version of the JSON beside the weights."""
@@ -74,7 +86,7 @@ class Teacher(nn.Module):
         self.num_classes, self.output, self.notes = found.num_classes, found.output, found.notes
         if self.output == "probabilities":
             self.module = Logarithm(self.module).eval()
-        self.class_names = tuple(class_names) if class_names is not None else None
+        self.class_names = tuple(map(printable, class_names)) if class_names is not None else None
         for what, count in (("classes", num_classes), ("class names", class_names and len(class_names))):
             if count not in (None, self.num_classes):
                 raise ZsktError(f"expected a network with {count} {what}, found {self.num_classes} outputs; check both")
@@ -118,12 +130,17 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     try:
         with torch.no_grad():
             twin = copy.deepcopy(module)
-    except Exception as error:  # locks, open files, tensors with a history
+        check_state(twin, "network")
+        for parameter in twin.parameters():
+            parameter.requires_grad_(False)
+        twin.eval()
+    except ZsktError:
+        raise
+    except (Exception, SystemExit) as error:  # locks, open files, tensors with a history, methods of its own
         raise ZsktError(
-            f"the network cannot be copied ({first_line(error)}); take out what is no part of it, or load it anew"
+            f"the network cannot be copied and frozen ({first_line(error)}); take out what is no part of it, or load "
+            "it anew"
         ) from error
-    for parameter in twin.parameters():
-        parameter.requires_grad_(False)
     return twin
 
 
@@ -139,7 +156,8 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def check_pair(teacher: Teacher, student: nn.Module) -> None:
-    """Raise ZsktError unless the student takes the teacher's images and has its classes."""
+    """Raise ZsktError unless the student takes the teacher's images, has its classes, and can be trained on them."""
+    check_state(student, "student")
     like = next((p for p in student.parameters() if p.requires_grad), None)
     if like is None:
         raise ZsktError("expected a student with parameters to train, found none that wants gradients")
@@ -156,7 +174,7 @@ def check_pair(teacher: Teacher, student: nn.Module) -> None:
             outputs = logits_of(student(noise))  # (2, K)
     except ZsktError:
         raise
-    except Exception as error:  # as in Teacher
+    except (Exception, SystemExit) as error:  # as in Teacher
         raise ZsktError(
             f"the student does not take the teacher's images of {size} ({first_line(error)}); build it for that size"
         ) from error
@@ -167,6 +185,7 @@ def check_pair(teacher: Teacher, student: nn.Module) -> None:
         raise ZsktError(
             f"expected a student with the teacher's {teacher.num_classes} classes, found {classes}; build it with them"
         )
+    check_training(student, noise, outputs.shape)
 
 
 def save_network(folder: Path, stem: str, network: Teacher, **facts: Any) -> None:
@@ -252,28 +271,37 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
     JSON names run.
     """
     facts = _checked_facts(path)
+
+    def fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ZsktError(
+                f"{weights} does not fit the {short(facts['model'] or type(network).__name__)} that {path.name} "
+                f"describes ({' '.join(str(error).split())[:200]}); write the folder anew"
+            ) from error
+
     if module is not None:
         module = copy.deepcopy(module)
     else:
         how = {"spec": facts["model"]} if facts["model"] is not None else facts.get("rebuild")
+        how = how if isinstance(how, dict) else {}
         size = _input_size(facts["input_size"])
-        module = rebuild_module(how if isinstance(how, dict) else {}, path, facts["num_classes"], size, trust=trust)
+        make = functools.partial(rebuild_module, how, path, facts["num_classes"], size, trust=trust)
+        if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
+            with unallocated():  # a short file can describe a network that no memory holds
+                fill(make(), {name: torch.empty(shape) for name, shape in tensor_shapes(weights).items()})
+        module = make()
     tensors, _ = read_tensors(weights)
     for tensor in tensors.values():
-        if tensor.is_floating_point():
-            module.to(torch.promote_types(tensor.dtype, torch.float32))  # float64 stays, half precisions are widened
+        if tensor.is_floating_point():  # float64 stays, all else is widened
+            module.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
             break
     own = module.state_dict()
     for name, tensor in tensors.items():
         if name in own and (tensor.is_floating_point(), tensor.is_complex()) != (own[name].is_floating_point(), False):
             raise ZsktError(f"expected {own[name].dtype} for {name} in {weights}, found {tensor.dtype}; write it anew")
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ZsktError(
-            f"{weights} does not fit the {facts['model'] or type(module).__name__} that {path.name} describes "
-            f"({' '.join(str(error).split())[:200]}); write the folder anew"
-        ) from error
+    fill(module, tensors)
     return Teacher(
         module,
         input_size=facts["input_size"],
