@@ -5,7 +5,7 @@ beliefs change on the way to a decision boundary is in `transitions.py`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from zskt.features import evaluating, layout
 from zskt.files import ZsktError
 from zskt.losses import forward_kl
+from zskt.matching import StepLosses
 from zskt.teacher import Teacher
 
 CALIBRATION_BINS = 15
@@ -200,3 +201,25 @@ def network_like(teacher: Teacher, module: torch.nn.Module) -> Teacher:
         std=teacher.std.flatten().tolist(),
         class_names=teacher.class_names,
     )
+
+
+def describe(losses: StepLosses) -> dict[str, Any]:
+    """A step's losses and beliefs as plain numbers: one list entry per update."""
+    return {
+        "generator_loss": [float(update.total) for update in losses.generator],
+        "generator_terms": {name: float(value) for name, value in losses.generator[-1].terms.items()},
+        "student_loss": [float(update.total) for update in losses.student],
+        "student_terms": {name: float(value) for name, value in losses.student[-1].terms.items()},
+        **pseudo_beliefs(losses.teacher_logits, losses.student_logits),
+    }
+
+
+def check_finite(line: Mapping[str, Any]) -> None:
+    """Raise ZsktError when a loss has left the numbers."""
+    for player in ("generator", "student"):
+        loss = line[f"{player}_loss"]
+        if not all(map(math.isfinite, loss)):
+            raise ZsktError(
+                f"the {player}'s loss is {loss[-1]} at step {line['step']:,}: the run has diverged; "
+                f"lower {player}.learning_rate or set {player}.clip"
+            )

@@ -4,7 +4,6 @@ Nothing here reads data, nor any image file: images to measure on are handed in 
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from zskt import checkpoint
-from zskt.belief import check_images, judge, network_like, predict, pseudo_beliefs, warning_lights
+from zskt.belief import (
+    check_finite,
+    check_images,
+    describe,
+    judge,
+    network_like,
+    predict,
+    pseudo_beliefs,
+    warning_lights,
+)
 from zskt.capture import CapturedStep
 from zskt.config import Config, from_toml, replace, to_toml
 from zskt.features import evaluating, logits_of
@@ -366,28 +374,6 @@ class Run:
             seconds=round(self.seconds, 1),
             versions=versions(),
         )
-
-
-def describe(losses: StepLosses) -> dict[str, Any]:
-    """A step's losses and beliefs as plain numbers: one list entry per update."""
-    return {
-        "generator_loss": [float(update.total) for update in losses.generator],
-        "generator_terms": {name: float(value) for name, value in losses.generator[-1].terms.items()},
-        "student_loss": [float(update.total) for update in losses.student],
-        "student_terms": {name: float(value) for name, value in losses.student[-1].terms.items()},
-        **pseudo_beliefs(losses.teacher_logits, losses.student_logits),
-    }
-
-
-def check_finite(line: Mapping[str, Any]) -> None:
-    """Raise ZsktError when a loss has left the numbers."""
-    for player in ("generator", "student"):
-        loss = line[f"{player}_loss"]
-        if not all(map(math.isfinite, loss)):
-            raise ZsktError(
-                f"the {player}'s loss is {loss[-1]} at step {line['step']:,}: the run has diverged; "
-                f"lower {player}.learning_rate or set {player}.clip"
-            )
 
 
 def sample(folder: str | Path, seed: int = 0) -> tuple[Tensor, Teacher]:
