@@ -93,6 +93,10 @@ def draw(found: dict[str, dict[str, Any]]) -> Figure:
     panels = figure.subplots(1, len(found))
     for panel, (name, sweep) in zip(panels, found.items(), strict=True):
         panel.loglog(sweep["sizes"], sweep["seconds_per_image"], "o-", color="C0")
+        panel.set_xticks(sweep["sizes"], [f"{size:,.0f}" for size in sweep["sizes"]], rotation=45)
+        panel.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+        panel.minorticks_off()
+        panel.set_ylim(0.005, 1.5)
         panel.set_title(f"time of a step ~ {name}^{sweep['exponent']:.2f}")
         panel.set_xlabel(name)
     panels[0].set_ylabel("seconds per pseudo image")
