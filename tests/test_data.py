@@ -440,10 +440,11 @@ def test_images_too_long_to_be_resized_are_refused(shape: tuple[int, int], tmp_p
         read([folder], "test", size=(3, 32, 32))
 
 
-def test_a_tar_with_a_negative_size_is_no_archive(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [-512, -1024])
+def test_a_tar_with_a_negative_size_is_no_archive(size: int, tmp_path: Path) -> None:
     entry = tarfile.TarInfo("test/a/1.png")
     header = bytearray(entry.tobuf())
-    header[124:136] = b"\xff" * 10 + (-512 & 0xFFFF).to_bytes(2)
+    header[124:136] = b"\xff" * 10 + (size & 0xFFFF).to_bytes(2)
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
     (tmp_path / "negative.tar").write_bytes(bytes(header) + bytes(10_240))
     with pytest.raises(ZsktError):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import sys
 import types
@@ -526,6 +527,19 @@ def test_a_config_that_asks_for_too_much_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)  # nothing is made
     assert words in refused(lambda: load_teacher(tmp_path))
+
+
+def test_transformers_quotes_no_config_on_the_terminal(
+    transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_hugging_face(transformers, "vit", tmp_path, PREPROCESSOR)
+    said: list[logging.LogRecord] = []
+    (handler := logging.Handler()).emit = said.append  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_return_dict": "\x1b[2J"}))
+    refused(lambda: load_teacher(tmp_path))
+    assert not said
 
 
 def test_configs_lose_what_fetches_code_at_any_depth(transformers: Any) -> None:

@@ -20,7 +20,7 @@ from zskt.factories import call_factory, is_factory
 from zskt.files import UsageError, ZsktError, expanded, first_line, read_json, tensor_shapes, to_stderr
 from zskt.graphs import read_exported, read_torchscript
 from zskt.importing import fill, find_state_dict, unit_normalisation
-from zskt.rebuild import unallocated, without_code
+from zskt.rebuild import quiet, unallocated, without_code
 from zskt.teacher import Teacher, count_parameters, is_hub_folder, load_network, read_weights
 
 Size = tuple[int, int, int]
@@ -241,7 +241,7 @@ def _hugging_face(folder: Path) -> _Found:
         raise ZsktError(f"expected *.safetensors or pytorch_model.bin in {folder}, found {there}; save it anew")
     facts = read_json(folder / "config.json")
     kind = str(facts.get("model_type")) if isinstance(facts, dict) else "none"
-    with _failing(str(folder)), _quiet(transformers):
+    with _failing(str(folder)), quiet(transformers):
         known = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else None  # noqa: SIM401
         classes = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
         if known is None or known not in classes:
@@ -280,21 +280,6 @@ def _hugging_face(folder: Path) -> _Found:
     found = _Found(model, f"Hugging Face {config.model_type}", class_names=_names(config))
     _read_preprocessor(folder, config, found)
     return found
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar and no advice of transformers' for a while."""
-    logging = transformers.utils.logging
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _names(config: Any) -> list[str] | None:

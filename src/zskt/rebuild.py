@@ -109,7 +109,8 @@ def _from_transformers(name: str, config: dict[str, Any], where: Path, num_class
         )
     config = without_code(config, where, num_classes)
     try:
-        module: nn.Module = kind(kind.config_class.from_dict(config))
+        with quiet(transformers):
+            module: nn.Module = kind(kind.config_class.from_dict(config))
     except Exception as error:  # a config of another version may fail in any way
         raise ZsktError(
             f"{where} holds a config that {name} does not take ({first_line(error)}); write the folder anew"
@@ -139,6 +140,21 @@ def without_code(config: Any, where: Path, num_classes: int | None = None) -> An
             expected = f"{num_classes:,}" if num_classes else f"at most {models.MOST:,}"
             raise ZsktError(f"expected {expected} classes in {where}, found {short(count)}; write the folder anew")
     return {name: without_code(item, where) for name, item in config.items() if name not in _RUNS_CODE}
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar and no advice of transformers' for a while, which quotes what a config holds."""
+    logging = transformers.utils.logging
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _classifier(transformers: Any, name: str) -> Any:

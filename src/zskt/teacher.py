@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from zskt import models
 from zskt.archives import open_archive
 from zskt.features import batchnorm_layers, evaluating, logits_of
 from zskt.files import (
@@ -145,8 +146,8 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
 
 
 def _input_size(size: Sequence[int]) -> tuple[int, int, int]:
-    if len(size) != 3 or min(size) < 1:
-        raise ZsktError(f"expected an input size of three positive numbers C H W, found {list(size)}")
+    if len(size) != 3 or min(size) < 1 or max(size) > models.MOST:
+        raise ZsktError(f"expected an input size of three positive numbers C H W, found {short(list(size))}")
     return size[0], size[1], size[2]
 
 
