@@ -17,7 +17,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,7 @@ def time_steps(arguments: argparse.Namespace) -> dict[str, Any]:
         "resnet": bench.Pair("resnet-34", "resnet-18", (3, 32, 32), "zskt-mmrazor", 256),
     }
     for name, pair in pairs.items():
+        pair = replace(pair, batch_size=max(8, round(pair.batch_size * min(1.0, arguments.scale))))
         for precision in bench.ENGINE:
             for graph in (False, True) if device.type == "cuda" else (False,):
                 matching = bench.engine(pair, precision, device)
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--graph", action="store_true", help="repeat the step as a CUDA graph")
     parser.add_argument("--stop-after", default="9m")
-    parser.add_argument("--scale", type=float, default=1.0, help="of epochs and steps")
+    parser.add_argument("--scale", type=float, default=1.0, help="of epochs and steps; of the batch in time")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = time_steps(arguments) if arguments.stage == "time" else run_stage(arguments)
