@@ -74,7 +74,8 @@ class CapturedStep:
             return self.matching.step()
         for player, rates in zip(self.players, self.rates, strict=True):
             if player.rate is not None:
-                rates.copy_(torch.tensor([player.rate(player.done + i) for i in range(player.count)]))
+                values = torch.tensor([player.rate(player.done + i) for i in range(player.count)])
+                rates.copy_(values, non_blocking=True)  # else the host would wait for the step before
             player.done += player.count
         return _copied(self.repeat())
 
