@@ -21,8 +21,9 @@ def call(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
-def test_teacher_and_student_in_slices(tmp_path: Path) -> None:
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Sixty images of CIFAR-10's size for training and as many for testing."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for label in range(10):
@@ -30,7 +31,12 @@ def test_teacher_and_student_in_slices(tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             for i in range(6):
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    common = ["--data", tmp_path / "images", "--device", "cpu", "--scale", "0.001"]
+    return tmp_path / "images"
+
+
+@pytest.mark.slow
+def test_teacher_and_student_in_slices(images: Path, tmp_path: Path) -> None:
+    common = ["--data", images, "--device", "cpu", "--scale", "0.001"]
     taught = call("wrn-teacher", *common, "--out", tmp_path / "0", "--precision", "fp32")
     assert taught["finished"]
     assert 0 <= taught["accuracy_in_bfloat16"] <= 1
@@ -43,6 +49,19 @@ def test_teacher_and_student_in_slices(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 81))
     for path in (tmp_path / "1").iterdir():
         assert path.stat().st_size <= 16 * 2**20
+
+
+@pytest.mark.slow
+def test_the_large_pair_at_two_steps(images: Path, tmp_path: Path) -> None:
+    common = ["--data", images, "--device", "cpu", "--scale", "0.00004"]
+    assert call("resnet-teacher", *common, "--out", tmp_path / "0")["finished"]
+    assert len(list((tmp_path / "0").glob("state.*"))) > 4  # 85 MB
+    for index, stage in enumerate(("resnet-mmrazor", "resnet-prior")):
+        out = tmp_path / str(index + 1)
+        found = call(stage, *common, "--state", tmp_path / str(index), "--out", out)
+        assert found["finished"]
+        assert 0 <= found["measured"]["accuracy"] <= 1
+        assert (out / f"{stage}-student.safetensors").exists()
 
 
 @pytest.mark.slow
