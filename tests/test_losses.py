@@ -216,3 +216,11 @@ def test_gradients_are_finite_where_a_norm_is_zero() -> None:
     loss = losses.attention_transfer([dead], [torch.ones(2, 5, 4, 4)])
     loss = loss + losses.batchnorm_prior([(exact, exact, torch.ones(3), torch.ones(3))])
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (dead, exact)))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_attentions_gradient_keeps_the_layout_of_the_maps(memory_format: torch.memory_format) -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    student = student.contiguous(memory_format=memory_format).requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.attention_transfer([student * 1], [teacher]), student)
+    assert gradient.is_contiguous(memory_format=memory_format)
