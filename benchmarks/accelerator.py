@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 import record
-from zskt import bench, load_teacher
-from zskt.belief import measure
-from zskt.capture import CapturedStep
-from zskt.cli import main as zskt
-from zskt.data import read
-from zskt.process import arithmetic, circumstances, synchronise
-from zskt.recipe import pick_device
-from zskt.roofline import count, peaks
+from zskt import load_teacher
+from zskt.bench import step_time as bench
+from zskt.bench.roofline import count, peaks
+from zskt.cli.main import main as zskt
+from zskt.data.images import read
+from zskt.evaluate.measures import measure
+from zskt.run.cuda_graph import CapturedStep
+from zskt.runtime import arithmetic, circumstances, pick_device, synchronise
 
 PART = 15 * 2**20
 """Bytes of a part of the state."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.progress import Progress
 
 import record
-from zskt.data import KNOWN, read
-from zskt.figures import average_transitions
-from zskt.importing import import_weights
-from zskt.process import arithmetic
-from zskt.transitions import average_curves, compare
+from zskt.data.images import KNOWN, read
+from zskt.evaluate.transitions import average_curves, compare
+from zskt.networks.weights import import_weights
+from zskt.run.plots import average_transitions
+from zskt.runtime import arithmetic
 
 
 def main() -> None:

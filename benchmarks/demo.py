@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import record
-from zskt import demo
-from zskt.checkpoint import read_lines
-from zskt.figures import run_curves
+from zskt.cli import demo
 from zskt.files import replacing
+from zskt.run.checkpoint import read_lines
+from zskt.run.plots import run_curves
 
 SEEDS = (0, 1, 2)
 DOCS = record.RESULTS.parent.parent / "docs"

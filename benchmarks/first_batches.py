@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import record
-from zskt.checkpoint import read_lines
+from zskt.run.checkpoint import read_lines
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from rich.progress import track
 
 import record
-from zskt.cli import main as zskt
-from zskt.data import read
-from zskt.formats import need
+from zskt.cli.main import main as zskt
+from zskt.data.images import read
+from zskt.export.formats import need
 
 SEEDS = (0, 1, 2)
 EPOCHS, BATCH = 4, 128

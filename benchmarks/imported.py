@@ -10,9 +10,9 @@ import hashlib
 from pathlib import Path
 
 import record
-from zskt.belief import measure
-from zskt.data import KNOWN, read
-from zskt.importing import import_weights
+from zskt.data.images import KNOWN, read
+from zskt.evaluate.measures import measure
+from zskt.networks.weights import import_weights
 
 
 def main() -> None:

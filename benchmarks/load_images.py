@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import record
-from zskt.data import read
+from zskt.data.images import read
 
 
 def main() -> None:

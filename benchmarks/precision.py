@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import record
-from zskt import distill, models
-from zskt.baselines import teach
-from zskt.data import KNOWN, digits
-from zskt.demo import BATCH, EPOCHS, SHIFT, STEPS, STUDENT, TEACHER
-from zskt.process import seeded
-from zskt.progress import distilling, teaching
-from zskt.teacher import Teacher, load_network
-from zskt.training import Training, updates_in
+from zskt.cli.demo import BATCH, EPOCHS, SHIFT, STEPS, STUDENT, TEACHER
+from zskt.cli.progress import distilling, teaching
+from zskt.data.images import KNOWN, digits
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.networks.folder import load_network
+from zskt.paper.baselines import teach
+from zskt.paper.training import Training, updates_in
+from zskt.run import distill
+from zskt.runtime import seeded
 
 SEEDS = (0, 1, 2)
 PRECISIONS = ("fp32", "bf16")
 
 
-def make_teacher(seed: int) -> Teacher:
+def make_teacher(seed: int) -> Classifier:
     """The demo's teacher."""
     known, (train, test) = KNOWN["digits"], digits(0)
     with seeded(seed):

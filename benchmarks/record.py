@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zskt.files import write_json, write_text
-from zskt.process import circumstances, short
+from zskt.runtime import circumstances, short
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -6,9 +6,9 @@ python benchmarks/roofline.py [--pairs wrn lenet] [--device cuda]
 import argparse
 
 import record
-from zskt import bench
-from zskt.recipe import pick_device
-from zskt.roofline import PHASES
+from zskt.bench import step_time as bench
+from zskt.bench.roofline import PHASES
+from zskt.runtime import pick_device
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import record
-from zskt import models
-from zskt.config import replace
-from zskt.figures import styled
 from zskt.files import replacing
-from zskt.process import arithmetic, seeded, synchronise
-from zskt.recipe import arrange, assemble, load_recipe, pick_device
-from zskt.teacher import Teacher
+from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.run.plots import styled
+from zskt.runtime import arithmetic, pick_device, seeded, synchronise
+from zskt.settings import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def seconds_per_step(point: Point, device: torch.device, patience: float) -> flo
     with seeded(0):
         module = models.build(f"wrn-16-{point.width}", point.classes, size)
         student = models.build("wrn-16-1", point.classes, size).to(device)
-        teacher = Teacher(module, input_size=size, mean=[0.5] * 3, std=[0.25] * 3).to(device)
+        teacher = Classifier(module, input_size=size, mean=[0.5] * 3, std=[0.25] * 3).to(device)
         arrange(teacher, config)
         arrange(student, config)
         rng = torch.Generator(device).manual_seed(0)

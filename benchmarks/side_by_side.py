@@ -21,16 +21,18 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import record
-from zskt import models
-from zskt.belief import measure, network_like, pseudo_beliefs
-from zskt.config import Config, replace
-from zskt.data import read
+from zskt.bench.reference import released_loop
+from zskt.data.images import read
+from zskt.evaluate.measures import measure, pseudo_beliefs
 from zskt.files import replacing
-from zskt.matching import BeliefMatching
-from zskt.process import seeded
-from zskt.recipe import arrange, assemble, load_recipe
-from zskt.reference import released_loop
-from zskt.teacher import Teacher, load_network
+from zskt.method.config import Config
+from zskt.method.matching import BeliefMatching
+from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.networks.folder import load_network
+from zskt.runtime import seeded
+from zskt.settings import replace
 
 EVALUATE_EVERY = 5
 TEST_IMAGES = 2_000
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    teacher: Teacher = load_network(arguments.teacher)
+    teacher: Classifier = load_network(arguments.teacher)
     test = read(arguments.data, "test", size=teacher.input_size)
     chosen = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:TEST_IMAGES]
     images, labels = test.images[chosen], test.labels[chosen]
@@ -118,7 +120,7 @@ def main() -> None:
         for name, step, module in zip(LOOPS, steps, students, strict=True):
             line = {"step": number, **step()}
             if number == 1 or number % EVALUATE_EVERY == 0:
-                line["accuracy"] = measure(network_like(teacher, module), images, labels)["accuracy"]
+                line["accuracy"] = measure(teacher.like(module), images, labels)["accuracy"]
             curves[name].append(line)
         print(json.dumps({name: lines[-1] for name, lines in curves.items()}), flush=True)
     matching.close()

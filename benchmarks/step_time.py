@@ -9,8 +9,8 @@ unequally.
 import argparse
 
 import record
-from zskt import bench
-from zskt.recipe import pick_device
+from zskt.bench import step_time as bench
+from zskt.runtime import pick_device
 
 
 def main() -> None:

@@ -15,12 +15,11 @@ import torch
 from rich.progress import track
 
 import record
-from zskt import models
-from zskt.process import arithmetic, seeded, synchronise
-from zskt.recipe import pick_device
-from zskt.reference import released_transitions
-from zskt.teacher import Teacher
-from zskt.transitions import transition_curves
+from zskt.bench.reference import released_transitions
+from zskt.evaluate.transitions import transition_curves
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.runtime import arithmetic, pick_device, seeded, synchronise
 
 SIZE = (3, 32, 32)
 
@@ -36,7 +35,7 @@ def main() -> None:
     device = pick_device(arguments.device)
     with seeded(0):
         first, second = (
-            Teacher(models.wide_resnet(16, 1), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3).to(device)
+            Classifier(models.wide_resnet(16, 1), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3).to(device)
             for _ in range(2)
         )
         images = torch.rand(arguments.images, *SIZE)

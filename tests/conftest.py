@@ -17,7 +17,7 @@ def tiny_recipes() -> Iterator[None]:
     from small import tiny_recipe
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zskt.recipe.load_recipe", tiny_recipe)
+        patch.setattr("zskt.method.recipe.load_recipe", tiny_recipe)
         yield
 
 

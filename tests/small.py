@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zskt import models
-from zskt.config import Config, replace
-from zskt.matching import BeliefMatching
-from zskt.recipe import arrange, assemble, load_recipe
-from zskt.teacher import Teacher
+from zskt.method.config import Config
+from zskt.method.matching import BeliefMatching
+from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.networks import models
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier
+from zskt.settings import replace
 
 if TYPE_CHECKING:
-    from zskt.data import Dataset
+    from zskt.data.images import Dataset
 
 
 class FourStages(nn.Module):
@@ -53,17 +55,17 @@ def without_batchnorm(module: nn.Module) -> None:
 
 def make_teacher(
     module: nn.Module | None = None, *, size: tuple[int, int, int] = (3, 16, 16), seed: int = 0
-) -> Teacher:
+) -> Classifier:
     """A teacher with random weights and shaken BatchNorm statistics, wrn-10-2 by default."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = models.wide_resnet(10, 2, channels=size[0]) if module is None else module
         shake_batchnorm(module)
-    return Teacher(module, input_size=size, mean=[0.5] * size[0], std=[0.25] * size[0])
+    return as_teacher(Classifier(module, input_size=size, mean=[0.5] * size[0], std=[0.25] * size[0]))
 
 
 def make_matching(
-    recipe: str, teacher: Teacher, student: nn.Module, changes: dict[str, Any] | None = None, seed: int = 0
+    recipe: str, teacher: Classifier, student: nn.Module, changes: dict[str, Any] | None = None, seed: int = 0
 ) -> tuple[BeliefMatching, Config]:
     """The step of a recipe at a tiny size."""
     tiny = {"steps": 5, "batch_size": 8, "generator.width": 8, "generator.latent": 12}
@@ -92,7 +94,7 @@ def coloured(
     count: int, *, classes: int = 3, size: tuple[int, int, int] = (1, 12, 12), seed: int = 0, name: str = "images"
 ) -> "Dataset":
     """Noise (count, *size) that is brighter from class to class: learnt in a few updates."""
-    from zskt.data import Dataset  # here, as one test blocks that module while it imports this one
+    from zskt.data.images import Dataset
 
     noise = torch.randint(0, 60, (count, *size), generator=torch.Generator().manual_seed(seed))
     labels = torch.arange(count) % classes

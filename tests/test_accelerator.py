@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zskt.checkpoint import read_lines
+from zskt.run.checkpoint import read_lines
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "accelerator.py"
 

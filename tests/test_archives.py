@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zskt import archives
-from zskt.archives import kind_of, open_archive, vetted
-from zskt.files import ZsktError
-from zskt.graphs import read_exported
-from zskt.loading import load_teacher
-from zskt.teacher import read_weights
+from zskt.errors import ZsktError
+from zskt.networks import archives
+from zskt.networks.archives import kind_of, open_archive, vetted
+from zskt.networks.graphs import read_exported
+from zskt.networks.loading import load_teacher
+from zskt.networks.weights_file import read_weights
 
 MODEL = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import zskt
 from small import FourStages, make_teacher, stripes
-from zskt import models
-from zskt.baselines import Training, TrainingResult, cross_entropy, few_shot, kd_at, teach, train_student
+from zskt.networks import models
+from zskt.paper.baselines import Training, TrainingResult, cross_entropy, few_shot, kd_at, teach, train_student
 
 
 def small_network(width: int = 4, seed: int = 0) -> nn.Module:
@@ -20,11 +20,11 @@ def small_network(width: int = 4, seed: int = 0) -> nn.Module:
         return models.convnet(width, num_classes=2, channels=1)
 
 
-def make_stripes_teacher(seed: int = 0) -> zskt.Teacher:
+def make_stripes_teacher(seed: int = 0) -> zskt.Classifier:
     return make_teacher(small_network(8, seed), size=(1, 8, 8))
 
 
-def distilled(out: Path | None, teacher: zskt.Teacher | None = None, **options: Any) -> TrainingResult:
+def distilled(out: Path | None, teacher: zskt.Classifier | None = None, **options: Any) -> TrainingResult:
     """A student trained with KD+AT on ten images of each of two classes."""
     teacher, module = teacher or make_stripes_teacher(), small_network()
     images, labels = stripes(60)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from small import make_teacher
-from zskt import models
-from zskt.belief import (
+from zskt.errors import ZsktError
+from zskt.evaluate.measures import (
     accuracy,
     agreement,
     bootstrap,
@@ -19,15 +19,14 @@ from zskt.belief import (
     disagreements,
     judge,
     measure,
-    network_like,
     noise_classes,
     per_image,
     predict,
     pseudo_beliefs,
-    warning_lights,
 )
-from zskt.files import ZsktError
-from zskt.teacher import Teacher
+from zskt.evaluate.warnings import warning_lights
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
 
 M, K = 200, 7
 
@@ -84,8 +83,7 @@ def test_perfect_calibration_is_no_error() -> None:
 
 def test_measure_agrees_with_its_parts_on_bytes_and_fractions() -> None:
     teacher = make_teacher()
-    student = network_like(teacher, models.wide_resnet(10, 1))
-    assert not student.module.training
+    student = teacher.like(models.wide_resnet(10, 1).eval())
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8, generator=rng)
     labels = torch.randint(10, (30,), generator=rng)
@@ -233,7 +231,7 @@ def test_noise_classes_are_those_of_the_network() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([-x.mean(dim=(1, 2, 3)), x.mean(dim=(1, 2, 3))], dim=1)
 
-    network = Teacher(Brightness(), input_size=(1, 4, 4), mean=[0.5], std=[0.25])
+    network = Classifier(Brightness(), input_size=(1, 4, 4), mean=[0.5], std=[0.25])
     counts = noise_classes(network)
     assert sum(counts) == 1000
     assert 400 < counts[1] < 600  # noise is as often bright as dark
@@ -246,7 +244,7 @@ def test_images_that_a_network_answers_with_nan_are_counted() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.sqrt(x.mean(dim=(2, 3)) + 3)
 
-    network = Teacher(Root(), input_size=(3, 4, 4), mean=[1.0] * 3, std=[0.25] * 3)
+    network = Classifier(Root(), input_size=(3, 4, 4), mean=[1.0] * 3, std=[0.25] * 3)
     images = torch.ones(5, 3, 4, 4)
     predict(network, images)
     images[3:] = 0  # (0 - 1) / 0.25 + 3 < 0

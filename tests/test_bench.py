@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zskt
 from small import make_matching, make_teacher
-from zskt import bench, models
-from zskt.cli import main
-from zskt.features import forward_flops
+from zskt.bench import step_time as bench
+from zskt.cli.main import main
+from zskt.networks import models
+from zskt.networks.observe import forward_flops
 
 
 @pytest.mark.parametrize("name", ["wrn", "lenet", "digits"])
@@ -19,7 +20,7 @@ def test_the_reference_costs_what_a_count_by_hand_gives(name: str) -> None:
 
 
 def test_a_handicapped_reference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zskt.reference.STUDENT_UPDATES", 11)
+    monkeypatch.setattr("zskt.bench.reference.STUDENT_UPDATES", 11)
     with pytest.raises(zskt.ZsktError, match="operations per image in a reference step"):
         bench.check_operations(bench.PAIRS["digits"])
 

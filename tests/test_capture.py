@@ -10,8 +10,8 @@ from torch import Tensor
 
 import zskt
 from small import FourStages, make_matching, make_teacher
-from zskt.capture import WARM_UP, CapturedStep, Step
-from zskt.matching import BeliefMatching, Losses, StepLosses
+from zskt.method.matching import BeliefMatching, Losses, StepLosses
+from zskt.run.cuda_graph import WARM_UP, CapturedStep, Step
 
 SGD = {"student.optimizer": "sgd", "student.momentum": 0.9, "student.weight_decay": 5e-4, "student.learning_rate": 0.1}
 BANK = {"memory.kind": "bank", "memory.capacity": 2}

@@ -15,8 +15,8 @@ from PIL import Image
 
 import zskt
 from small import make_teacher
-from zskt import demo
-from zskt.cli import COMMANDS, main
+from zskt.cli import demo
+from zskt.cli.main import COMMANDS, main
 
 TINY = ["--steps", "4", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=2"]
 
@@ -319,7 +319,7 @@ def test_a_network_that_leaves_is_an_error(
     factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "leaving.py").write_text(LEAVING)
-    monkeypatch.setattr("zskt.cli_teachers.latency", lambda network: network(torch.zeros(1, 3, 4, 4)))
+    monkeypatch.setattr("zskt.cli.teachers.latency", lambda network: network(torch.zeros(1, 3, 4, 4)))
     line = refused(capsys, 1, "inspect", f"{tmp_path}/leaving.py:{factory}", *GREY)
     assert line.isprintable()
     (tmp_path / "at_import.py").write_text("raise SystemExit")

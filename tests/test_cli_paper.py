@@ -16,13 +16,16 @@ from torch import Tensor
 import zskt
 from small import coloured
 from test_cli import refused, run
-from zskt import cli_paper, models, parts
-from zskt.baselines import teach
-from zskt.cli import main
-from zskt.data import Dataset, read
-from zskt.files import ZsktError, write_tensors
-from zskt.parts import time_parts
-from zskt.training import Training
+from zskt.cli import paper as cli_paper
+from zskt.cli.main import main
+from zskt.data.images import Dataset, read
+from zskt.errors import ZsktError
+from zskt.files import write_tensors
+from zskt.networks import models
+from zskt.paper import jobs as parts
+from zskt.paper.baselines import teach
+from zskt.paper.jobs import time_parts
+from zskt.paper.training import Training
 
 pytestmark = pytest.mark.usefixtures("tiny_recipes", "quick")
 
@@ -71,7 +74,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def save(folder: Path, module: torch.nn.Module, size: tuple[int, int, int] = (1, 12, 12)) -> str:
-    network = zskt.Teacher(module, input_size=size, mean=[0.4] * size[0], std=[0.3] * size[0])
+    network = zskt.Classifier(module, input_size=size, mean=[0.4] * size[0], std=[0.3] * size[0])
     zskt.save_teacher(folder, network, how="random weights")
     return str(folder)
 

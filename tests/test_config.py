@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 import zskt
-from zskt import config as config_module
-from zskt.config import Config, flat, from_text, from_toml, replace, to_toml
-from zskt.files import UsageError
-from zskt.recipe import load_recipe, recipe_texts
+from zskt.errors import UsageError
+from zskt.method import config as config_module
+from zskt.method.config import Config
+from zskt.method.recipe import load_recipe, recipe_texts
+from zskt.settings import flat, from_text, from_toml, replace, to_toml
 
 SOURCE = Path(zskt.__file__).parent
 SECTIONS = [kind for kind in vars(config_module).values() if dataclasses.is_dataclass(kind)]
@@ -22,7 +23,7 @@ SECTIONS = [kind for kind in vars(config_module).values() if dataclasses.is_data
 
 def field_lines() -> Iterator[tuple[str, str, ast.stmt | None]]:
     """Section, field and the statement after it, as config.py has them."""
-    for section in ast.parse((SOURCE / "config.py").read_text()).body:
+    for section in ast.parse((SOURCE / "method" / "config.py").read_text()).body:
         if isinstance(section, ast.ClassDef):
             for i, line in enumerate(section.body):
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
@@ -55,9 +56,9 @@ def test_every_field_is_read_by_the_package() -> None:
 def test_toml_round_trip(name: str) -> None:
     changes = {"steps": 123, "student.learning_rate": 1 / 3, "device": 'a "word" \\', "checkpoint_every": 7}
     config = replace(load_recipe(name) if name else Config(), changes)
-    assert from_toml(to_toml(config), "here") == config
+    assert from_toml(Config, to_toml(config), "here") == config
     assert set(flat(tomllib_config(to_toml(config)))) == set(flat(config))  # every value is spelled out
-    assert from_toml("", "here") == Config()
+    assert from_toml(Config, "", "here") == Config()
 
 
 def tomllib_config(text: str) -> Any:
@@ -122,7 +123,7 @@ def test_only_values_without_a_sign_of_their_own_may_be_negative() -> None:
 @pytest.mark.parametrize("text", ["[generator]\nwidht = 3", "generator = 3", "steps =", "steps = 'many'"])
 def test_errors_in_a_file_name_it_in_one_line(text: str) -> None:
     with pytest.raises(UsageError, match=r"^runs/a/config\.toml[: ]") as error:
-        from_toml(text, "runs/a/config.toml")
+        from_toml(Config, text, "runs/a/config.toml")
     assert "\n" not in str(error.value)
 
 
@@ -130,7 +131,7 @@ def test_whole_numbers_are_accepted_as_floats() -> None:
     config = replace(Config(), {"student.clip": 3, "schedule.kind": "multistep", "schedule.milestones": [0.5]})
     assert (config.student.clip, type(config.student.clip)) == (3.0, float)
     assert config.schedule.milestones == (0.5,)
-    assert from_toml("[student.loss]\nattention = 1", "here").student.loss.attention == 1.0
+    assert from_toml(Config, "[student.loss]\nattention = 1", "here").student.loss.attention == 1.0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_recipes_hold_their_header_and_differences_only(name: str, text: str) ->
 
 
 def test_no_recipe_file_is_left_out() -> None:
-    assert sorted(recipe_texts()) == sorted(path.stem for path in (SOURCE / "recipes").iterdir())
+    assert sorted(recipe_texts()) == sorted(path.stem for path in (SOURCE / "method" / "recipes").iterdir())
 
 
 @pytest.mark.parametrize("value", ["[" * 5_000, "9" * 5_000])
@@ -181,7 +182,7 @@ def test_a_value_too_long_or_too_deep_is_refused_in_a_short_line(value: str) -> 
         from_text(f"steps={value}")
     assert len(str(error.value)) < 200
     with pytest.raises(UsageError):
-        from_toml(f"steps = {value}", "here")
+        from_toml(Config, f"steps = {value}", "here")
     with pytest.raises(UsageError) as error:
-        from_toml(f"steps = '{'x' * 5_000}'", "here")
+        from_toml(Config, f"steps = '{'x' * 5_000}'", "here")
     assert len(str(error.value)) < 200

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from zskt import sources
-from zskt.data import KNOWN, Dataset, digits, read
-from zskt.files import UsageError, ZsktError
+from zskt.data import sources
+from zskt.data.images import KNOWN, Dataset, digits, read
+from zskt.errors import UsageError, ZsktError
 
 RNG = np.random.default_rng(0)
 
@@ -426,7 +426,7 @@ def test_what_gzip_holds_is_never_cut_off(tmp_path: Path, monkeypatch: pytest.Mo
 def test_few_large_files_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = {f"test/a/{i}.png": png(pixels(16, 16)) for i in range(6)}
     most = 2 * max(map(len, images.values()))
-    monkeypatch.setattr("zskt.data._GROUP_BYTES", most)
+    monkeypatch.setattr("zskt.data.images._GROUP_BYTES", most)
     done: list[int] = []
     folder = write_folder(tmp_path / "images", images)
     read([folder], "test", progress=lambda images, total: done.append(images))

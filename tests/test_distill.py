@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import zskt
 from small import FourStages, make_teacher, without_batchnorm
-from zskt import checkpoint, models
-from zskt.checkpoint import Interrupted
-from zskt.distill import Event, distill
-from zskt.process import stream
+from zskt.networks import models
+from zskt.run import checkpoint
+from zskt.run.checkpoint import Interrupted
+from zskt.run.distill import Event, distill
+from zskt.runtime import stream
 
 TINY = {"steps": 6, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
 KEEP = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3}
@@ -175,7 +176,7 @@ def test_the_users_teacher_comes_back_as_it_was() -> None:
         [(m.training, len(m._forward_hooks)) for m in module.modules()],
         [p.requires_grad for p in module.parameters()],
     )
-    teacher = zskt.Teacher(module, input_size=(3, 16, 16), mean=[0.5] * 3, std=[0.25] * 3)
+    teacher = zskt.Classifier(module, input_size=(3, 16, 16), mean=[0.5] * 3, std=[0.25] * 3)
     teacher_state = copy.deepcopy(teacher.state_dict())
     strides = [p.stride() for p in teacher.parameters()]
     distill(teacher, new_student(), "zskt-prior", settings=TINY)
@@ -221,8 +222,8 @@ sys.modules["zskt.data"] = None  # importing it fails
 import torch
 sys.path.insert(0, {tests!r})
 from small import make_teacher
-from zskt import checkpoint, models
-from zskt.distill import distill
+from zskt.networks import models
+from zskt.run.distill import distill
 teacher, student = make_teacher(), models.wide_resnet(10, 1)
 DATA = tuple("_batch _batch_1 .png .jpg .jpeg .webp .gif .bmp .zip .tar .gz .npy .npz .mat .bin ubyte".split())
 opened = []

@@ -19,15 +19,17 @@ from small import make_teacher
 from test_cli import refused as refused_command
 from test_cli import run as run_command
 from test_teacher import refused
-from zskt import models
-from zskt.export import BATCHES, IMAGES, check_agreement, deviation
-from zskt.factories import call_factory
-from zskt.files import UsageError, ZsktError
-from zskt.formats import feed, need, open_onnx
-from zskt.hub import write_hub
-from zskt.teacher import Teacher, load_network
+from zskt.errors import UsageError, ZsktError
+from zskt.export.export import BATCHES, IMAGES, check_agreement, deviation
+from zskt.export.formats import feed, need, open_onnx
+from zskt.export.hub import write_hub
+from zskt.networks import models
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier
+from zskt.networks.factories import call_factory
+from zskt.networks.folder import load_network
 
-exporting = sys.modules["zskt.export"]  # the package's attribute of that name is the function
+exporting = sys.modules["zskt.export.export"]  # the package's attribute of that name is the function
 
 TINY = {"steps": 2, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 1}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -46,7 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lenet() -> Teacher:
+def lenet() -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return make_teacher(models.lenet5(half=True, num_classes=4, input_size=(1, 28, 28)), size=(1, 28, 28))
@@ -64,13 +66,14 @@ class Plain(nn.Module):
         return self.head(self.conv(x).relu().mean(dim=(2, 3)))
 
 
-def plain(size: tuple[int, int, int] = (3, 8, 12)) -> Teacher:
+def plain(size: tuple[int, int, int] = (3, 8, 12)) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Teacher(Plain(), input_size=size, mean=MEAN, std=STD, class_names=["cat", "dog", "none of these"])
+        network = Classifier(Plain(), input_size=size, mean=MEAN, std=STD, class_names=["cat", "dog", "none of these"])
+        return as_teacher(network)
 
 
-def pixels(network: Teacher, count: int) -> Tensor:
+def pixels(network: Classifier, count: int) -> Tensor:
     """Images (count, C, H, W) of bytes."""
     rng = torch.Generator().manual_seed(1)
     return torch.randint(256, (count, *network.input_size), generator=rng, dtype=torch.uint8)
@@ -178,7 +181,7 @@ def test_a_result_is_exported_without_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["onnx", "pt2", "hub"])
 def test_grey_images_and_float64(form: Any, tmp_path: Path) -> None:
     network = lenet()
-    twin = Teacher(network.module.double(), input_size=(1, 28, 28), mean=[0.5], std=[0.25])
+    twin = Classifier(network.module.double(), input_size=(1, 28, 28), mean=[0.5], std=[0.25])
     exported = zskt.export(twin, tmp_path / "network", form)
     assert exported.max_difference <= 1e-4
     if form == "hub":
@@ -213,7 +216,7 @@ def test_a_hub_folder_tells_no_path_of_its_maker(tmp_path: Path) -> None:
         "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n"
     )
     module = call_factory(f"{tmp_path / 'secret' / 'mynet.py'}:make")
-    network = Teacher(module, input_size=(3, 2, 2), mean=MEAN, std=STD)
+    network = Classifier(module, input_size=(3, 2, 2), mean=MEAN, std=STD)
     zskt.export(network, tmp_path / "hub")
     how = json.loads((tmp_path / "hub" / "config.json").read_text())["rebuild"]
     assert how == {"factory": "mynet.py:make", "arguments": {}}
@@ -223,7 +226,7 @@ def test_a_hub_folder_tells_no_path_of_its_maker(tmp_path: Path) -> None:
 
 def test_a_hub_folder_passes_on_only_known_facts(tmp_path: Path) -> None:
     names = ["\ud800", "<b>b</b>", "c"]
-    network = Teacher(Plain(), input_size=(3, 16, 16), mean=MEAN, std=STD, class_names=names)
+    network = Classifier(Plain(), input_size=(3, 16, 16), mean=MEAN, std=STD, class_names=names)
     facts = {
         "auto_map": {"AutoModel": "evil--x.Y"}, "model_type": "vit", "id2label": 5, "steps": "many",
         "seed": float("nan"),
@@ -340,8 +343,8 @@ def test_a_wrong_file_is_not_left_behind(
 def test_a_wrong_normalisation_is_caught(form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = getattr(exporting, f"write_{form}")
 
-    def tampered(path: Path, network: Teacher, fed: Any) -> None:
-        other = Teacher(network.module, input_size=network.input_size, mean=(0.4814, *MEAN[1:]), std=STD)
+    def tampered(path: Path, network: Classifier, fed: Any) -> None:
+        other = Classifier(network.module, input_size=network.input_size, mean=(0.4814, *MEAN[1:]), std=STD)
         write(path, other, fed)
 
     monkeypatch.setattr(exporting, f"write_{form}", tampered)
@@ -350,7 +353,7 @@ def test_a_wrong_normalisation_is_caught(form: Any, tmp_path: Path, monkeypatch:
 
 
 def test_a_fixed_batch_size_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fixed(path: Path, network: Teacher, fed: Any) -> None:
+    def fixed(path: Path, network: Classifier, fed: Any) -> None:
         torch.export.save(torch.export.export(network, (torch.zeros(2, *network.input_size),)), path)
 
     monkeypatch.setattr(exporting, "write_pt2", fixed)
@@ -371,7 +374,7 @@ class TwoByTwo(Plain):
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
 def test_what_cannot_be_traced_is_said_in_one_line(form: Any, tmp_path: Path) -> None:
     for module in (Untraceable(), TwoByTwo()):
-        network = Teacher(module, input_size=(3, 8, 8), mean=MEAN, std=STD)
+        network = Classifier(module, input_size=(3, 8, 8), mean=MEAN, std=STD)
         assert "cannot trace this network" in refused(lambda n=network: zskt.export(n, tmp_path / "out", form))
         assert nothing_left(tmp_path)
 
@@ -431,7 +434,7 @@ def test_int8_is_judged_on_other_images_than_it_is_calibrated_on(
 def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
     run, out = finished / "run", tmp_path / "out.onnx"
     assert "without a generator" in refused(lambda: zskt.export(finished / "teacher", out, int8=True))
-    assert "wrap it, as in zskt.Teacher" in refused(lambda: zskt.export(Plain(), out))  # type: ignore[arg-type]
+    assert "wrap it, as in zskt.Classifier" in refused(lambda: zskt.export(Plain(), out))  # type: ignore[arg-type]
     for options, message in (
         ({"format": "onx"}, "did you mean onnx"),
         ({"input": "uint"}, "did you mean uint8"),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from small import shake_batchnorm
-from zskt import models
-from zskt.features import Observer, batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
-from zskt.files import ZsktError
+from zskt.errors import ZsktError
+from zskt.networks import models
+from zskt.networks.observe import Observer, batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 
 
 def conv_bn_relu(a: int, b: int, stride: int = 1) -> list[nn.Module]:

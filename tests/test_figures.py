@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from zskt import figures
-from zskt.figures import (
+from zskt.evaluate.transitions import Transitions, average_curves
+from zskt.run import plots as figures
+from zskt.run.plots import (
     average_transitions,
     class_histograms,
     few_shot_curves,
@@ -23,7 +24,6 @@ from zskt.figures import (
     save_image,
     single_transitions,
 )
-from zskt.transitions import Transitions, average_curves
 
 STEPS = 5
 

@@ -11,18 +11,8 @@ import pytest
 import torch
 
 from zskt import files
-from zskt.files import (
-    UsageError,
-    ZsktError,
-    appearing,
-    read_json,
-    read_tensors,
-    replacing,
-    unknown,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from zskt.errors import UsageError, ZsktError, unknown
+from zskt.files import appearing, read_json, read_tensors, replacing, write_json, write_tensors, write_text
 
 
 def interrupted(path: Path, error: BaseException) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from zskt.features import forward_flops
-from zskt.generator import WIDTHS, Generator, choose_width
-from zskt.teacher import count_parameters
+from zskt.method.generator import WIDTHS, Generator, choose_width
+from zskt.networks.classifier import count_parameters
+from zskt.networks.observe import forward_flops
 
 SIZES = [(8, 8), (28, 28), (32, 32), (64, 64), (32, 96), (30, 45), (224, 224), (5, 7)]
 

@@ -17,10 +17,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zskt import models
-from zskt.files import UsageError, ZsktError
-from zskt.importing import find_renaming, find_state_dict, import_weights, parse_renames, unit_normalisation
-from zskt.teacher import Teacher, load_network, save_teacher
+from zskt.errors import UsageError, ZsktError
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.networks.folder import load_network, save_teacher
+from zskt.networks.weights import find_renaming, find_state_dict, import_weights, parse_renames, unit_normalisation
 
 SIZE, CLASSES = (3, 32, 32), 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -60,12 +61,12 @@ def renamed_by(rename: Callable[[str], str], own: Shapes) -> tuple[Shapes, dict[
     return {rename(key): shape for key, shape in own.items()}, {rename(key): key for key in own}
 
 
-def bring(path: Path, spec: str = "wrn-10-1", **options: Any) -> Teacher:
+def bring(path: Path, spec: str = "wrn-10-1", **options: Any) -> Classifier:
     return import_weights(path, spec, SIZE, CLASSES, MEAN, STD, **options)[0]
 
 
 @torch.no_grad()
-def same_outputs(teacher: Teacher, source: nn.Module) -> bool:
+def same_outputs(teacher: Classifier, source: nn.Module) -> bool:
     images = torch.randn(4, *SIZE)
     return torch.equal(teacher(images), source(images))
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import zskt
 from small import make_teacher, shake_batchnorm, stripes
-from zskt.belief import measure
-from zskt.cli import main
-from zskt.cli_teachers import Foreign, open_network, open_networks
-from zskt.features import batchnorm_layers, find_stages, forward_flops
-from zskt.files import UsageError, ZsktError
-from zskt.loading import Loaded, load, load_teacher
-from zskt.rebuild import rebuild_module, without_code
+from zskt.cli.main import main
+from zskt.cli.teachers import Foreign, open_network, open_networks
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.measures import measure
+from zskt.networks.loading import Loaded, load, load_teacher
+from zskt.networks.observe import batchnorm_layers, find_stages, forward_flops
+from zskt.networks.rebuild import rebuild_module, without_code
 
 SIZE = (3, 16, 16)
 GREY = {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -99,7 +99,7 @@ def refused(work: Callable[[], object], kind: type[ZsktError] = ZsktError) -> st
     return str(error.value)
 
 
-def distils(teacher: zskt.Teacher, recipe: str = "auto") -> str:
+def distils(teacher: zskt.Classifier, recipe: str = "auto") -> str:
     """Two steps into a small student; the teacher comes back as it was. Returns the recipe."""
     student = nn.Sequential(
         nn.Conv2d(teacher.input_size[0], 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(),
@@ -245,7 +245,7 @@ def test_torchscript(tmp_path: Path) -> None:
     assert distils(found.teacher) == "zskt-fresh"
     with pytest.warns(DeprecationWarning, match="torch.jit"):
         script = torch.jit.load(str(path))
-    bare = zskt.Teacher(script, input_size=SIZE, **GREY)  # handed in as it is
+    bare = zskt.Classifier(script, input_size=SIZE, **GREY)  # handed in as it is
     assert find_stages(bare.module, SIZE) == ()
     assert all(parameter.requires_grad for parameter in script.parameters())  # it was copied
     torch.testing.assert_close(bare(x), module(x))
@@ -463,10 +463,10 @@ def test_commands_take_every_spelling(
     assert "runs the code" in err
     tiny = ["--steps", 2, "--batch-size", 4, "--set", "generator.width=8", "generator.latent=8", "student.updates=2"]
     run(capsys, 0, "distill", *factory, *options, "--student", "convnet-4", "--out", tmp_path / "run", *tiny)
-    monkeypatch.setattr("zskt.cli.test_images", lambda data, network: stripes(16, 3))
+    monkeypatch.setattr("zskt.cli.main.test_images", lambda data, network: stripes(16, 3))
     measured, _ = run(capsys, 0, "evaluate", tmp_path / "run", "--data", "x", "--teacher", *factory, *options)
     assert measured == measure(zskt.load_student(tmp_path / "run"), *stripes(16, 3), made)
-    monkeypatch.setattr("zskt.cli_paper.test_images", lambda data, network: stripes(64, 3))
+    monkeypatch.setattr("zskt.cli.paper.test_images", lambda data, network: stripes(64, 3))
     run(capsys, 0, "belief", tmp_path / "run", *factory, *options, "--data", "x", "--images", 2, "--steps", 2)
     run(capsys, 0, "sample", tmp_path / "run", "--out", tmp_path / "a.png", "--teacher", *factory, *options)
     _, err = run(capsys, 2, "inspect", f"{script}:make")

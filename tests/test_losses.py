@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zskt import losses
-from zskt.files import ZsktError
+from zskt.errors import ZsktError
+from zskt.method import losses
 
 N, K = 6, 5
 Logits = tuple[Tensor, Tensor]

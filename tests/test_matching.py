@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from small import make_matching, make_teacher
-from zskt import models
-from zskt.features import Observation
-from zskt.generator import Generator
-from zskt.losses import batchnorm_prior, forward_kl, one_hot
-from zskt.matching import BeliefMatching, Latent, Losses, Updates
-from zskt.memory import Bank
-from zskt.teacher import Teacher
+from zskt.method.generator import Generator
+from zskt.method.losses import batchnorm_prior, forward_kl, one_hot
+from zskt.method.matching import BeliefMatching, Latent, Losses, Updates
+from zskt.method.replay import Bank
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.networks.observe import Observation
 
 
 def gradients(module: nn.Module) -> list[Tensor | None]:
@@ -48,7 +48,7 @@ def test_only_the_player_at_work_gets_gradients(recipe: str) -> None:
     assert not same(before, gradients(student))
 
 
-def record_modes(matching: BeliefMatching, teacher: Teacher) -> list[tuple[str, str, bool]]:
+def record_modes(matching: BeliefMatching, teacher: Classifier) -> list[tuple[str, str, bool]]:
     """(network, train or eval, whether gradients are on) of every forward, in order."""
     seen: list[tuple[str, str, bool]] = []
     networks = {"teacher": teacher.module, "student": matching.student.module, "generator": matching.generator}

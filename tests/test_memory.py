@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zskt.features import Observation
-from zskt.memory import Bank, Fresh, Memory, PseudoBatch, Same
+from zskt.method.replay import Bank, Fresh, Memory, PseudoBatch, Same
+from zskt.networks.observe import Observation
 
 N, SHAPE = 4, (4, 1, 2, 2)
 

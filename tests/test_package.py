@@ -1,6 +1,7 @@
 """The package as a whole: its reading order, its public names, its size, its README."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -12,65 +13,13 @@ import zskt
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "zskt"
-STORY = [
-    "version",
-    "files",
-    "config",
-    "models",
-    "factories",
-    "rebuild",
-    "losses",
-    "features",
-    "probing",
-    "archives",
-    "teacher",
-    "importing",
-    "graphs",
-    "loading",
-    "generator",
-    "memory",
-    "matching",
-    "pairs",
-    "recipe",
-    "belief",
-    "transitions",
-    "figures",
-    "checkpoint",
-    "process",
-    "capture",
-    "students",
-    "report",
-    "distill",
-    "hub",
-    "formats",
-    "export",
-    "training",
-    "baselines",
-    "toy",
-    "sources",
-    "arrays",
-    "data",
-    "parts",
-    "studies",
-    "tables",
-    "reproduce",
-    "reference",
-    "roofline",
-    "bench",
-    "progress",
-    "demo",
-    "cli_teachers",
-    "cli_paper",
-    "cli_export",
-    "cli",
-]
-"""The reading order: each module imports only modules above it."""
-
-DATA_FREE = STORY[: STORY.index("export") + 1]
+ORDER = ["errors", "files", "runtime", "settings"]
+ORDER += ["networks", "data", "method", "evaluate", "run", "export", "paper", "bench", "cli"]
+"""The rooms, lowest first: arrows between them go down only."""
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports, wherever in the file."""
+    """The modules and packages of ours, by their names at the top level, that a file imports, wherever in the file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -83,31 +32,40 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def modules() -> dict[str, list[Path]]:
-    """Module or folder of ours -> its files."""
-    files = {path.stem: [path] for path in SOURCE.glob("*.py") if not path.stem.startswith("__")}
-    return files | {"models": sorted((SOURCE / "models").glob("*.py"))}
+def room(path: Path) -> str:
+    """The top-level module or package that a file belongs to."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def test_story_names_every_module() -> None:
-    assert set(modules()) == set(STORY)
+def test_arrows_between_rooms_go_down_only() -> None:
+    rooms = {room(path) for path in SOURCE.rglob("*.py")} - {"__init__", "__main__"}
+    assert rooms == set(ORDER)
+    for path in SOURCE.rglob("*.py"):
+        if (name := room(path)) in ORDER:
+            assert imports(path) <= set(ORDER[: ORDER.index(name) + 1]), path
 
 
-def test_design_names_every_module() -> None:
+def test_no_module_imports_in_a_circle() -> None:
+    """Even within a room: every module loads on its own, first."""
+    names = [".".join(path.relative_to(SOURCE.parent).with_suffix("").parts) for path in SOURCE.rglob("*.py")]
+    order: dict[str, set[str]] = {}
+    for name, path in zip(names, SOURCE.rglob("*.py"), strict=True):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        known = {node.module for node in nodes} | {f"{node.module}.{a.name}" for node in nodes for a in node.names}
+        order[name] = {str(module) for module in known} & set(names)
+    list(graphlib.TopologicalSorter(order).static_order())
+
+
+def test_the_house_is_small_and_its_plan_names_every_room() -> None:
+    there = {path.name.removesuffix(".py") for path in SOURCE.iterdir() if path.name != "__pycache__"}
+    assert len(there) <= 16
     text = (ROOT / "docs" / "design.md").read_text()
-    for name in modules():
+    for name in ORDER:
         assert f"`{name}.py`" in text or f"`{name}/`" in text, name
 
 
-@pytest.mark.parametrize("name", STORY)
-def test_modules_import_only_modules_above_them(name: str) -> None:
-    above = {*STORY[: STORY.index(name)], *(["models"] if name == "models" else [])}
-    for path in modules()[name]:
-        assert imports(path) <= above, path
-
-
 def test_the_package_itself_needs_no_data() -> None:
-    assert imports(SOURCE / "__init__.py") <= set(DATA_FREE) | {"__version__"}
+    assert not imports(SOURCE / "__init__.py") & {"data", "paper", "bench", "cli"}
     done = subprocess.run(
         [sys.executable, "-c", "import sys, zskt; print('zskt.data' in sys.modules, 'sklearn' in sys.modules)"],
         capture_output=True,
@@ -118,21 +76,21 @@ def test_the_package_itself_needs_no_data() -> None:
 
 
 def test_reference_imports_nothing_of_ours() -> None:
-    assert imports(SOURCE / "reference.py") == set()
+    assert imports(SOURCE / "bench" / "reference.py") == set()
 
 
 def test_modules_are_short_and_the_step_is_shorter() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py")}
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)
-    assert lengths[SOURCE / "matching.py"] <= 200
+    assert lengths[SOURCE / "method" / "matching.py"] <= 200
 
 
 def test_the_step_does_no_input_or_output_and_knows_no_recipe() -> None:
-    text = (SOURCE / "matching.py").read_text()
+    text = (SOURCE / "method" / "matching.py").read_text()
     tree = ast.parse(text)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not names & {"open", "print", "Path", "input"}
-    recipes = [path.stem for path in (SOURCE / "recipes").glob("*.toml")]
+    recipes = [path.stem for path in (SOURCE / "method" / "recipes").glob("*.toml")]
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert not strings & set(recipes)
 
@@ -177,7 +135,7 @@ def test_continuous_integration_runs_the_readmes_test_command() -> None:
 
 
 def test_readme_commands_exist() -> None:
-    from zskt.cli import COMMANDS
+    from zskt.cli.main import COMMANDS
 
     for block in readme_blocks("sh"):
         for command in re.findall(r"^zskt (\S+)", block, re.MULTILINE):

@@ -8,9 +8,9 @@ import pytest
 from torch import Tensor, nn
 
 from small import FourStages, make_teacher
-from zskt import models
-from zskt.files import UsageError, ZsktError
-from zskt.pairs import describe_pairs, likeness, match, stage_pairs, stages_pair_up
+from zskt.errors import UsageError, ZsktError
+from zskt.method.stage_pairs import describe_pairs, likeness, match, stage_pairs, stages_pair_up
+from zskt.networks import models
 
 MLP = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
 

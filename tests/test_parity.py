@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from small import FourStages, make_matching, make_teacher
-from zskt import losses, models, reference
-from zskt.matching import BeliefMatching
-from zskt.reference import released_loop
-from zskt.teacher import Teacher
+from zskt.bench import reference
+from zskt.bench.reference import released_loop
+from zskt.method import losses
+from zskt.method.matching import BeliefMatching
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
 
 OUTER_ITERATIONS = 3
 CLIP_THAT_BITES = 0.01
@@ -20,7 +22,7 @@ CLIP_THAT_BITES = 0.01
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def pair(recipe: str, dtype: torch.dtype = torch.float64) -> tuple[Teacher, nn.Module]:
+def pair(recipe: str, dtype: torch.dtype = torch.float64) -> tuple[Classifier, nn.Module]:
     """A teacher and a student; four post-ReLU stages for mmrazor's recipe, three WRN stages otherwise."""
     torch.manual_seed(1)
     if recipe == "zskt-mmrazor":

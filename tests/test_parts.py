@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from zskt import parts
-from zskt.checkpoint import Interrupted, parse_budget
-from zskt.files import UsageError, ZsktError, write_json
-from zskt.parts import Part, Show, check_settings, in_order, make_parts, time_parts
+from zskt.errors import UsageError, ZsktError
+from zskt.files import write_json
+from zskt.paper import jobs as parts
+from zskt.paper.jobs import Part, Show, check_settings, in_order, make_parts, time_parts
+from zskt.run.checkpoint import Interrupted, parse_budget
 
 
 class Clock:

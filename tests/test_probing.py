@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
-from zskt.features import logits_of
-from zskt.files import ZsktError
-from zskt.probing import SMALLEST, Logarithm, output_kind, probe
+from zskt.errors import ZsktError
+from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, output_kind, probe
+from zskt.networks.observe import logits_of
 
 SIZE = (3, 8, 8)
 TINY = {"batch_size": 4, "generator.width": 8, "generator.latent": 8, "student.updates": 2}
@@ -59,8 +59,8 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def teacher_of(module: nn.Module, size: tuple[int, int, int] = SIZE) -> zskt.Teacher:
-    return zskt.Teacher(module, input_size=size, mean=[0.5] * size[0], std=[0.25] * size[0])
+def teacher_of(module: nn.Module, size: tuple[int, int, int] = SIZE) -> zskt.Classifier:
+    return as_teacher(zskt.Classifier(module, input_size=size, mean=[0.5] * size[0], std=[0.25] * size[0]))
 
 
 def refused(module: nn.Module) -> str:
@@ -70,7 +70,7 @@ def refused(module: nn.Module) -> str:
     return str(error.value)
 
 
-def student_for(teacher: zskt.Teacher) -> nn.Module:
+def student_for(teacher: zskt.Classifier) -> nn.Module:
     channels = teacher.input_size[0]
     return nn.Sequential(
         nn.Conv2d(channels, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),

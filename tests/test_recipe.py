@@ -11,15 +11,12 @@ import torch
 from torch import nn
 
 from small import FourStages, make_matching, make_teacher
-from zskt import models
-from zskt.config import Config, Schedule, flat, replace
-from zskt.features import forward_flops
-from zskt.files import UsageError, ZsktError
-from zskt.generator import WIDTHS, Generator
-from zskt.losses import attention_map
-from zskt.matching import Beliefs
-from zskt.memory import Bank, Fresh, Same
-from zskt.recipe import (
+from zskt.errors import UsageError, ZsktError
+from zskt.method.config import Config, Schedule
+from zskt.method.generator import WIDTHS, Generator
+from zskt.method.losses import attention_map
+from zskt.method.matching import Beliefs
+from zskt.method.recipe import (
     BF16_COMPARED,
     arrange,
     assemble,
@@ -27,13 +24,17 @@ from zskt.recipe import (
     generator_terms,
     learning_rate,
     load_recipe,
-    pick_device,
     recipe_texts,
     settle_precision,
     settle_width,
     student_terms,
 )
-from zskt.teacher import Teacher
+from zskt.method.replay import Bank, Fresh, Same
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.networks.observe import forward_flops
+from zskt.runtime import pick_device
+from zskt.settings import flat, replace
 
 NO_BATCHNORM = models.lenet5(half=True, num_classes=10, input_size=(3, 16, 16))
 
@@ -127,7 +128,9 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
     ],
     ids=["no student stages", "no teacher stages", "no BatchNorm", "classes", "channels"],
 )
-def test_what_does_not_fit_together_is_refused(recipe: str, teacher: Teacher, student: nn.Module, words: str) -> None:
+def test_what_does_not_fit_together_is_refused(
+    recipe: str, teacher: Classifier, student: nn.Module, words: str
+) -> None:
     with pytest.raises(ZsktError, match=words) as error:
         make_matching(recipe, teacher, student)
     assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from zskt.reference import METHODS, Iteration, attention_distance, mean_kl, released_loop, released_transitions
+from zskt.bench.reference import METHODS, Iteration, attention_distance, mean_kl, released_loop, released_transitions
 
 BATCH, LATENT, CLASSES, SIZE = 5, 6, 4, 6
 STAGES = ["low", "high"]

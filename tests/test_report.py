@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from zskt import report
-from zskt.config import Config, replace, to_toml
-from zskt.figures import image_grid, run_curves, save_image, series
-from zskt.files import ZsktError, write_json, write_text
-from zskt.report import write_report
+from zskt.errors import ZsktError
+from zskt.files import write_json, write_text
+from zskt.method.config import Config
+from zskt.run import report
+from zskt.run.plots import image_grid, run_curves, save_image, series
+from zskt.run.report import write_report
+from zskt.settings import replace, to_toml
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:

@@ -15,16 +15,17 @@ from PIL import Image
 
 import zskt
 from small import coloured, make_teacher
-from zskt import models
-from zskt.belief import measure
-from zskt.data import Dataset
-from zskt.files import UsageError, read_json
-from zskt.parts import Show, in_order, make_parts
-from zskt.process import circumstances
-from zskt.reproduce import NAMES, Request, published_budget, reproduction
-from zskt.studies import Budget
-from zskt.tables import Reproduction, write_result
-from zskt.teacher import load_network
+from zskt.data.images import Dataset
+from zskt.errors import UsageError
+from zskt.evaluate.measures import measure
+from zskt.files import read_json
+from zskt.networks import models
+from zskt.networks.folder import load_network
+from zskt.paper.experiments import Budget
+from zskt.paper.jobs import Show, in_order, make_parts
+from zskt.paper.reproduce import NAMES, Request, published_budget, reproduction
+from zskt.paper.tables import Reproduction, write_result
+from zskt.runtime import circumstances
 
 pytestmark = pytest.mark.usefixtures("tiny_recipes")
 
@@ -300,7 +301,7 @@ class Results:
         self.worked.append(name)
         return contextlib.nullcontext(lambda done, total, beside: None)
 
-    def network(self, part: str) -> zskt.Teacher:
+    def network(self, part: str) -> zskt.Classifier:
         return load_network(self.root / "parts" / part)
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from small import make_matching, make_teacher
-from zskt import bench, models, roofline
-from zskt.cli import main
-from zskt.features import forward_flops
-from zskt.matching import BeliefMatching
+from zskt.bench import roofline
+from zskt.bench import step_time as bench
+from zskt.cli.main import main
+from zskt.method.matching import BeliefMatching
+from zskt.networks import models
+from zskt.networks.observe import forward_flops
 
 CPU = torch.device("cpu")
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import zskt
 from small import FourStages, make_teacher
-from zskt import models
-from zskt.cli import main
-from zskt.distill import distill
-from zskt.factories import call_factory, is_factory, parse_arguments
-from zskt.files import UsageError
-from zskt.students import describe_student, make_student, scaled_config
-from zskt.teacher import Teacher, count_parameters
+from zskt.cli.main import main
+from zskt.errors import UsageError
+from zskt.networks import models
+from zskt.networks.classifier import Classifier, count_parameters
+from zskt.networks.factories import call_factory, is_factory, parse_arguments
+from zskt.networks.students import describe_student, make_student, scaled_config
+from zskt.run.distill import distill
 
 TINY = {"steps": 2, "batch_size": 4, "generator.width": 8, "generator.latent": 12, "student.updates": 1}
 
@@ -282,7 +282,7 @@ def test_listed_families_are_asked_lazily(monkeypatch: pytest.MonkeyPatch) -> No
 # Finished students.
 
 
-def finished(student: nn.Module, out: Path, teacher: Teacher | None = None) -> nn.Module:
+def finished(student: nn.Module, out: Path, teacher: Classifier | None = None) -> nn.Module:
     return distill(teacher or make_teacher(), student, "zskt-prior", settings=TINY, out=out).student
 
 
@@ -352,7 +352,7 @@ def test_a_network_of_ours_that_was_altered_is_a_python_object(tmp_path: Path) -
     student.fc = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 10))
     finished(student, tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "student.json").read_text())
-    assert (facts["model"], facts["rebuild"]) == (None, {"python": "zskt.models.wide_resnet.WideResNet"})
+    assert (facts["model"], facts["rebuild"]) == (None, {"python": "zskt.networks.models.wide_resnet.WideResNet"})
 
 
 def test_somebody_elses_attribute_called_spec_is_not_taken_for_ours(tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 import zskt
 from small import coloured, make_teacher
-from zskt import models, studies
-from zskt.baselines import kd_at, train_student
-from zskt.belief import measure
+from zskt.evaluate.measures import measure
 from zskt.files import read_json
-from zskt.parts import Part, Show, check_settings, in_order, make_parts, time_parts
-from zskt.process import seeded
-from zskt.studies import Budget, Study, normalisation
-from zskt.training import Training, digest
+from zskt.networks import models
+from zskt.networks.folder import load_network
+from zskt.paper import experiments as studies
+from zskt.paper.baselines import kd_at, train_student
+from zskt.paper.experiments import Budget, Study, normalisation
+from zskt.paper.jobs import Part, Show, check_settings, in_order, make_parts, time_parts
+from zskt.paper.training import Training, digest
+from zskt.runtime import seeded
 
 pytestmark = pytest.mark.usefixtures("tiny_recipes")
 
@@ -57,8 +59,8 @@ def weights(study: Study, part: Part) -> bytes:
     return path.read_bytes()
 
 
-def network(study: Study, part: Part) -> zskt.Teacher:
-    return zskt.teacher.load_network(part.folder(study.root))
+def network(study: Study, part: Part) -> zskt.Classifier:
+    return load_network(part.folder(study.root))
 
 
 def measured(study: Study, part: Part) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Notes what the training of students gets, before it starts."""
     found, wanted = Watched(), inspect.signature(kd_at)
 
-    def training(module: nn.Module, master: zskt.Teacher, images: Any, test: Any, how: Training, **more: Any) -> Any:
+    def training(module: nn.Module, master: zskt.Classifier, images: Any, test: Any, how: Training, **more: Any) -> Any:
         found.modules.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
         found.images.append(images)
         found.trainings.append(how)

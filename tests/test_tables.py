@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from zskt.files import write_json
-from zskt.parts import Part
-from zskt.tables import Cell, Reproduction, markdown_table, measured, write_result
+from zskt.paper.jobs import Part
+from zskt.paper.tables import Cell, Reproduction, markdown_table, measured, write_result
 
 CIRCUMSTANCES: dict[str, Any] = {
     "date": "2030-01-02",

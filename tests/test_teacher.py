@@ -15,24 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from small import make_teacher, shake_batchnorm
-from zskt import models
-from zskt.files import ZsktError
-from zskt.teacher import (
-    Teacher,
-    check_pair,
-    count_parameters,
-    load_network,
-    load_student,
-    read_weights,
-    save_network,
-    save_teacher,
-)
+from zskt.errors import ZsktError
+from zskt.networks import models
+from zskt.networks.checks import as_teacher, check_pair
+from zskt.networks.classifier import Classifier, count_parameters
+from zskt.networks.folder import load_network, load_student, save_network, save_teacher
+from zskt.networks.weights_file import read_weights
 
 SIZE, MEAN, STD = (3, 16, 16), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-def teacher_of(module: nn.Module, **changes: Any) -> Teacher:
-    return Teacher(module, **({"input_size": SIZE, "mean": MEAN, "std": STD} | changes))
+def teacher_of(module: nn.Module, **changes: Any) -> Classifier:
+    return as_teacher(Classifier(module, **({"input_size": SIZE, "mean": MEAN, "std": STD} | changes)))
 
 
 def refused(work: Callable[[], object]) -> str:
@@ -67,7 +61,7 @@ def test_the_module_handed_in_is_untouched() -> None:
 
 
 def test_a_teacher_never_trains() -> None:
-    teacher = nn.ModuleList([teacher_of(models.wide_resnet(10, 1))]).train()[0]
+    teacher = teacher_of(models.wide_resnet(10, 1).train())
     assert not any(child.training for child in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
     images = torch.randn(2, *SIZE, requires_grad=True)
@@ -93,7 +87,7 @@ def test_a_folder_gives_the_same_teacher_back(spec: str, tmp_path: Path) -> None
     names = [f'class "{i}" ä' for i in range(7)]
     module = models.build(spec, 7, size).to(memory_format=torch.channels_last)
     shake_batchnorm(module)
-    saved = Teacher(module, input_size=size, mean=[0.1307], std=[1 / 3], class_names=names)
+    saved = Classifier(module, input_size=size, mean=[0.1307], std=[1 / 3], class_names=names)
     save_teacher(tmp_path / "t", saved, measured={"accuracy": 0.5})
     loaded = load_network(tmp_path / "t")
     for name, tensor in saved.module.state_dict().items():

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from zskt import toy
-from zskt.files import UsageError
-from zskt.losses import forward_kl
-from zskt.toy import PointMatching, butterfly, draw_frame, mlp, point_gradient, reproduce_toy, run_toy, squash
+from zskt.errors import UsageError
+from zskt.method.losses import forward_kl
+from zskt.paper import toy
+from zskt.paper.toy import PointMatching, butterfly, draw_frame, mlp, point_gradient, reproduce_toy, run_toy, squash
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,20 @@ from torch import Tensor
 
 import zskt
 from small import stripes
-from zskt import models, training
-from zskt.baselines import cross_entropy, teach
-from zskt.checkpoint import Interrupted
-from zskt.training import Training, TrainingEvent, TrainingResult, augment, decayed, endless_batches, rate, updates_in
+from zskt.networks import models
+from zskt.paper import training
+from zskt.paper.baselines import cross_entropy, teach
+from zskt.paper.training import (
+    Training,
+    TrainingEvent,
+    TrainingResult,
+    augment,
+    decayed,
+    endless_batches,
+    rate,
+    updates_in,
+)
+from zskt.run.checkpoint import Interrupted
 
 CPU = torch.device("cpu")
 
@@ -284,7 +294,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 
 def test_an_objective_of_another_network_is_noticed() -> None:
     module, other = (models.convnet(4, num_classes=2, channels=1) for _ in range(2))
-    like = zskt.Teacher(module, input_size=(1, 8, 8), mean=[0.2], std=[0.3])
+    like = zskt.Classifier(module, input_size=(1, 8, 8), mean=[0.2], std=[0.3])
     data = stripes(20)
     with pytest.raises(zskt.ZsktError, match="make it of the one that is trained"):
         training.fit("student", module, like, data, data, Training(2, shift=0), cross_entropy(other), facts={})

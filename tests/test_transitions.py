@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import zskt
 from small import make_teacher
-from zskt import models
-from zskt.files import UsageError, ZsktError
-from zskt.reference import released_transitions
-from zskt.teacher import Teacher
-from zskt.transitions import Transitions, compare, transition_curves
+from zskt.bench.reference import released_transitions
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.transitions import Transitions, compare, transition_curves
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
 
 K, STEPS, XI = 4, 5, 0.8
 SIZE = (3, 9, 14)
@@ -28,13 +28,13 @@ def sure(module: nn.Module) -> nn.Module:
     return module
 
 
-def make_pair() -> tuple[Teacher, Teacher]:
+def make_pair() -> tuple[Classifier, Classifier]:
     """Two architectures with different normalisations, in float64."""
     torch.manual_seed(1)
     first = sure(models.wide_resnet(10, 1, num_classes=K))
     second = sure(models.build("convnet-6", K, SIZE))
-    one = Teacher(first, input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
-    other = Teacher(second, input_size=SIZE, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.35])
+    one = Classifier(first, input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
+    other = Classifier(second, input_size=SIZE, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.35])
     return one, other
 
 
@@ -46,7 +46,7 @@ def make_images(count: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def plain(
-    stepped: Teacher, other: Teacher, images: Tensor, starts: Tensor, *, same: bool = False, **changes: Any
+    stepped: Classifier, other: Classifier, images: Tensor, starts: Tensor, *, same: bool = False, **changes: Any
 ) -> tuple[Tensor, Tensor]:
     """The oracle, told how to normalise an image of one network for the other; `same` forgets to."""
 
@@ -77,14 +77,14 @@ def test_curves_are_those_of_the_plain_loop(stepped: Any, batch_size: int) -> No
     assert (one[..., -1] - one[..., 0]).abs().max() > 0.1  # the steps lead somewhere
 
 
-def wrong_curves(how: str, first: Teacher, second: Teacher, images: Tensor, starts: Tensor) -> Tensor:
+def wrong_curves(how: str, first: Classifier, second: Classifier, images: Tensor, starts: Tensor) -> Tensor:
     """What a mistake gives for the first network's and the second's curves, (2, M, K - 1, S)."""
     if how == "recorded after the step":
         return torch.stack(plain(first, second, images, starts, steps=STEPS + 1))[..., 1:]
     if how == "the other network stepped":
         return torch.stack(plain(second, first, images, starts)).flip(0)
     if how == "steps in [0, 1] pixels":  # dx = std * dx', so a step there is std^2 smaller, seen from here
-        one = Teacher(_Rescaled(first), input_size=SIZE, mean=[0.0] * 3, std=[1.0] * 3)
+        one = Classifier(_Rescaled(first), input_size=SIZE, mean=[0.0] * 3, std=[1.0] * 3)
         return torch.stack(plain(one, second, images, starts))
     if how == "mean over the batch":
         return torch.stack(plain(first, second, images, starts, step_size=XI / (len(images) * (K - 1))))
@@ -96,7 +96,7 @@ def wrong_curves(how: str, first: Teacher, second: Teacher, images: Tensor, star
 class _Rescaled(nn.Module):
     """A network on [0, 1] pixels."""
 
-    def __init__(self, network: Teacher) -> None:
+    def __init__(self, network: Classifier) -> None:
         super().__init__()
         self.network = network
 
@@ -161,7 +161,7 @@ def test_a_network_that_wants_contiguous_maps_is_followed_too() -> None:
             x = self.conv(x)
             return self.fc(x.view(len(x), -1))
 
-    network = Teacher(Viewing(), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
+    network = Classifier(Viewing(), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
     images, starts = make_images()
     assert transition_curves(network, network, images.float(), starts, steps=2).error == 0
 
@@ -205,7 +205,7 @@ def test_a_bare_module_borrows_the_other_normalisation() -> None:
     first, second = make_pair()
     images, labels = make_images(20)
     bare = compare(first.module, second, images, labels, number=2, steps=2)
-    wrapped = Teacher(
+    wrapped = Classifier(
         first.module, input_size=SIZE, mean=second.mean.flatten().tolist(), std=second.std.flatten().tolist()
     )
     assert bare.measured == compare(wrapped, second, images, labels, number=2, steps=2).measured
@@ -245,7 +245,7 @@ def test_networks_that_answer_nan_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.log(x.mean(dim=(2, 3)) + 3)  # NaN for dark images only: noise passes
 
-    network = Teacher(Brittle(), input_size=SIZE, mean=[1.0] * 3, std=[0.25] * 3)
+    network = Classifier(Brittle(), input_size=SIZE, mean=[1.0] * 3, std=[0.25] * 3)
     with pytest.raises(ZsktError, match="20 of 20 images with NaN"):
         compare(network, network, torch.zeros(20, *SIZE))
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import zskt
 from small import make_teacher
-from zskt import models
-from zskt.baselines import train_student
-from zskt.distill import distill, plan
-from zskt.features import memory_format
-from zskt.training import Training
+from zskt.networks import models
+from zskt.networks.observe import memory_format
+from zskt.paper.baselines import train_student
+from zskt.paper.training import Training
+from zskt.run.distill import distill, plan
 
 TINY = {"steps": 2, "batch_size": 4, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
 Size = tuple[int, int, int]

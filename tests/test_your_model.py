@@ -19,8 +19,8 @@ from PIL import Image
 
 import zskt
 from small import make_teacher, shake_batchnorm
-from zskt import models
-from zskt.cli import main
+from zskt.cli.main import main
+from zskt.networks import models
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your-model.md").read_text()
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)

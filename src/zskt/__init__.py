@@ -5,24 +5,27 @@ student = zskt.models.wide_resnet(16, 1, num_classes=10)
 result = zskt.distill(teacher, student, steps=2_000, seed=0, out="runs/a")
 """
 
-from zskt import losses, models
-from zskt.distill import DistillResult, Event, distill
-from zskt.export import Exported, export
-from zskt.files import UsageError, ZsktError
-from zskt.generator import Generator
-from zskt.loading import load_teacher
-from zskt.matching import BeliefMatching, Beliefs, Latent, StepLosses, Updates
-from zskt.memory import Bank, Fresh, Same
-from zskt.report import write_report
-from zskt.students import make_student
-from zskt.teacher import Teacher, load_student, save_teacher
-from zskt.transitions import Comparison, compare
-from zskt.version import __version__
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.transitions import Comparison, compare
+from zskt.export.export import Exported, export
+from zskt.method import losses
+from zskt.method.generator import Generator
+from zskt.method.matching import BeliefMatching, Beliefs, Latent, StepLosses, Updates
+from zskt.method.replay import Bank, Fresh, Same
+from zskt.networks import models
+from zskt.networks.classifier import Classifier
+from zskt.networks.folder import load_student, save_teacher
+from zskt.networks.loading import load_teacher
+from zskt.networks.students import make_student
+from zskt.run.distill import DistillResult, Event, distill
+from zskt.run.report import write_report
+from zskt.runtime import __version__
 
 __all__ = [
     "Bank",
     "BeliefMatching",
     "Beliefs",
+    "Classifier",
     "Comparison",
     "DistillResult",
     "Event",
@@ -32,7 +35,6 @@ __all__ = [
     "Latent",
     "Same",
     "StepLosses",
-    "Teacher",
     "Updates",
     "UsageError",
     "ZsktError",

@@ -2,6 +2,6 @@
 
 import sys
 
-from zskt.cli import main
+from zskt.cli.main import main
 
 sys.exit(main())

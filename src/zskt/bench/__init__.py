@@ -1,0 +1,1 @@
+"""What a step costs: the released loop, timings, rooflines."""

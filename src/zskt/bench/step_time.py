@@ -1,0 +1,231 @@
+"""How long a step takes on this machine: the engine beside the released loop, fairly.
+
+Both arms run interleaved, A B A B, in one process with the same threads and with denormals flushed, after a warm-up;
+the median of the pairs counts. Peak memory is taken in a short process of its own per arm. The reference's operations
+are counted and compared with a count by hand, so that it cannot be handicapped unnoticed.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zskt.bench.reference import released_loop
+from zskt.bench.roofline import explain
+from zskt.errors import UsageError, ZsktError, unknown
+from zskt.method.config import Config
+from zskt.method.generator import Generator
+from zskt.method.matching import BeliefMatching
+from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.networks import models
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier
+from zskt.networks.observe import forward_flops
+from zskt.runtime import arithmetic, pick_device, seeded, synchronise
+from zskt.settings import replace
+
+Precision = Literal["fp32", "bf16"]
+Arm = Literal["reference", "fp32", "bf16"]
+ARMS: tuple[Arm, ...] = ("reference", "fp32", "bf16")
+ENGINE: tuple[Precision, ...] = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student to time, under the recipe and batch size that they are distilled with."""
+
+    teacher: str
+    student: str
+    input_size: tuple[int, int, int]
+    recipe: str = "zskt"
+    batch_size: int = 128
+
+
+PAIRS = {
+    "wrn": Pair("wrn-40-2", "wrn-16-1", (3, 32, 32)),
+    "resnet": Pair("resnet-34", "resnet-18", (3, 32, 32), "zskt-mmrazor"),
+    "lenet": Pair("lenet-5", "lenet-5-half", (1, 28, 28)),
+    "digits": Pair("convnet-32", "convnet-8", (1, 8, 8)),
+    "large": Pair("resnet-18", "resnet-18", (3, 224, 224), batch_size=8),
+}
+
+
+def engine(pair: Pair, precision: Precision, device: torch.device) -> BeliefMatching:
+    """A fresh teacher, student and generator with random weights, and the engine's step for them."""
+    config = replace(_config(pair), {"precision": precision})
+    with seeded(0):
+        teacher, student, rng = _networks(pair, device)
+        arrange(teacher, config)
+        arrange(student, config)
+        return assemble(config, teacher, student, rng, torch.Generator(device))
+
+
+def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
+    """The function that does one step of an arm, from fresh networks with random weights."""
+    if arm != "reference":
+        return engine(pair, arm, device).step
+    with seeded(0):
+        return _reference(_config(pair), *_networks(pair, device))
+
+
+def _config(pair: Pair) -> Config:
+    steps = 1_000_000  # of the schedule, far longer than any timing: the learning rate stays where it starts
+    return replace(load_recipe(pair.recipe), {"steps": steps, "batch_size": pair.batch_size})
+
+
+def _networks(pair: Pair, device: torch.device) -> tuple[Classifier, nn.Module, torch.Generator]:
+    module = models.build(pair.teacher, 10, pair.input_size)
+    student = models.build(pair.student, 10, pair.input_size).to(device)
+    channels = pair.input_size[0]
+    teacher = Classifier(module, input_size=pair.input_size, mean=[0.5] * channels, std=[0.25] * channels)
+    return as_teacher(teacher, copied=False).to(device), student, torch.Generator(device).manual_seed(0)
+
+
+def _reference(config: Config, teacher: Classifier, student: nn.Module, rng: torch.Generator) -> Callable[[], Any]:
+    settings, device = config.generator, rng.device
+    assert isinstance(settings.width, int)
+    generator = Generator(settings.latent, teacher.input_size, settings.width).to(device)
+    teacher.module.requires_grad_(config.recipe == "zskt")  # as released; mmrazor freezes its teacher
+    shape = (config.batch_size, settings.latent)
+    loop: Iterator[Any] = released_loop(
+        teacher.module,
+        student,
+        generator,
+        lambda: torch.randn(shape, generator=rng, device=device),
+        student.stages,  # type: ignore[arg-type]
+        total=config.steps,
+        method=config.recipe,
+    )
+    return lambda: next(loop)
+
+
+def time_pair(
+    pair: Pair, device: torch.device, *, rounds: int = 5, report: Callable[[int, int, str], None] = lambda *_: None
+) -> dict[Arm, list[float]]:
+    """Seconds of one step per arm, `rounds` times each, interleaved, after one untimed step each."""
+    arms = {arm: start(pair, arm, device) for arm in ARMS}
+    seconds: dict[Arm, list[float]] = {arm: [] for arm in ARMS}
+    with arithmetic():
+        for i in range(rounds + 1):
+            for arm, step in arms.items():
+                synchronise(device)
+                begun = time.perf_counter()
+                step()
+                synchronise(device)
+                if i:
+                    seconds[arm].append(time.perf_counter() - begun)
+                report(i * len(arms) + ARMS.index(arm) + 1, (rounds + 1) * len(arms), arm)
+    return seconds
+
+
+def check_operations(pair: Pair) -> int:
+    """Operations per image of one reference step, counted as it runs; raises unless a count by hand gives the same.
+
+    With t, s and g the forward operations per image of teacher, student and generator: the search runs each forwards
+    and, twice as dear, backwards; then the teacher answers once and ten student updates run student and generator both
+    ways. That is 4 t + 33 s + 33 g, less the gradient of the latent, which nobody wants.
+    """
+    small = Pair(pair.teacher, pair.student, pair.input_size, "zskt", 2)
+    step = start(small, "reference", torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counted = counter.get_total_flops() // small.batch_size
+    size = pair.input_size
+    generator = Generator(100, size)
+    t, s = (forward_flops(models.build(spec, 10, size), size) for spec in (pair.teacher, pair.student))
+    g = forward_flops(generator, (100,))
+    by_hand = 4 * t + 33 * s + 33 * g - 11 * 2 * generator.linear.weight.numel()
+    if abs(counted - by_hand) > 0.001 * by_hand:
+        raise ZsktError(f"expected {by_hand:,} operations per image in a reference step, found {counted:,}; mend it")
+    return int(counted)
+
+
+def peak_memory(name: str, arm: Arm, device: str) -> float:
+    """MiB that two steps of an arm need beyond what stood before the first, in a process of its own."""
+    code = f"from zskt.bench.step_time import print_peak_memory; print_peak_memory({name!r}, {arm!r}, {device!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise ZsktError(f"the memory measurement of {arm} failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(json.loads(done.stdout))
+
+
+def print_peak_memory(name: str, arm: Arm, device_name: str) -> None:
+    """What `peak_memory` runs: resident high-water on a CPU, the allocator's maximum on CUDA."""
+    device = pick_device(device_name)
+    step = start(PAIRS[name], arm, device)
+    before = _high_water(device)
+    step()
+    step()
+    print(json.dumps((_high_water(device) - before) / 2**20))
+
+
+def _high_water(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise ZsktError("peak memory is read from /proc, which this system does not have; measure on Linux")
+    # Not getrusage's maximum: a child starts with its parent's there.
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def describe(name: str) -> str:
+    """A pair in words."""
+    pair = PAIRS[name]
+    size = " x ".join(map(str, pair.input_size))
+    return f"{pair.teacher} -> {pair.student}, {size}, recipe {pair.recipe}, batch {pair.batch_size}"
+
+
+def run(
+    name: str = "wrn",
+    device_name: str = "auto",
+    *,
+    rounds: int = 5,
+    report: Callable[[int, int, str], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Time one pair and measure its memory; the keys are those that `zskt bench` prints.
+
+    `report` is called after every step with (done, of how many, arm). Speed-ups are medians over the interleaved pairs
+    of timings; their ranges are given beside them.
+    """
+    device = _checked(name, device_name, rounds)
+    operations = check_operations(PAIRS[name])
+    seconds = time_pair(PAIRS[name], device, rounds=rounds, report=report)
+    result: dict[str, Any] = {"pair": name, "device": str(device), "reference_flops_per_image": operations}
+    for arm in ARMS[1:]:
+        ratios = [a / b for a, b in zip(seconds["reference"], seconds[arm], strict=True)]
+        result |= {f"speedup_{arm}": statistics.median(ratios), f"speedup_{arm}_range": [min(ratios), max(ratios)]}
+    result |= {f"seconds_{arm}": statistics.median(values) for arm, values in seconds.items()}
+    result |= {f"peak_mib_{arm}": peak_memory(name, arm, device_name) for arm in ARMS}
+    return result
+
+
+def explain_pair(
+    name: str = "wrn", device_name: str = "auto", *, steps: int = 5, report: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """For each precision, how much of the machine every phase of a step uses: what `roofline.explain` returns."""
+    device = _checked(name, device_name, steps)
+    result: dict[str, Any] = {"pair": name, "device": str(device)}
+    for precision in ENGINE:
+        report(f"{precision}: counting, then timing the machine and {steps} steps")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        result[precision] = explain(engine(PAIRS[name], precision, device), device, dtype, steps=steps)
+    return result
+
+
+def _checked(name: str, device_name: str, rounds: int) -> torch.device:
+    if name not in PAIRS:
+        raise unknown("pair", name, PAIRS)
+    if rounds < 1:
+        raise UsageError(f"rounds = {rounds}: expected at least 1")
+    return pick_device(device_name)

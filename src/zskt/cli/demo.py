@@ -1,0 +1,89 @@
+"""The whole story in a minute, on 8x8 digits: a teacher is trained, its data dropped, a student distilled, measured."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from zskt.cli.progress import distilling, notice, teaching
+from zskt.data.images import KNOWN, digits
+from zskt.files import fresh_folder
+from zskt.method.recipe import AUTO, load_recipe
+from zskt.networks import models
+from zskt.networks.classifier import count_parameters
+from zskt.networks.folder import load_network
+from zskt.paper.baselines import teach
+from zskt.paper.training import Training, updates_in
+from zskt.run.checkpoint import Interrupted
+from zskt.run.distill import distill, plan
+from zskt.run.report import write_report
+from zskt.runtime import seeded
+
+TEACHER, STUDENT = "convnet-32", "convnet-8"
+EPOCHS, BATCH, SHIFT = 60, 64, 0
+STEPS = 600
+
+
+def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path | None = None) -> dict[str, Any]:
+    """Train, forget, distil, measure; returns the result that the command prints.
+
+    `seed` is that of both networks, the generator and the latents; the split of the data does not depend on it.
+    """
+    if recipe != AUTO:
+        load_recipe(recipe)  # an unknown name is said before anything is trained
+    folder = fresh_folder(Path("runs"), "demo") if out is None else out
+    try:
+        return _run(recipe, seed, split_seed, folder)
+    except Interrupted as error:
+        for part in ("teacher", "run"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        raise Interrupted(error.status - 128, "the demo was interrupted; start it again") from error
+
+
+def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any]:
+    known = KNOWN["digits"]
+    train, test = digits(split_seed)
+    with seeded(seed):
+        teacher_module = models.build(TEACHER, len(known.class_names), known.size)
+        student = models.build(STUDENT, len(known.class_names), known.size)
+    notice(f"training a teacher, {TEACHER}, on {len(train.images):,} images of handwritten digits")
+    updates = updates_in(EPOCHS, len(train.images), BATCH)
+    with teaching() as callback:
+        teach(
+            teacher_module,
+            (train.images, train.labels),
+            (test.images, test.labels),
+            Training(updates, batch_size=BATCH, shift=SHIFT, seed=seed),
+            mean=known.mean,
+            std=known.std,
+            class_names=known.class_names,
+            out=folder / "teacher",
+            callbacks=[callback],
+        )
+    del train, teacher_module  # from here on there is no training data; the test images only measure
+    notice("the training data is dropped; distilling into a student that never sees an image of a digit")
+    teacher = load_network(folder / "teacher")
+    config, reason = plan(teacher, student, recipe, {"steps": STEPS, "seed": seed})
+    notice(f"recipe {config.recipe} ({reason}), generator width {config.generator.width}")
+    with distilling() as progress:
+        result = distill(
+            teacher,
+            student,
+            recipe,
+            steps=STEPS,
+            seed=seed,
+            out=folder / "run",
+            evaluate=(test.images, test.labels),
+            callbacks=[progress],
+        )
+    report = folder / "report.html"
+    write_report([folder / "run"], report)
+    notice(f"look at {report}")
+    return {
+        "teacher_accuracy": result.measured["teacher_accuracy"],
+        "student_accuracy": result.measured["accuracy"],
+        "agreement": result.measured["agreement"],
+        "teacher_parameters": count_parameters(teacher.module),
+        "student_parameters": count_parameters(student),
+        "recipe": result.config.recipe,
+        "report": str(report),
+    }

@@ -1,0 +1,382 @@
+"""The command line: one subcommand is one library call.
+
+The last line on stdout is one JSON object; everything else goes to stderr. Exit status: 0 done, 1 the work failed,
+2 bad usage, 130 or 143 interrupted with a checkpoint written.
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.table import Table
+
+from zskt.bench import step_time as bench
+from zskt.bench.roofline import PHASES
+from zskt.cli import demo
+from zskt.cli.export import run_export
+from zskt.cli.paper import run_belief, run_reproduce
+from zskt.cli.progress import bar, console, distilling, notice
+from zskt.cli.teachers import (
+    FOREIGN,
+    Data,
+    Network,
+    Options,
+    Result,
+    open_network,
+    open_networks,
+    run_import,
+    run_inspect,
+    run_teach,
+    test_images,
+)
+from zskt.errors import UsageError, ZsktError, cannot, first_line, short
+from zskt.evaluate.measures import measure
+from zskt.evaluate.transitions import check_networks, renormalised
+from zskt.method.recipe import AUTO, load_recipe, recipe_texts
+from zskt.method.stage_pairs import describe_pairs, stage_pairs
+from zskt.networks.classifier import count_parameters
+from zskt.networks.factories import is_factory, parse_arguments
+from zskt.networks.students import describe_student, make_student
+from zskt.run.checkpoint import Interrupted
+from zskt.run.distill import distill, plan, sample
+from zskt.run.plots import believed_grid, save_image
+from zskt.run.report import write_report
+from zskt.runtime import pick_device
+from zskt.settings import flat, from_text, to_toml
+
+# The subcommands. Their docstrings are the help texts.
+
+
+def run_demo(*, recipe: str = AUTO, seed: int = 0, out: Path | None = None) -> Result:
+    """The whole story in a minute: train a teacher on handwritten digits, forget the data, distil, measure.
+
+    Example: zskt demo --recipe zskt-prior --seed 1
+
+    Args:
+        recipe: a name from `zskt recipes`, or auto.
+        seed: of both networks, the generator and the latents; the split of the data is always the same.
+        out: folder for the result; by default runs/demo-1, runs/demo-2, ...
+    """
+    started = time.monotonic()
+    result = demo.run(recipe, seed=seed, out=out)
+    return result | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def run_distill(
+    teacher: tyro.conf.Positional[Network],
+    /,
+    *,
+    student: str,
+    student_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = (),
+    out: Path,
+    recipe: str = AUTO,
+    steps: int | None = None,
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE...")] = (),
+    evaluate: Annotated[tuple[str, ...], tyro.conf.arg(name="eval", metavar="DATA...")] = (),
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "auto"] | None = None,
+    stop_after: str | None = None,
+    resume: bool = False,
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Distil a teacher into a smaller student without any data: the main job.
+
+    Example: zskt distill teacher --student wrn-16-1 --out runs/a --steps 2000 --eval cifar10-test.zip
+
+    Args:
+        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        student: auto:0.25 for the teacher's family at about that fraction of its parameters; wrn-DEPTH-WIDTH,
+            resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half, convnet-WIDTH;
+            package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
+        student_args: arguments of the student's factory, as in depth=20 classes=37.
+        out: folder of the run: log, checkpoints, sample images, student, report.
+        recipe: a name from `zskt recipes`, or auto.
+        steps: outer iterations, each of one or more generator updates and several student updates.
+        settings: values of the recipe to change, by the names that `zskt recipes NAME` prints.
+        evaluate: labelled test images, to measure on and never to train on.
+        seed: of the student, the generator and the latents.
+        batch_size: pseudo images per batch.
+        device: auto, cpu, cuda or cuda:N.
+        precision: fp32; bf16, faster on hardware that has it; auto takes bf16 where it was seen to lose nothing.
+        stop_after: leave early, after a time (90s, 9m, 2h) or a number of steps, to go on with --resume.
+        resume: go on with the run in --out, exactly where its last checkpoint is.
+    """
+    network = open_network(teacher, foreign).teacher
+    changes = dict(map(from_text, settings))
+    for name in ("seed", "steps", "batch_size", "device", "precision", "recipe"):
+        if name in changes:
+            raise UsageError(f"--set {name}: there is an option for it, use --{name.replace('_', '-')}")
+    given = {"steps": steps, "seed": seed, "batch_size": batch_size, "device": device, "precision": precision}
+    changes = {name: value for name, value in given.items() if value is not None} | changes
+    if is_factory(student):
+        notice(f"{student} runs the code of that file or package")
+    module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
+    notice(f"student {describe_student(module, network)}")
+    config, reason = plan(network, module, recipe, changes)
+    notice(f"recipe {config.recipe} ({reason}), {config.steps:,} steps, generator width {config.generator.width}")
+    if pairs := config.student.loss.stages:
+        notice(f"attention compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
+    images = test_images(evaluate, network) if evaluate else None
+    with distilling() as callback:
+        result = distill(
+            network,
+            module,
+            recipe,
+            settings=changes,
+            out=out,
+            evaluate=images,
+            callbacks=[callback],
+            stop_after=stop_after,
+            resume=resume,
+        )
+    for light in result.warnings:
+        notice(f"warning: {light}")
+    if result.finished:
+        write_report([out], out / "report.html")
+        notice(f"look at {out / 'report.html'}")
+    else:
+        notice(f"stopped at step {result.step:,} of {config.steps:,}; continue with --resume")
+    return {
+        "finished": result.finished,
+        "step": result.step,
+        "recipe": config.recipe,
+        "student": str(out),
+        "student_parameters": count_parameters(module),
+        "teacher_parameters": count_parameters(network.module),
+        **result.measured,
+        "warnings": result.warnings,
+    }
+
+
+def run_evaluate(
+    model: tyro.conf.Positional[Network],
+    /,
+    *,
+    data: Data,
+    teacher: str | None = None,
+    device: str = "auto",
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Measure a teacher or a student on labelled test images and, beside a teacher, how far they agree.
+
+    Example: zskt evaluate runs/a --data cifar10-test.zip --teacher teacher
+
+    Args:
+        model: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        data: labelled images, as in zskt teach; their test split is used.
+        teacher: also measure agreement and divergence from this one, spelled likewise.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    where = pick_device(device)
+    model_found, teacher_found = open_networks([model, teacher], foreign)
+    assert model_found is not None
+    network = model_found.teacher.to(where)
+    other = None if teacher_found is None else teacher_found.teacher.to(where)
+    return measure(network, *test_images(data, network), other)
+
+
+def run_sample(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    out: Path,
+    teacher: str | None = None,
+    seed: int = 0,
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Draw 64 pseudo images from the generator of a finished run, with what the student takes them for.
+
+    Example: zskt sample runs/a --teacher teacher --out samples.png
+
+    Args:
+        run: a run folder.
+        out: the PNG to write.
+        teacher: also say what this network, spelled as in zskt distill, takes them for.
+        seed: of the latents.
+    """
+    x, student = sample(run, seed)
+    beliefs = {"S": student(x)}  # (64, K)
+    if teacher is not None:
+        network = open_network(teacher, foreign).teacher
+        check_networks(student, network)
+        beliefs = {"T": network(renormalised(x, student, network))} | beliefs
+    save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
+    return {"images": len(x), "out": str(out)}
+
+
+def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> Result:
+    """Write one HTML page about a run, or about several with mean and standard deviation.
+
+    Example: zskt report runs/seed-0 runs/seed-1 runs/seed-2 --out report.html
+
+    Args:
+        runs: one or more run folders.
+        out: the page; by default report.html in the run folder, or here for several.
+    """
+    if not runs:
+        raise UsageError("expected at least one run folder, found none")
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    measured = write_report(runs, path)
+    return {"report": str(path), **measured}
+
+
+def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5, explain: bool = False) -> Result:
+    """Time a step of the engine on this machine, in fp32 and bf16, against the released loop.
+
+    Example: zskt bench --pair digits
+
+    Args:
+        pair: wrn (WRN-40-2 -> WRN-16-1, 3 x 32 x 32), resnet, lenet, digits or large (224 x 224).
+        device: auto, cpu, cuda or cuda:N.
+        rounds: timings of each, interleaved; the median counts.
+        explain: instead of the released loop, compare each phase with the least time that its operations and bytes
+            would take on this machine, whose matrix product and copy are timed in the same run.
+    """
+    if explain:
+        return run_explain(pair, device, rounds)
+    with bar("timing", "steps") as show:
+        result = bench.run(pair, device, rounds=rounds, report=show)
+    table = Table("", "reference", "fp32", "bf16", title=f"one step of {bench.describe(pair)}")
+    for label, key, form in (
+        ("seconds", "seconds_{}", "{:.3f}"),
+        ("times as fast", "speedup_{}", "{:.2f}"),
+        ("peak MiB", "peak_mib_{}", "{:.0f}"),
+    ):
+        values = (result.get(key.format(arm)) for arm in bench.ARMS)
+        table.add_row(label, *("1" if value is None else form.format(value) for value in values))
+    console().print(table)
+    return result
+
+
+def run_explain(pair: str, device: str, steps: int) -> Result:
+    """`zskt bench --explain`."""
+    result = bench.explain_pair(pair, device, steps=steps, report=notice)
+    for arm in bench.ENGINE:
+        found = result[arm]
+        title = (
+            f"{bench.describe(pair)}, {arm}; this machine: {found['operations_per_second'] / 1e9:,.0f} GFLOP/s, "
+            f"{found['bytes_per_second'] / 1e9:,.1f} GB/s"
+        )
+        table = Table("phase", "GFLOP", "GB at least", "s at best", "s measured", "attained", title=title)
+        for name, row in found["phases"].items():
+            seconds = (f"{row[key]:.4f}" for key in ("seconds_at_best", "seconds"))
+            table.add_row(
+                PHASES.get(name, name),
+                f"{row['operations'] / 1e9:,.1f}",
+                f"{row['bytes'] / 1e9:.3f}",
+                *seconds,
+                f"{row['fraction']:.0%}",
+            )
+        console().print(table)
+    return result
+
+
+def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
+    """List the recipes, or print one with every value spelled out.
+
+    Example: zskt recipes zskt
+
+    Args:
+        name: the recipe to print.
+    """
+    texts = recipe_texts()
+    if name is not None and name != AUTO:
+        config = load_recipe(name)
+        header = [line for line in texts[name].splitlines() if line.startswith("#")]
+        for line in (*header, "", *to_toml(config).splitlines()):
+            notice(line)
+        return flat(config)
+    summaries = {AUTO: "zskt-prior where the teacher has BatchNorm, else zskt-fresh; the default"}
+    summaries |= {recipe: text.splitlines()[0].removeprefix("# ") for recipe, text in texts.items()}
+    table = Table("recipe", "what it is")
+    for recipe, summary in summaries.items():
+        table.add_row(recipe, summary)
+    console().print(table)
+    return summaries
+
+
+COMMANDS: dict[str, Callable[..., Result]] = {
+    "demo": run_demo,
+    "teach": run_teach,
+    "import": run_import,
+    "inspect": run_inspect,
+    "distill": run_distill,
+    "evaluate": run_evaluate,
+    "belief": run_belief,
+    "reproduce": run_reproduce,
+    "sample": run_sample,
+    "report": run_report,
+    "export": run_export,
+    "recipes": run_recipes,
+    "bench": run_bench,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
+        for option in options:
+            if options.count(option) > 1:
+                raise UsageError(f"{option} is given twice: give all its values after one, as in {option} A B")
+        result = tyro.extras.subcommand_cli_from_dict(
+            {name: _guarded(command) for name, command in COMMANDS.items()},
+            prog="zskt",
+            description=__doc__,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        print(json.dumps(result, allow_nan=False), flush=True)
+    except Interrupted as error:
+        notice(f"zskt: {short(error, 2_000)}")
+        return error.status
+    except ZsktError as error:
+        notice(f"zskt: {short(error, 2_000)}")
+        return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        notice(f"zskt: {cannot('use', Path(str(error.filename or 'a file')), error)}")
+        return 1
+    except KeyboardInterrupt:
+        notice("zskt: interrupted")
+        return 130
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        if re.search(r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{what} {error}"):
+            notice("zskt: not enough memory for this; use a smaller --batch-size, network or generator.width")
+        elif os.environ.get("ZSKT_TRACEBACK"):
+            raise
+        else:
+            notice(f"zskt: unexpected {what}; please report it with the command (ZSKT_TRACEBACK=1 shows where it was)")
+        return 1
+    return 0
+
+
+def _guarded(command: Callable[..., Result]) -> Callable[..., Result]:
+    """The same command, in which sys.exit of somebody else's network is an error and not the end of ours."""
+
+    @functools.wraps(command)
+    def call(*arguments: Any, **options: Any) -> Result:
+        try:
+            return command(*arguments, **options)
+        except SystemExit as error:
+            raise ZsktError(f"the network's own code calls sys.exit({error.code!r}); take that out") from error
+
+    return call
+
+
+if __name__ == "__main__":
+    sys.exit(main())

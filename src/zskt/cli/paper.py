@@ -1,0 +1,328 @@
+"""The subcommands that measure what the paper measures. Their docstrings are the help texts."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.table import Table
+
+from zskt.cli.progress import bar, console, notice
+from zskt.cli.teachers import (
+    FOREIGN,
+    Data,
+    Network,
+    Options,
+    Result,
+    open_network,
+    open_networks,
+    read_images,
+    test_images,
+)
+from zskt.errors import UsageError, ZsktError, unknown
+from zskt.evaluate.transitions import Comparison, Start, Stepped, average_curves, check_networks, compare
+from zskt.files import fresh_folder, replacing, write_json, write_text
+from zskt.paper.jobs import Part, check_settings, in_order, make_parts, time_parts
+from zskt.paper.reproduce import NAMES, Request, reproduction
+from zskt.paper.tables import markdown_table, write_result
+from zskt.paper.toy import POINT_STEPS, ROUNDS, STUDENT_STEPS, reproduce_toy, seconds_per_round, toy_table
+from zskt.run.checkpoint import parse_budget
+from zskt.run.plots import average_transitions, single_transitions
+from zskt.runtime import circumstances, pick_device
+
+ASK_ABOVE = 600.0
+"""Seconds of work that are started without --yes."""
+
+
+def run_belief(
+    student: tyro.conf.Positional[Network],
+    teacher: tyro.conf.Positional[Network],
+    /,
+    *,
+    data: Data,
+    images: int = 1_000,
+    steps: int = 100,
+    step_size: float = 1.0,
+    stepped: Stepped = "first",
+    start: Start = "prediction",
+    out: Path | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Measure how closely two networks' beliefs match, near decision boundaries above all.
+
+    From images on which both agree, one network is followed by gradient steps into every other class; the mean
+    transition error is how far apart the two believe themselves to be on the way: 0 is the same, 1 the opposite.
+
+    Example: zskt belief runs/a teacher --data cifar10-test.zip --out belief
+
+    Args:
+        student: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        teacher: the network to compare it with, likewise.
+        data: labelled images, as in zskt teach; their test split is used.
+        images: how many images to follow, drawn from those on which both networks agree.
+        steps: gradient steps towards each class, K in the paper.
+        step_size: of a gradient step in the stepped network's normalised space, xi in the paper.
+        stepped: the network whose gradient is followed.
+        start: the class a path starts from: the common prediction (the paper) or the label (the released code).
+        out: folder for belief.json and the figures; by default none are written.
+        seed: of the choice of images.
+        batch_size: paths followed together; smaller needs less memory.
+        device: auto, cpu, cuda or cuda:N.
+        precision: bf16 is faster on hardware that has it and changes the error by a little; see docs/method.md.
+    """
+    for name, value in (("images", images), ("steps", steps), ("step-size", step_size), ("batch-size", batch_size)):
+        if not value > 0:
+            raise ZsktError(f"--{name} {value}: expected a positive number; leave it out for the paper's")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ZsktError(f"expected a folder or nothing at {out}, found a file; choose another --out")
+    where = pick_device(device)
+    found_networks = open_networks([student, teacher], foreign)
+    first, second = (found.teacher.to(where) for found in found_networks if found is not None)
+    check_networks(first, second)
+    pictures, labels = test_images(data, second)
+    with bar("following", "paths") as show:
+        found = compare(
+            first,
+            second,
+            pictures,
+            labels,
+            number=images,
+            steps=steps,
+            step_size=step_size,
+            stepped=stepped,
+            start=start,
+            seed=seed,
+            batch_size=batch_size,
+            precision=precision,
+            progress=lambda done, total: show(done, total, ""),
+        )
+    show_comparison(found)
+    if out is None:
+        notice("give --out for the transition curves as figures")
+        return found.measured
+    names = [Path(name).resolve().name for name in (student, teacher)]
+    write_comparison(out, found, names, second.class_names)
+    notice(f"look at {out / 'average-transitions.png'} and {out / 'single-transitions.png'}")
+    return found.measured | {"out": str(out)}
+
+
+def show_comparison(found: Comparison) -> None:
+    """The measures as a table, with their intervals."""
+    table = Table("", "found", "95 % interval")
+    for name, value in found.measured.items():
+        if isinstance(value, float) and name != "step_size":
+            interval = found.measured["intervals"].get(name)
+            table.add_row(
+                name.replace("_", " "),
+                f"{value:.4f}",
+                "-" if interval is None else "{:.4f} .. {:.4f}".format(*interval),
+            )
+    console().print(table)
+
+
+def write_comparison(out: Path, found: Comparison, names: list[str], class_names: tuple[str, ...] | None) -> None:
+    """Write belief.json and the two figures."""
+    curves = average_curves(found.transitions)
+    title = f"mean transition error {found.mean_transition_error:.3f}, {found.measured['followed']:,} images"
+    average = average_transitions({title: curves}, names)
+    single = single_transitions(found.transitions, names, class_names)
+    for name, png in (("average", average), ("single", single)):
+        with replacing(out / f"{name}-transitions.png") as file:
+            file.write(png)
+    write_json(out / "belief.json", {"networks": names, **found.measured, "curves": curves})
+
+
+def run_reproduce(
+    name: tyro.conf.Positional[str],
+    /,
+    *,
+    data: Data = (),
+    teacher: str | None = None,
+    model: str | None = None,
+    student: str | None = None,
+    recipe: tuple[str, ...] = (),
+    images_per_class: tuple[int, ...] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    scale: float = 1.0,
+    steps: int | None = None,
+    updates: int | None = None,
+    images: int | None = None,
+    learning_rate: float | None = None,
+    out: Path | None = None,
+    yes: bool = False,
+    stop_after: str | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
+
+    Says first how much work that is and how long it takes on this machine, from a measurement of 20 seconds.
+
+    Example: zskt reproduce table-1 --data cifar10-train.zip cifar10-test.zip --scale 0.01 --out runs/table-1
+
+    Args:
+        name: table-1, table-2, figure-2, figure-3, figure-4, figure-5, toy or mmrazor.
+        data: labelled images, as in zskt teach; toy makes its own.
+        teacher: a network, spelled as in zskt distill, to use instead of training one.
+        model: another teacher network than the paper's.
+        student: another student network than the paper's.
+        recipe: other recipes than the paper's, each a row of its own.
+        images_per_class: real images per class for the students that see data.
+        seeds: of all networks and runs; each seed trains its own teacher, unless one is given.
+        scale: shrink all amounts of work alike, say to 0.01 for a rehearsal; stamped on every output.
+        steps: pseudo batches of a run without data; by default the published number.
+        updates: of a network trained on images; by default the published number.
+        images: followed in transition curves; by default 1,000.
+        learning_rate: of training on images; by default 0.1, or 0.01 for LeNets, which diverge at 0.1.
+        out: folder of the results and of all parts; by default runs/NAME. Several tables can share one.
+        yes: start even if it takes more than ten minutes.
+        stop_after: leave early, after a time (90s, 9m, 2h), to go on with --resume.
+        resume: use the parts that --out already holds, and go on where they stopped.
+        device: auto, cpu, cuda or cuda:N.
+        precision: bf16 is faster on hardware that has it.
+    """
+    if name not in NAMES:
+        raise unknown("table or figure", name, NAMES)
+    if not 0 < scale <= 1:
+        raise UsageError(f"--scale {scale}: expected a number above 0, up to 1")
+    options = {"steps": steps, "updates": updates, "images": images, "learning_rate": learning_rate}
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in (*given.items(), *(("images_per_class", number) for number in images_per_class)):
+        if not value > 0:
+            raise UsageError(f"--{option.replace('_', '-')} {value}: expected a positive number")
+    if teacher is not None and model is not None:
+        raise UsageError("--teacher and --model: a given teacher is a network already, leave one of them out")
+    begun = time.monotonic()
+    if name == "toy":
+        unused = [data, teacher, model, student, recipe, images_per_class, given]
+        if any(unused) or stop_after or resume:
+            raise UsageError("toy takes --seeds, --scale, --out and --yes only: it makes its own data and networks")
+        return reproduce_the_toy(seeds, out or fresh_folder(Path("runs"), "toy"), scale, yes)
+    folder = out or Path("runs") / name
+    if (folder / "parts").exists() and not resume:
+        raise ZsktError(f"{folder} already holds parts of a table; use them with --resume or choose another --out")
+    if not data:
+        raise UsageError(f"{name} needs --data: labelled images to train teachers on and to measure with")
+    network = None if teacher is None else open_network(teacher, foreign).teacher
+    train = read_images(data, "train", None if network is None else network.input_size)
+    test = read_images(data, "test", (train.images.shape[1], train.images.shape[2], train.images.shape[3]))
+    if network is not None and network.num_classes != len(test.class_names):
+        raise ZsktError(
+            f"expected data of {network.num_classes} classes, found {len(test.class_names)}; give the data that the "
+            "teacher was trained for"
+        )
+    request = Request(
+        name,
+        train,
+        test,
+        folder,
+        seeds,
+        model,
+        student,
+        network,
+        recipe,
+        images_per_class,
+        given,
+        scale,
+        device,
+        precision,
+    )
+    made = reproduction(request)
+    parts = in_order(made.parts)
+    check_settings(parts, folder)
+    seconds, _ = parse_budget(stop_after)
+    if stop_after is not None and math.isinf(seconds):
+        raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
+    estimate = state_cost(parts, folder, seconds)
+    refuse_long_work(name, min(estimate, seconds), yes)
+    failed = make_parts(parts, folder, seconds - (time.monotonic() - begun), part_bar)
+    facts = circumstances() | {
+        "data": train.name,
+        "seeds": list(seeds),
+        "precision": precision,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    result = write_result(made, folder, scale=scale, failed=failed, circumstances=facts)
+    for line in markdown_table(made.cells, folder, failed):
+        notice(line)
+    notice(
+        f"look at {folder / name}.md" + ("" if result["finished"] else "; not all of it was run: go on with --resume")
+    )
+    if failed:
+        part, why = next(iter(failed.items()))
+        raise ZsktError(f"{len(failed)} of {len(parts)} parts failed, {part} first: {why}")
+    return result | {"out": str(folder)}
+
+
+def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: bool) -> Result:
+    """The experiment in the plane: no data, no parts, two minutes per seed."""
+    if (folder / "toy.json").exists():
+        raise ZsktError(f"{folder} already holds the toy experiment; choose another --out")
+    rounds = max(1, round(ROUNDS * scale))
+    notice("measuring how fast this machine is, some seconds")
+    refuse_long_work("toy", len(seeds) * rounds * seconds_per_round(), yes)
+    work = f"each {POINT_STEPS} updates of the points and {STUDENT_STEPS} of the student"
+    notice(f"{len(seeds)} seeds of {rounds:,} rounds, {work}")
+    with bar("toy", "rounds") as show:
+        result = reproduce_toy(seeds, folder, scale=scale, progress=show) | circumstances()
+    write_json(folder / "toy.json", result)
+    write_text(folder / "toy.md", toy_table(result))
+    notice(f"look at {folder / 'toy.md'} and {folder / f'toy-seed-{seeds[0]}.gif'}")
+    return result | {"out": str(folder)}
+
+
+def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
+    """Raise UsageError above ten minutes, unless that was agreed to."""
+    some = "" if name == "toy" else ", --stop-after 9m to do some of it"
+    if seconds > ASK_ABOVE and not yes:
+        raise UsageError(
+            f"{name} takes about {duration(seconds)} on this machine; give --yes to start{some}, or --scale 0.01 to "
+            "rehearse"
+        )
+    if seconds:
+        notice(f"this takes about {duration(seconds)}")
+
+
+def part_bar(name: str, unit: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """A line for the part's name, which is long, and a bar below it."""
+    notice(name)
+    return bar("  making", unit)
+
+
+def state_cost(parts: Sequence[Part], folder: Path, budget: float) -> float:
+    """Show what is still to be done and how long it takes here; returns the seconds."""
+    missing = [part for part in parts if part.measured(folder) is None]
+    if not missing:
+        return 0.0
+    measuring = min(20.0, budget / 10)  # or a short --stop-after would be spent on it
+    notice(f"measuring how fast this machine is, about {measuring:.0f} seconds")
+    seconds = time_parts(missing, folder, measuring)
+    table = Table("work", "parts", "amount", "takes about")
+    total = 0.0
+    for pace in dict.fromkeys(part.pace for part in missing if part.units):
+        those = [part for part in missing if part.pace == pace]
+        units = sum(part.units for part in those)
+        total += units * seconds[pace]
+        table.add_row(pace, str(len(those)), f"{units:,} {those[0].unit}", duration(units * seconds[pace]))
+    table.add_row("in all, without the measuring between", str(len(missing)), "", duration(total))
+    console().print(table)
+    return total
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,90 @@
+"""Live progress on stderr: bars and one line of what matters, while something long runs."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from zskt.errors import to_stderr
+from zskt.paper.training import TrainingEvent
+from zskt.run.distill import Event
+
+notice = to_stderr
+
+
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2f}/s" if task.speed else "", style="progress.data.speed")
+
+
+def console() -> Console:
+    """Where everything but the final JSON goes."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+class _TwoLines(Progress):
+    """The bar on one line and what is worth knowing beside it on the next, so that both fit 80 columns."""
+
+    beside = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.beside:
+            yield Text(self.beside)
+
+
+@contextlib.contextmanager
+def bar(phase: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar; call it with (done, total, what to show beside it)."""
+    progress = _TwoLines(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=15),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console(),
+    )
+    with progress:
+        task = progress.add_task(phase, total=None)
+
+        def show(done: int, total: int, beside: str = "") -> None:
+            progress.beside = beside or progress.beside
+            progress.update(task, completed=done, total=total)
+
+        yield show
+
+
+@contextlib.contextmanager
+def distilling() -> Iterator[Callable[[Event], None]]:
+    """A callback for `distill`: pseudo batch k/N, rate, time left, losses, teacher confidence, class spread."""
+    with bar("distilling", "pseudo batches") as show:
+        shown: dict[str, str] = {}
+
+        def callback(event: Event) -> None:
+            line = event.line or {}
+            if "student_loss" in line:
+                shown["losses"] = f"loss S {line['student_loss'][-1]:.4f} G {line['generator_loss'][-1]:.4f}"
+                shown["teacher"] = f"teacher sure {line['teacher_confidence']:.2f}"
+                shown["classes"] = f"class spread {line['class_spread']:.2f}"
+            if "accuracy" in line:
+                shown["accuracy"] = f"test {100 * line['accuracy']:.2f} %"
+            show(event.step, event.steps, "  ".join(shown.values()))
+
+        yield callback
+
+
+@contextlib.contextmanager
+def teaching(phase: str = "teaching") -> Iterator[Callable[[TrainingEvent], None]]:
+    """A callback for `teach` and `train_student`: update k/N, rate, time left, accuracy."""
+    with bar(phase, "updates") as show:
+
+        def callback(event: TrainingEvent) -> None:
+            beside = "" if event.accuracy is None else f"test {100 * event.accuracy:.2f} %"
+            show(event.update, event.updates, beside)
+
+        yield callback

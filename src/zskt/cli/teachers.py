@@ -1,0 +1,348 @@
+"""The subcommands that make and inspect teachers. Their docstrings are the help texts."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from zskt.cli.progress import bar, console, notice, teaching
+from zskt.data.images import KNOWN, Dataset, read
+from zskt.errors import UsageError, ZsktError, printable
+from zskt.evaluate.measures import measure, noise_classes
+from zskt.method.recipe import AUTO, choose
+from zskt.networks import models
+from zskt.networks.classifier import Classifier, count_parameters
+from zskt.networks.factories import parse_arguments
+from zskt.networks.folder import check_teacher_folder, save_teacher
+from zskt.networks.loading import Loaded, is_own_folder, load
+from zskt.networks.models import Size
+from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
+from zskt.networks.students import describe_student, make_student
+from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
+from zskt.paper.baselines import teach
+from zskt.paper.training import Precision, Schedule, Training, updates_in
+from zskt.run.distill import plan
+from zskt.runtime import seeded
+
+Result = dict[str, Any]
+Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]
+
+Network = Annotated[str, tyro.conf.arg(metavar="NETWORK")]
+
+NOISE_FLOPS = 200_000_000_000
+"""Operations that `zskt inspect` spends on noise."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """How to read a network that is no folder of zskt's, as in: zskt inspect my.py:make --teacher-weights net.pt
+    --teacher-args depth=20 --input-size 3 32 32 --mean .5 .5 .5 --std .2 .2 .2"""
+
+    teacher_weights: Path | None = None
+    """checkpoint for a factory, timm:NAME or torchvision:NAME; nothing in it is executed."""
+    teacher_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = ()
+    """arguments of the factory, as in depth=20 classes=37."""
+    input_size: Size | None = None
+    """channels, height and width, as in 3 32 32, where nothing beside the weights says them."""
+    mean: tuple[float, ...] = ()
+    """per channel, of pixels in [0, 1] or 0..255, as in .4914 .4822 .4465; likewise."""
+    std: tuple[float, ...] = ()
+    """likewise, as in .2023 .1994 .2010."""
+    trust: bool = False
+    """load TorchScript, .pt2 files and folders that can run code, because you know who made them."""
+
+
+Options = tyro.conf.OmitArgPrefixes[Foreign]
+FOREIGN = Foreign()
+
+
+def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> list[Loaded | None]:
+    """The networks that a command names, in order; None stays None.
+
+    The options are for those that are no folders of zskt's, the factory's for the one that is spelled as one.
+    """
+    named = [str(network) for network in networks if network is not None]
+    outside = [name for name in named if not is_own_folder(Path(name))] or named[:1]  # which then refuses them
+    made = [name for name in outside if not Path(name).exists()] or outside[:1]
+    if len(made) > 1 and (foreign.teacher_weights or foreign.teacher_args):
+        raise UsageError(f"--teacher-weights and --teacher-args go to one factory, found {made[0]} and {made[1]}")
+    arguments = parse_arguments(foreign.teacher_args, "--teacher-args")
+
+    def opened(name: str) -> Loaded:
+        mine = name in made
+        options = foreign if name in outside else Foreign(trust=foreign.trust)
+        return load(
+            name,
+            weights=options.teacher_weights if mine else None,
+            arguments=arguments if mine else None,
+            input_size=options.input_size,
+            mean=options.mean,
+            std=options.std,
+            trust=options.trust,
+            notice=notice,
+        )
+
+    return [None if network is None else opened(str(network)) for network in networks]
+
+
+def open_network(network: str | Path, foreign: Foreign) -> Loaded:
+    """The one network that a command names."""
+    (loaded,) = open_networks([network], foreign)
+    assert loaded is not None
+    return loaded
+
+
+def read_images(sources: Sequence[str], split: Literal["train", "test"], size: Size | None) -> Dataset:
+    """One split of the data, with a progress bar."""
+    with bar(f"reading {split} images", "images") as show:
+        dataset = read(sources, split, size=size, progress=lambda done, total: show(done, total, ""), notice=notice)
+        show(len(dataset.images), len(dataset.images), "")
+    return dataset
+
+
+def test_images(sources: Sequence[str], network: Classifier) -> tuple[Tensor, Tensor]:
+    """Test images (M, C, H, W) and labels (M,) for a network, after a look at whether the classes are the network's."""
+    test = read_images(sources, "test", network.input_size)
+    if len(test.class_names) != network.num_classes:
+        raise ZsktError(
+            f"expected data of {network.num_classes} classes, found {len(test.class_names)}: "
+            f"{', '.join(test.class_names[:5])}, ...; give the data that the network was trained for"
+        )
+    if network.class_names is not None and network.class_names != test.class_names:
+        notice(
+            f"note: the network's classes are called {network.class_names[:3]}..., the data's {test.class_names[:3]}..."
+        )
+    return test.images, test.labels
+
+
+def run_teach(
+    *,
+    model: str,
+    data: Data,
+    out: Path,
+    input_size: Size | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    epochs: int = 60,
+    batch_size: int = 128,
+    learning_rate: float = 0.1,
+    schedule: Schedule = "one_cycle",
+    weight_decay: float = 5e-4,
+    shift: int | None = None,
+    mirrored: bool | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    stop_after: str | None = None,
+    resume: bool = False,
+) -> Result:
+    """Train a teacher on labelled images and write it, with its normalisation and accuracy, to a folder.
+
+    Example: zskt teach --model wrn-16-2 --data cifar10-train.zip cifar10-test.zip --out teacher
+
+    Args:
+        model: wrn-DEPTH-WIDTH, resnet-18, resnet-34, vgg-11, lenet-5, lenet-5-half or convnet-WIDTH.
+        data: zips or folders of split/class/file images, the files of MNIST, CIFAR or SVHN, or the word digits.
+        out: folder of the teacher.
+        input_size: channels, height and width; by default the images' own.
+        mean: per channel, of pixels in [0, 1]; by default the known data set's, else the training images'.
+        std: likewise.
+        epochs: passes over the training images.
+        batch_size: images per update.
+        learning_rate: the highest one.
+        schedule: one_cycle rises for a fifth of the time, then falls to 0; step divides by 5 at 30, 60 and 80 %.
+        weight_decay: L2 penalty on weights.
+        shift: largest random shift in pixels, each way; by default an eighth of the image.
+        mirrored: whether to mirror images at random; by default only where a known data set allows it.
+        seed: of initialisation, order and augmentation.
+        device: auto, cpu, cuda or cuda:N.
+        precision: bf16 is faster on hardware that has it.
+        stop_after: leave after a time (90s, 9m, 2h) or so many updates, to be resumed.
+        resume: go on with an unfinished training in --out.
+    """
+    train = read_images(data, "train", input_size)
+    size = train.images.shape[1], train.images.shape[2], train.images.shape[3]
+    test = read_images(data, "test", size)
+    if test.class_names != train.class_names:
+        raise ZsktError(
+            f"expected equal classes in train and test, found {len(train.class_names)} and {len(test.class_names)}, "
+            "or other names; correct the folders"
+        )
+    known = KNOWN.get(train.name)
+    if bool(mean) != bool(std):
+        raise UsageError("--mean and --std go together: give both or neither")
+    if mean:
+        mean, std, lines = unit_normalisation(mean, std)
+        for line in lines:
+            notice(line)
+    elif known is not None and size == known.size:
+        mean, std = known.mean, known.std
+    else:
+        pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255
+        mean, std = (tuple(round(v, 4) for v in m(dim=(0, 2, 3)).tolist()) for m in (pixels.mean, pixels.std))
+        notice(f"normalisation from the training images: mean {mean}, std {std}")
+    training = Training(
+        updates=updates_in(epochs, len(train.images), batch_size),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        shift=min(size[1:]) // 8 if shift is None else shift,
+        mirrored=bool(known and known.mirrored) if mirrored is None else mirrored,
+        seed=seed,
+        device=device,
+        precision=precision,
+    )
+    with seeded(seed):
+        module = models.build(model, len(train.class_names), size)
+    with teaching() as callback:
+        result = teach(
+            module,
+            (train.images, train.labels),
+            (test.images, test.labels),
+            training,
+            mean=mean,
+            std=std,
+            class_names=train.class_names,
+            out=out,
+            resume=resume,
+            stop_after=stop_after,
+            callbacks=[callback],
+        )
+    return {"finished": result.finished, "update": result.update, **result.measured, "teacher": str(out)}
+
+
+def run_import(
+    weights: tyro.conf.Positional[Path],
+    /,
+    *,
+    model: str,
+    input_size: Size,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    out: Path,
+    rename: tuple[str, ...] = (),
+    data: Data = (),
+) -> Result:
+    """Turn somebody else's checkpoint into a teacher folder. Nothing in the file is executed.
+
+    Example: zskt import wrn.pth.tar --model wrn-16-1 --input-size 3 32 32 --num-classes 10
+    --mean .4914 .4822 .4465 --std .2023 .1994 .2010 --out teacher --data cifar10-test.zip
+
+    Args:
+        weights: a .pth, .pth.tar, .pt or .safetensors file with a state dict somewhere in it.
+        model: the network the weights belong to, as in zskt teach.
+        input_size: channels, height and width.
+        num_classes: classes of the network.
+        mean: per channel, of pixels in [0, 1]; numbers above 1 are read as 0..255.
+        std: likewise.
+        out: folder of the teacher.
+        rename: FOREIGN=OURS name components, where no single renaming fits; FOREIGN= drops, FOREIGN=- leaves out.
+        data: labelled test images to verify the result with.
+    """
+    check_teacher_folder(out)
+    teacher, report = import_weights(weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename))
+    for line in report.notices:
+        notice(line)
+    measured: dict[str, float] = {}
+    if data:
+        measured = measure(teacher, *test_images(data, teacher))
+        notice(f"accuracy {measured['accuracy']:.4f}")
+    else:
+        notice(NOT_VERIFIED)
+    save_teacher(out, teacher, **report.facts, measured=measured)
+    return {"teacher": str(out), "renamed": report.facts["renamed"], "verified": bool(data), **measured}
+
+
+def run_inspect(
+    teacher: tyro.conf.Positional[Network],
+    /,
+    *,
+    student: str | None = None,
+    student_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = (),
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Show what was found in a network, and what distilling it would do.
+
+    Example: zskt inspect teacher --student wrn-10-1
+
+    Args:
+        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        student: also say what distilling into this network, spelled as in zskt distill, would do.
+        student_args: arguments of the student's factory.
+    """
+    loaded = open_network(teacher, foreign)
+    network = loaded.teacher
+    stages = find_stages(network.module, network.input_size)
+    config, reason = choose(AUTO, network)
+    flops = forward_flops(network.module, network.input_size)
+    norms = len(batchnorm_layers(network.module))
+    count = max(100, min(1_000, NOISE_FLOPS // max(1, flops)))  # of noise images: as many as take a few seconds
+    result: Result = {
+        "kind": loaded.kind,
+        "model": spec if isinstance(spec := getattr(network.module, "spec", None), str) else None,
+        "input_size": list(network.input_size),
+        "num_classes": network.num_classes,
+        "output": network.output,
+        "mean": network.mean.flatten().tolist(),
+        "std": network.std.flatten().tolist(),
+        "normalisation_from": loaded.normalisation,
+        "parameters": count_parameters(network.module),
+        "flops": flops,
+        "latency_ms": latency(network),
+        "batchnorm_layers": norms,
+        "stages": list(stages),
+        "stage_resolutions": [list(side) for side in stage_resolutions(network.module, stages, network.input_size)],
+        "noise_classes": noise_classes(network, count),
+        "recipe": config.recipe,
+        "reason": reason,
+        "attention": f"possible, {len(stages)} stages" if stages else "lost: no stages to compare",
+        "batchnorm_prior": f"possible, {norms} layers" if norms else "lost: no statistics of BatchNorm",
+        "notes": [*network.notes, *([loaded.lost] if loaded.lost else [])],
+    }
+    if student is not None:
+        module = make_student(student, network, parse_arguments(student_args, "--student-args"))
+        notice(f"student {describe_student(module, network)}")
+        config, reason = plan(network, module)
+        result |= {
+            "reason": reason,
+            "student_parameters": count_parameters(module),
+            "student_flops": forward_flops(module, network.input_size),
+            "student_fraction": round(count_parameters(module) / max(1, count_parameters(network.module)), 4),
+            "generator_width": config.generator.width,
+            "attention_pairs": list(config.student.loss.stages),
+        }
+    table = Table("", "found", title=escape(printable(teacher)))
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(printable(value)))
+    console().print(table)
+    return result
+
+
+def latency(network: Classifier, seconds: float = 1.0) -> float | None:
+    """Median milliseconds of one image's forward on this machine, over about `seconds`, after three to warm up.
+
+    None where the network refuses a single image.
+    """
+    image = torch.zeros(1, *network.input_size, dtype=torch.uint8)
+    x = network.normalise(image)  # (1, C, H, W)
+    times: list[float] = []
+    with evaluating(network):
+        while len(times) < 4 or (sum(times) < seconds and len(times) < 100):
+            begun = time.perf_counter()
+            try:
+                network(x)
+            except Exception:
+                return None
+            times.append(time.perf_counter() - begun)
+    return round(1e3 * statistics.median(times[3:]), 3)

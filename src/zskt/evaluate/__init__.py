@@ -1,0 +1,1 @@
+"""How close two networks are, and signs that a run has gone wrong."""

@@ -1,0 +1,259 @@
+"""Belief matching near decision boundaries: transition curves and their mean error. ZSKT, Algorithm 2 and eq. 2.
+
+M images, K classes. From an image on which two networks agree, one of them is followed, by plain gradient steps, into
+every other class; how far apart do the two believe themselves to be on the way?
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.measures import bootstrap, calibration_error, check_images, disagreements, per_image, predict
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier
+from zskt.networks.observe import at_least_float32, layout
+
+Stepped = Literal["first", "second"]
+Start = Literal["prediction", "label"]
+Progress = Callable[[int, int], None]
+"""called with (paths followed, paths in all)"""
+
+EXAMPLES = 8
+"""Images whose curves are kept whole, for figures."""
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """What two networks believe on the way from M images into all other classes, over S steps.
+
+    Averages are over an image's K - 1 target classes; k = 0 is the untouched image.
+    """
+
+    first: Tensor
+    """(M, S) mean probability of the target class, first network"""
+    second: Tensor
+    """(M, S) the same, second network"""
+    gaps: Tensor
+    """(M, S) mean |first - second|"""
+    starts: Tensor
+    """(M,) the class that each image starts from"""
+    examples: Tensor
+    """(2, E, K - 1, S) whole curves of the first E images, both networks; target t is class starts + 1 + t modulo K"""
+    images: Tensor
+    """(E, C, H, W) those images, as handed in"""
+
+    @property
+    def error(self) -> float:
+        """Mean transition error, eq. 2: the mean |p_first - p_second| over images, classes and steps."""
+        return float(self.gaps.double().mean())
+
+
+def transition_curves(
+    first: Classifier,
+    second: Classifier,
+    images: Tensor,
+    starts: Tensor,
+    *,
+    steps: int = 100,
+    step_size: float = 1.0,
+    stepped: Stepped = "first",
+    batch_size: int = 128,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    progress: Progress = lambda done, total: None,
+) -> Transitions:
+    """Follow images (M, C, H, W) from their classes `starts` (M,) into every other class.
+
+    `steps` plain gradient steps of `step_size` on the stepped network's cross-entropy towards the target, in that
+    network's own normalised space; the other network sees the same image normalised its own way. `batch_size` paths,
+    of whatever images and classes, are followed together, which bounds the memory. Source: ZSKT, Algorithm 2.
+    """
+    for name, value in (("steps", steps), ("step_size", step_size), ("batch_size", batch_size)):
+        if not value > 0:
+            raise ZsktError(f"expected a positive {name}, found {value}; the paper has 100 steps of size 1")
+    check_networks(first, second)
+    check_images(first, images)
+    walker, watcher = (first, second) if stepped == "first" else (second, first)
+    device, classes, count, starts = walker.mean.device, walker.num_classes, len(images), starts.cpu()
+    formats = [layout(network.module, network.input_size) for network in (walker, watcher)]
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+    paths = count * (classes - 1)
+    sums = torch.zeros(3, count, steps, dtype=torch.float64)  # of first, second and |first - second|
+    examples = torch.zeros(2, min(EXAMPLES, count), classes - 1, steps)
+    even = -(-paths // -(-paths // batch_size))  # as many batches, none of them nearly empty
+    for chunk in torch.split(torch.arange(paths), even):
+        image, turn = chunk // (classes - 1), chunk % (classes - 1)  # (B,) each
+        target = ((starts[image] + 1 + turn) % classes).to(device)  # (B,)
+        x = walker.normalise(images[image])  # (B, C, H, W)
+        curves = torch.zeros(2, len(chunk), steps, dtype=torch.float64, device=device)
+        for k in range(steps):
+            x = x.detach().contiguous(memory_format=formats[0]).requires_grad_()
+            with torch.enable_grad(), autocast:
+                logits = walker(x)  # (B, K)
+            with torch.no_grad(), autocast:
+                others = watcher(renormalised(x, walker, watcher).contiguous(memory_format=formats[1]))  # (B, K)
+            curves[0, :, k] = believed(logits.detach(), target)
+            curves[1, :, k] = believed(others, target)
+            if k + 1 < steps:
+                with torch.enable_grad():
+                    # A sum: each image takes the step that it would take alone.
+                    loss = F.cross_entropy(at_least_float32(logits), target, reduction="sum")  # ()
+                x = x.detach() - step_size * torch.autograd.grad(loss, x)[0]
+        if stepped == "second":
+            curves = curves.flip(0)
+        curves = curves.cpu()
+        if not torch.isfinite(curves).all():
+            raise ZsktError("a network answers NaN on the way to another class; take a smaller --step-size")
+        gaps = (curves[0] - curves[1]).abs()  # (B, S)
+        for side, values in enumerate((*curves, gaps)):
+            sums[side].index_add_(0, image, values)
+        kept = image < examples.shape[1]
+        examples[:, image[kept], turn[kept]] = curves[:, kept].to(examples)
+        progress(int(chunk[-1]) + 1, paths)
+    p, q, gap = (sums / (classes - 1)).unbind()  # (M, S) each
+    return Transitions(p, q, gap, starts, examples, images[:EXAMPLES])
+
+
+def average_curves(transitions: Transitions) -> dict[str, list[float]]:
+    """Mean over images of both networks' curves and its standard error, S numbers each. ZSKT, figure 4."""
+    found = {}
+    for name, curves in (("first", transitions.first), ("second", transitions.second)):
+        spread = curves.std(dim=0, correction=min(1, len(curves) - 1))  # (S,)
+        found[name] = curves.mean(dim=0).tolist()
+        found[f"{name}_standard_error"] = (spread / len(curves) ** 0.5).tolist()
+    return found
+
+
+def renormalised(x: Tensor, source: Classifier, target: Classifier) -> Tensor:
+    """The same images (N, C, H, W), normalised for `source`, as `target` wants them; exactly x where they agree."""
+    scale, shift = source.std / target.std, (source.mean - target.mean) / target.std  # (C, 1, 1) each
+    return x * scale.to(x) + shift.to(x)
+
+
+def believed(logits: Tensor, target: Tensor) -> Tensor:
+    """The probability (B,) that logits (B, K) give to `target` (B,)."""
+    probabilities = logits.double().softmax(dim=1)  # (B, K)
+    return probabilities.gather(1, target[:, None]).squeeze(1)
+
+
+def check_networks(first: Classifier, second: Classifier) -> None:
+    """Raise ZsktError unless two networks take the same images and know as many classes."""
+    if first.num_classes != second.num_classes:
+        raise ZsktError(
+            f"expected two networks of equal class count, found {first.num_classes} and {second.num_classes}; "
+            "compare networks for the same classes"
+        )
+    if first.input_size != second.input_size:
+        a, b = (" x ".join(map(str, network.input_size)) for network in (first, second))
+        raise ZsktError(f"expected two networks for images of equal size, found {a} and {b}; compare like with like")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How close two networks' beliefs are: on images as they are, and on the way from them to other classes."""
+
+    measured: dict[str, Any]
+    """every number, ready for JSON"""
+    transitions: Transitions
+
+    @property
+    def mean_transition_error(self) -> float:
+        """ZSKT eq. 2; 0 for equal beliefs, at most 1."""
+        return self.transitions.error
+
+
+def compare(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    number: int = 1_000,
+    steps: int = 100,
+    step_size: float = 1.0,
+    stepped: Stepped = "first",
+    start: Start = "prediction",
+    seed: int = 0,
+    batch_size: int = 128,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    progress: Progress = lambda done, total: None,
+) -> Comparison:
+    """Compare two networks' beliefs on images (M, C, H, W), uint8 or in [0, 1], and labels (M,) where there are any.
+
+    Each network is a `Classifier`, or one of them is a bare module, which is read with the other's normalisation.
+    Agreement and KL (nats) are over all images; transition curves over `number` of those on which both agree, chosen
+    by `seed`, from their common prediction (the paper) or their label (the released code). Intervals are 95 % bootstrap
+    intervals over images. Raises ZsktError for networks that do not belong together or too few agreeing images.
+    """
+    first, second = read_pair(student, teacher)
+    check_networks(first, second)
+    check_images(first, images, labels)
+    if number < 1:
+        raise ZsktError(f"expected at least 1 image to follow, found number = {number}; the paper has 1,000")
+    if start == "label" and labels is None:
+        raise UsageError("paths that start from the label need labels; give them or start from the prediction")
+    logits, answers = predict(first, images), predict(second, images)  # (M, K) each
+    predictions = logits.argmax(dim=1).cpu()  # (M,)
+    agreeing = (predictions == answers.argmax(dim=1).cpu()).nonzero().squeeze(1)
+    if len(agreeing) < number:
+        raise ZsktError(
+            f"expected {number:,} images on which both networks agree, found {len(agreeing):,} of {len(images):,}; "
+            "ask for fewer or give more images"
+        )
+    order = torch.randperm(len(agreeing), generator=torch.Generator().manual_seed(seed))
+    chosen = agreeing[order[:number]]  # (number,)
+    starts = predictions if start == "prediction" or labels is None else labels.cpu()
+    transitions = transition_curves(
+        first,
+        second,
+        images[chosen],
+        starts[chosen],
+        steps=steps,
+        step_size=step_size,
+        stepped=stepped,
+        batch_size=batch_size,
+        precision=precision,
+        progress=progress,
+    )
+    values = per_image(logits, answers, None if labels is None else labels.cpu())
+    measured: dict[str, Any] = {
+        "mean_transition_error": transitions.error,
+        **{name: float(value.mean()) for name, value in values.items()},
+        "intervals": {
+            "mean_transition_error": bootstrap(transitions.gaps.mean(dim=1), seed=seed),
+            **{name: bootstrap(value, seed=seed) for name, value in values.items()},
+        },
+    }
+    if labels is not None:
+        measured["calibration_error"] = calibration_error(logits, labels.cpu())
+        measured["teacher_calibration_error"] = calibration_error(answers, labels.cpu())
+    measured |= disagreements(logits, answers, second.class_names)
+    measured |= {
+        "images": len(images),
+        "followed": number,
+        "steps": steps,
+        "step_size": step_size,
+        "stepped": stepped,
+        "start": start,
+        "seed": seed,
+        "precision": precision,
+    }
+    return Comparison(measured, transitions)
+
+
+def read_pair(student: nn.Module, teacher: nn.Module) -> tuple[Classifier, Classifier]:
+    """Both networks with a normalisation; a bare one borrows the other's."""
+    if isinstance(student, Classifier):
+        return as_teacher(student), as_teacher(teacher if isinstance(teacher, Classifier) else student.like(teacher))
+    if isinstance(teacher, Classifier):
+        return as_teacher(teacher.like(student)), as_teacher(teacher)
+    raise UsageError(
+        "expected at least one network with its normalisation, found two bare modules; wrap one, as in "
+        "zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...)"
+    )

@@ -1,0 +1,1 @@
+"""A student for use elsewhere: ONNX, torch.export, Hugging Face folders."""

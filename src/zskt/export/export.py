@@ -1,0 +1,343 @@
+"""The student in other formats: ONNX, torch.export and a folder in the Hugging Face layout; int8 without data.
+
+Whatever is written is read back and compared with the network that it came from on pseudo images, N of them of shape
+(C, H, W), K classes; a file that answers otherwise is not left behind. The packages of the `export` extra are imported
+only when something needs them.
+"""
+
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from zskt.errors import UsageError, ZsktError, first_line, unknown
+from zskt.evaluate.measures import agreement
+from zskt.export.formats import Input, feed, need, open_onnx, quantise, quiet, write_onnx, write_pt2
+from zskt.export.hub import write_hub
+from zskt.files import appearing, read_json
+from zskt.method.generator import Generator, pseudo_images
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier, count_parameters
+from zskt.networks.folder import load_network, load_student
+from zskt.networks.observe import evaluating
+from zskt.networks.rebuild import describe_module
+from zskt.run.distill import DistillResult, load_generator
+
+Format = Literal["onnx", "pt2", "hub"]
+IMAGES = 256
+"""Pseudo images to compare on, and as many others to calibrate with."""
+BATCHES = (1, 7, 56, 64, 64, 64)
+"""They are fed in batches of these sizes, so that a batch size that got fixed shows; small enough for large images."""
+TIMED = (1, 32)
+"""Batch sizes that are timed."""
+TURNS, PATIENCE = 100, 5.0
+"""Timings of each network and batch size: so many, or as many as fit into so many seconds, but 10 at least."""
+
+Answer = Callable[[Tensor], Tensor]
+"""An exported file, read back: images as they are fed (N, C, H, W) -> logits (N, K)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A network in onnxruntime, on one thread."""
+
+    network: str
+    parameters: int
+    bytes: int
+    milliseconds: dict[int, float]
+    """median by the clock, by batch size"""
+    processor: dict[int, float]
+    """likewise, of processor time: much less where other programs were in the way"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how far it is from the network that it came from."""
+
+    path: Path
+    format: Format
+    input: Input
+    """what it is fed"""
+    int8: bool
+    bytes: int
+    images: int
+    """compared on"""
+    images_from: str
+    largest_logit: float
+    """of the network itself, in magnitude"""
+    max_difference: float
+    """of a logit, in magnitude"""
+    agreement: float
+    """fraction of images with the same most probable class"""
+    timings: tuple[Timing, ...] = ()
+    """of teacher and student, where a teacher was given"""
+
+
+def export(
+    source: "DistillResult | Classifier | Source | str | Path",
+    path: str | Path,
+    format: Format | None = None,
+    *,
+    input: Input | None = None,
+    int8: bool = False,
+    teacher: Classifier | str | Path | None = None,
+    tolerance: float = 1e-3,
+    least_agreement: float = 0.9,
+    module: nn.Module | None = None,
+    trust: bool = False,
+) -> Exported:
+    """Write a finished run's student, or any network, to `path`; read it back; compare; remove it if it is wrong.
+
+    `source` is a result, a run or teacher folder, or a network with its normalisation; `module` and `trust` are for a
+    folder whose network only its own code makes, as in `load_student`. `format` follows from the path's ending where
+    it is None: .onnx, .pt2, else a hub folder. `input` is what the exported network is fed:
+    `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a hub folder has the plain network,
+    fed normalised images. Input "images" (N, C, H, W), any N; output "logits" (N, K). `int8` quantises an ONNX file,
+    calibrated on pseudo images of the run's generator. With `teacher`, both networks are timed in onnxruntime.
+
+    Logits may differ by `tolerance` of the largest one; after quantisation `least_agreement` of the images must keep
+    their class instead. Raises ZsktError, with the numbers, where they do not, and where `path` exists.
+    """
+    path = Path(path)
+    form: Format = format or {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix, "hub")  # type: ignore[assignment]
+    fed: Input = input or ("normalised" if form == "hub" else "fraction")
+    _check_request(form, fed, int8, tolerance, least_agreement)
+    origin = read_source(source, module, trust)
+    other = teacher if isinstance(teacher, Classifier | None) else load_network(teacher, trust=trust)
+    if int8 and origin.generator is None:
+        raise ZsktError(
+            "int8 is calibrated on pseudo images, and this network comes without a generator; export a run folder"
+        )
+    if form == "onnx" or other is not None:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            need(package)
+    network = as_teacher(origin.network).cpu()
+    images = feed(network, origin.pseudo_images(range(IMAGES // 64)), fed)  # (256, C, H, W)
+    with appearing(path) as place:
+        scratch = place.parent
+        plain = scratch / "fp32" / "student.onnx" if int8 else place
+        plain.parent.mkdir(exist_ok=True)
+        if form == "onnx":
+            write_onnx(plain, network, fed)
+        elif form == "pt2":
+            write_pt2(plain, network, fed)
+        else:
+            plain.mkdir()
+            write_hub(plain, network, origin.facts)
+        found = deviation(read_back(plain, form, network), network, images, fed)
+        check(found, form, tolerance)
+        if int8:
+            calibration = feed(network, origin.pseudo_images(range(IMAGES // 64, 2 * IMAGES // 64)), fed)
+            quantise(plain, place, calibration)
+            found = deviation(read_back(place, form, network), network, images, fed)
+            check_agreement(found, least_agreement)
+        timings: tuple[Timing, ...] = ()
+        if other is not None:
+            reference = plain if form == "onnx" else scratch / "student" / "student.onnx"
+            timed = {"teacher": (copy.deepcopy(other).cpu(), scratch / "teacher" / "teacher.onnx")}
+            timed |= {"student": (network, reference)} | ({"student, int8": (network, place)} if int8 else {})
+            timings = time_networks(timed, fed, tolerance)
+        size = sum(file.stat().st_size for file in (place, *place.rglob("*")) if file.is_file())
+    return Exported(path, form, fed, int8, size, len(images), origin.images_from, **found, timings=timings)
+
+
+def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agreement: float) -> None:
+    for what, name, valid in (("format", form, get_args(Format)), ("input", fed, get_args(Input))):
+        if name not in valid:
+            raise unknown(what, name, valid)
+    if form == "hub" and fed != "normalised":
+        raise UsageError(
+            f"input {fed}: a hub folder holds the plain network and says in preprocessor_config.json how images are "
+            "normalised; leave --input out, or export to onnx or pt2"
+        )
+    if int8 and form != "onnx":
+        raise UsageError(f"int8 is for ONNX files, found format {form}: use --format onnx")
+    if not 0 <= tolerance < math.inf or not 0 <= least_agreement <= 1:
+        raise UsageError(
+            f"expected a tolerance of at least 0 and an agreement from 0 to 1, found {tolerance} and {least_agreement}"
+        )
+
+
+# What is exported, and the images to compare on.
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network, what is known of its making, and the generator of its run, if there is one."""
+
+    network: Classifier
+    facts: Mapping[str, Any]
+    generator: Generator | None
+
+    @property
+    def images_from(self) -> str:
+        return "the run's generator" if self.generator is not None else "seeded noise in [0, 1]"
+
+    def pseudo_images(self, seeds: Sequence[int]) -> Tensor:
+        """64 images for each seed (64 seeds, C, H, W), normalised, on the CPU; noise where there is no generator."""
+        if self.generator is not None:
+            return torch.cat([pseudo_images(self.generator, self.generator.latent, seed).cpu() for seed in seeds])
+        noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.cat([torch.rand(64, *self.network.input_size, generator=rng) for rng in noises])
+        return self.network.normalise(noise).cpu()
+
+
+def read_source(
+    source: DistillResult | Classifier | Source | str | Path, module: nn.Module | None = None, trust: bool = False
+) -> Source:
+    """What `export` was given, made uniform; raises ZsktError for an unfinished run."""
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, DistillResult):
+        if not source.finished:
+            raise ZsktError(f"expected a finished run, found one at step {source.step:,}; resume it first")
+        teacher = source.teacher
+        facts = {
+            "recipe": source.config.recipe,
+            "steps": source.config.steps,
+            "seed": source.config.seed,
+            "reason": source.reason,
+            "teacher_fingerprint": teacher.fingerprint(),
+            "teacher_model": describe_module(teacher.module, teacher.num_classes, teacher.input_size).get("spec"),
+            "teacher_parameters": count_parameters(teacher.module),
+            "measured": source.measured,
+            "warnings": source.warnings,
+        }
+        return Source(source.network, facts, source.generator)
+    if isinstance(source, Classifier):
+        return Source(source, {}, None)
+    if not isinstance(source, str | Path):
+        raise UsageError(
+            f"expected a result, a folder or a zskt.Classifier to export, found {type(source).__name__}: wrap it, as "
+            "in zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
+        )
+    return from_folder(Path(source), load_network(source, module=module, trust=trust))
+
+
+def from_folder(folder: Path, network: Classifier) -> Source:
+    """A network that was loaded from a run, teacher or hub folder, with what else is there."""
+    paths = [folder / f"{name}.json" for name in ("student", "teacher", "config")]
+    facts: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
+    has_generator = (folder / "generator.safetensors").exists()
+    return Source(network, facts, load_generator(folder, network) if has_generator else None)
+
+
+# Reading back, comparing, timing.
+
+
+def read_back(path: Path, form: Format, network: Classifier) -> Answer:
+    """What was written, as a function of images as they are fed (N, C, H, W); raises ZsktError if it cannot be read."""
+    try:
+        if form == "onnx":
+            session = open_onnx(path)
+            return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        if form == "pt2":
+            with quiet():
+                return torch.export.load(path).module()
+        how = describe_module(network.module, network.num_classes, network.input_size)
+        by_itself = "spec" in how or "transformers" in how
+        return load_student(path, module=None if by_itself else network.module).float()
+    except Exception as error:  # a damaged file fails in every way that a parser can
+        reason = first_line(error)
+        raise ZsktError(f"the exported {form} cannot be read back ({reason}); nothing was written") from error
+
+
+def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -> dict[str, float]:
+    """How far `answer` is from the network on images (N, C, H, W) as they are fed: logits and most probable classes."""
+    theirs, ours = [], []
+    network = copy.deepcopy(network).float()
+    with evaluating(network):
+        for batch in torch.split(images, list(BATCHES)):
+            try:
+                theirs.append(answer(batch).detach())  # (N, K)
+            except Exception as error:
+                raise ZsktError(
+                    f"the exported network refuses a batch of {len(batch)} ({first_line(error)}); nothing was written"
+                ) from error
+            ours.append(network(batch if fed == "normalised" else network.normalise(batch)))
+    found, expected = torch.cat(theirs).double(), torch.cat(ours).double()  # (N, K) each
+    return {
+        "largest_logit": float(expected.abs().max()),
+        "max_difference": float((found - expected).abs().max()),
+        "agreement": agreement(found, expected),
+    }
+
+
+def check(found: Mapping[str, float], form: str, tolerance: float) -> None:
+    """Raise ZsktError unless the logits are the network's, but for rounding."""
+    allowed = tolerance * found["largest_logit"]
+    if not found["max_difference"] <= allowed:  # NaN neither
+        raise ZsktError(
+            f"the exported {form} answers otherwise than the network: logits differ by up to "
+            f"{found['max_difference']:.3g}, allowed are {allowed:.3g} ({tolerance:g} of the largest), and "
+            f"{found['agreement']:.4f} of {IMAGES} images keep their class; nothing was written; use another --format "
+            "or --tolerance"
+        )
+
+
+def check_agreement(found: Mapping[str, float], least: float) -> None:
+    """Raise ZsktError unless quantisation has left enough images their class."""
+    if not found["agreement"] >= least or math.isnan(found["max_difference"]):
+        raise ZsktError(
+            f"after quantisation the classes of only {found['agreement']:.4f} of {IMAGES} pseudo images are the "
+            f"student's, expected {least:g} (logits differ by up to {found['max_difference']:.3g}); nothing was "
+            "written; leave --int8 out or lower --least-agreement"
+        )
+
+
+def time_networks(networks: Mapping[str, tuple[Classifier, Path]], fed: Input, tolerance: float) -> tuple[Timing, ...]:
+    """Networks in onnxruntime side by side, turn by turn; an ONNX file that is not there yet is written and checked."""
+    sessions = {}
+    for name, (network, path) in networks.items():
+        if not path.exists():
+            path.parent.mkdir()
+            images = feed(network, Source(network, {}, None).pseudo_images(range(IMAGES // 64)), fed)
+            try:
+                write_onnx(path, network, fed)
+                check(deviation(read_back(path, "onnx", network), network, images, fed), "onnx", tolerance)
+            except ZsktError as error:
+                raise ZsktError(f"cannot time the {name} in onnxruntime, so leave --teacher out: {error}") from error
+        sessions[name] = open_onnx(path)
+    clock, processor = ({name: dict[int, float]() for name in networks} for _ in range(2))
+    for batch in TIMED:
+        inputs = {
+            name: feed(network, Source(network, {}, None).pseudo_images([0])[:batch], fed).numpy()
+            for name, (network, _) in networks.items()
+        }
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
+        started = time.monotonic()
+        for turn in range(TURNS + 3):
+            for name, session in sessions.items():
+                before = time.perf_counter(), time.thread_time()
+                session.run(["logits"], {"images": inputs[name]})
+                taken[name].append((time.perf_counter() - before[0], time.thread_time() - before[1]))
+            if turn >= 12 and time.monotonic() - started > PATIENCE:
+                break
+        for name, pairs in taken.items():  # the first three warm up
+            clock[name][batch], processor[name][batch] = (
+                1e3 * statistics.median(values) for values in zip(*pairs[3:], strict=True)
+            )
+    return tuple(
+        Timing(name, count_parameters(network.module), path.stat().st_size, clock[name], processor[name])
+        for name, (network, path) in networks.items()
+    )
+
+
+def as_json(exported: Exported) -> dict[str, Any]:
+    """What `zskt export` prints: every number, agreement lost and latencies included."""
+    result = dataclasses.asdict(exported) | {"path": str(exported.path), "agreement_lost": 1 - exported.agreement}
+    result["timings"] = [
+        {"network": t.network, "parameters": t.parameters, "bytes": t.bytes, "threads": 1}
+        | {f"ms_batch_{batch}": round(ms, 4) for batch, ms in t.milliseconds.items()}
+        | {f"processor_ms_batch_{batch}": round(ms, 4) for batch, ms in t.processor.items()}
+        for t in exported.timings
+    ]
+    return result

@@ -1,0 +1,159 @@
+"""A network as a folder in the Hugging Face layout: weights, config, preprocessing and model card. Nothing pickled.
+
+Written without a network connection, and read by `load_student` and `load_network`.
+"""
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zskt.errors import printable
+from zskt.files import write_json, write_tensors, write_text
+from zskt.networks.classifier import Classifier
+from zskt.networks.folder import HUB_TYPE, describe_network
+from zskt.run.report import MEASURES
+from zskt.runtime import __version__
+
+_TEXTS = ("recipe", "reason", "teacher_fingerprint", "teacher_model", "imported_from", "sha256", "how")
+_NUMBERS = ("steps", "seed", "seconds", "teacher_parameters")
+
+
+def write_hub(folder: Path, network: Classifier, facts: Mapping[str, Any]) -> None:
+    """Write config.json, model.safetensors, preprocessor_config.json and README.md.
+
+    `facts` are those of a student.json or teacher.json (recipe, steps, measured, ...), or fewer; what is not among
+    them is called not recorded or not measured.
+    """
+    names = network.class_names or [str(k) for k in range(network.num_classes)]
+    described = describe_network(network)
+    described["rebuild"] = _without_folder(described["rebuild"])
+    config = {
+        **known_facts(facts),
+        "model_type": HUB_TYPE,
+        "architectures": [printable(type(network.module).__name__)],
+        "id2label": {str(k): name for k, name in enumerate(names)},
+        "label2id": {name: k for k, name in enumerate(names)},
+        **described,
+        "zskt_version": __version__,
+    }
+    channels, height, width = network.input_size
+    preprocessing = {
+        "image_processor_type": "ViTImageProcessor",  # the plain one: resize, rescale, normalise
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": network.mean.flatten().tolist(),
+        "image_std": network.std.flatten().tolist(),
+        "do_convert_rgb": channels == 3,
+    }
+    write_tensors(folder / "model.safetensors", network.module.state_dict(), {"format": "pt"})
+    write_json(folder / "preprocessor_config.json", preprocessing)
+    write_text(folder / "README.md", model_card(folder.name, network, config))
+    write_json(folder / "config.json", config)
+
+
+def known_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's facts that we write ourselves, if they are of their kind: a folder may come from anywhere."""
+    known: dict[str, Any] = {name: printable(facts[name]) for name in _TEXTS if isinstance(facts.get(name), str)}
+    known |= {name: value for name in _NUMBERS if _finite(value := facts.get(name))}
+    measured, warnings, versions = (facts.get(name) for name in ("measured", "warnings", "versions"))
+    if isinstance(measured, dict):
+        known["measured"] = {name: measured[name] for name in MEASURES if _finite(measured.get(name))}
+    if isinstance(warnings, list):
+        known["warnings"] = [printable(line) for line in warnings if isinstance(line, str)]
+    if isinstance(versions, dict):
+        known["versions"] = {
+            name: printable(versions[name]) for name in ("zskt", "torch", "python") if name in versions
+        }
+    return known
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e18
+
+
+def model_card(name: str, network: Classifier, config: Mapping[str, Any]) -> str:
+    """README.md: what the network is, where it comes from, what was measured and what was not, how to load it."""
+    header = {
+        "library_name": "zskt",
+        "pipeline_tag": "image-classification",
+        "tags": ["zskt", "image-classification", *(["data-free-distillation"] if config.get("recipe") else [])],
+    }
+    size = " x ".join(map(str, network.input_size))
+    how: Mapping[str, Any] = config["rebuild"]
+    kind, what = next(iter(how.items()))
+    model = what if kind == "spec" else f"{what} ({'Python object' if kind == 'python' else kind})"
+    rows = {
+        "network": model,
+        "parameters": f"{config['parameters']:,}",
+        "images": f"{size} (channels, height, width)",
+        "classes": ", ".join(config["id2label"].values()) if network.num_classes <= 20 else f"{network.num_classes:,}",
+        "mean, for pixels in [0, 1]": ", ".join(f"{m:g}" for m in network.mean.flatten().tolist()),
+        "standard deviation": ", ".join(f"{s:g}" for s in network.std.flatten().tolist()),
+    }
+    parameters = config.get("teacher_parameters")
+    origin = {
+        "teacher": config.get("teacher_model"),
+        "teacher parameters": None if parameters is None else f"{parameters:,}",
+        "teacher fingerprint (SHA-256)": config.get("teacher_fingerprint"),
+        "recipe": config.get("recipe"),
+        "why this recipe": config.get("reason"),
+        "steps": None if config.get("steps") is None else f"{config['steps']:,}",
+        "seed": config.get("seed"),
+    }
+    found = config.get("measured") or {}
+    measures = MEASURES if origin["recipe"] else {"accuracy": "accuracy", "calibration_error": "calibration error"}
+    measured = {label: f"{found[key]:.4f}" if key in found else "not measured" for key, label in measures.items()}
+    distilled = "Distilled from its teacher without any data, by zero-shot knowledge transfer."
+    more = {"factory": ", trust=True)  # runs that code", "python": ", module=module)  # the network, made by its code"}
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"An image classifier. {distilled}" if origin["recipe"] else "An image classifier.",
+        "",
+        *_table("network", rows),
+        "",
+        "## Where it comes from",
+        "",
+        *_table("origin", {key: "not recorded" if value is None else value for key, value in origin.items()}),
+        "",
+        *(f"Warning of the run: {html.escape(light)}\n" for light in config.get("warnings") or []),
+        "## What was measured",
+        "",
+        "On the test images given to the command that made it; accuracies and agreement are fractions in [0, 1].",
+        "",
+        *_table("measure", measured),
+        "",
+        "## How to use it",
+        "",
+        "```python",
+        "import zskt",
+        "",
+        f'network = zskt.load_student("{name}"{more.get(kind, ")")}',
+        f"logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size.replace(' x ', ', ')})",
+        "```",
+        "",
+        f"Written by zskt {__version__}. The licence is for whoever trained the teacher to say.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:
+    """A factory in a file by that file's name alone: the folder is to be given away, and paths tell of its maker."""
+    place, colon, name = str(how.get("factory", "")).rpartition(":")
+    return {**how, "factory": f"{Path(place).name}:{name}"} if colon and place.endswith(".py") else dict(how)
+
+
+def _table(head: str, rows: Mapping[str, Any]) -> list[str]:
+    texts = {str(key): html.escape(printable(value), quote=False) for key, value in rows.items()}
+    cells = ((key, " ".join(text.split()).replace("|", "\\|")) for key, text in texts.items())
+    return [f"| {head} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)]

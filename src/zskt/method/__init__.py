@@ -1,0 +1,1 @@
+"""What a run repeats: losses, generators, replay buffers, recipes, and the step itself."""

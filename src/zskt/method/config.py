@@ -1,0 +1,230 @@
+"""Every number of a run, typed, checked and documented.
+
+The defaults are the released ZSKT code's for CIFAR-10, WRN-40-2 -> WRN-16-1 (polo5/ZeroShotKnowledgeTransfer@e24915d,
+[code] below); recipes hold only their differences from them. An unknown, mistyped, out-of-range or contradictory value
+is an error, and so is one that nothing would read.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from zskt.errors import UsageError
+from zskt.settings import check_bounds, flat
+
+
+@dataclass(frozen=True)
+class GeneratorLoss:
+    """Weights of the terms the generator minimises; minus a divergence makes it an adversary. 0 = not computed."""
+
+    kl: float = -1.0
+    """forward KL of teacher and student logits [paper: maximised]"""
+    kl_scale: Literal["per_class", "batchmean"] = "per_class"
+    """per_class = mean over images and classes [code], batchmean = over images"""
+    l1: float = 0.0
+    """mean absolute difference of the logits [DFAD, DFME]"""
+    jensen_shannon: float = 0.0
+    """Jensen-Shannon divergence of teacher and student, nats"""
+    batchnorm: float = 0.0
+    """distance to the teacher's BatchNorm statistics, summed over layers [DeepInversion]"""
+    one_hot: float = 0.0
+    """cross-entropy of the teacher's logits to their own argmax, nats [DAFL, DFQ]"""
+    balance: float = 0.0
+    """minus the entropy of the mean class probability, nats [DAFL, DFQ]"""
+    activation: float = 0.0
+    """minus the mean absolute value of the teacher's last stage output [DAFL]"""
+    total_variation: float = 0.0
+    """mean absolute difference of neighbouring pixels [DeepInversion]"""
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """Weights of the terms the student minimises. 0 = not computed."""
+
+    kl: float = 1.0
+    """forward KL of teacher and student logits [paper eq. 1]"""
+    kl_scale: Literal["per_class", "batchmean"] = "per_class"
+    """per_class = mean over images and classes [code], batchmean = over images"""
+    temperature: float = 1.0
+    """softmax temperature of the KL, which is multiplied by its square [code: 1]"""
+    l1: float = 0.0
+    """mean absolute difference of the logits [DFAD]"""
+    jensen_shannon: float = 0.0
+    """Jensen-Shannon divergence of teacher and student, nats"""
+    attention: float = 250.0
+    """attention transfer, summed over stages [paper, code]; goes with the per_class KL"""
+    stages: tuple[str, ...] = ()
+    """what attention compares, as teacher's=student's, in a list or between commas; empty: paired by resolution"""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """The generator and how it is updated."""
+
+    latent: int = 100
+    """dimension Z of the standard normal latent [paper, code]"""
+    width: int | Literal["auto"] = 128
+    """channels of its first convolution [code]; auto: a power of two from 16 to 128, no dearer than both networks"""
+    updates: int = 1
+    """generator updates per step, nG [paper]"""
+    learning_rate: float = 1e-3
+    """initial learning rate of Adam [code; the paper says 2e-3, which costs 2 points]"""
+    clip: float = 5.0
+    """largest gradient norm, 0 = no clipping [code]"""
+    mode_for_student: Literal["train", "eval"] = "train"
+    """BatchNorm mode while it makes the student's images [code]"""
+    loss: GeneratorLoss = field(default_factory=GeneratorLoss)
+    """what it minimises"""
+
+
+@dataclass(frozen=True)
+class Student:
+    """How the student is updated."""
+
+    updates: int = 10
+    """student updates per step, nS [paper]"""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """[paper, code: adam]"""
+    learning_rate: float = 2e-3
+    """initial learning rate [paper, code]"""
+    momentum: float = 0.0
+    """of sgd"""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient [code: none]"""
+    clip: float = 5.0
+    """largest gradient norm, 0 = no clipping [code]"""
+    mode_in_search: Literal["train", "eval"] = "train"
+    """BatchNorm mode during generator updates [code]"""
+    loss: StudentLoss = field(default_factory=StudentLoss)
+    """what it minimises"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Which pseudo batches the student sees."""
+
+    kind: Literal["same", "fresh", "bank"] = "same"
+    """same = the searched batch every time [paper], fresh = a new one each time [ReScience 2020], bank = past ones"""
+    capacity: int = 0
+    """searched batches in the bank, 0 unless kind is bank"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How both learning rates decay."""
+
+    kind: Literal["cosine", "multistep", "constant"] = "cosine"
+    """cosine to 0 over the run [paper, code]; multistep: times `factor` at each milestone"""
+    milestones: tuple[float, ...] = ()
+    """as fractions of the run, for multistep"""
+    factor: float = 0.1
+    """of multistep"""
+    clock: Literal["step", "update"] = "step"
+    """whether the rate changes after every step [code] or after every update"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of distillation, completely."""
+
+    recipe: str = "zskt"
+    """name of the recipe these values started from"""
+    steps: int = 80_000
+    """outer iterations N = pseudo batches in the paper's counting [paper: 80,000 for CIFAR-10, 50,000 for SVHN]"""
+    batch_size: int = 128
+    """pseudo images per batch [code]"""
+    seed: int = 0
+    """of latents, initialisation made here, dropout"""
+    device: str = "auto"
+    """a torch device; auto: cuda where there is one, else cpu"""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """fp32: the networks' own dtype; bf16: autocast, losses and weights in fp32; auto: bf16 where it is known to do"""
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    """of weights and images; channels_last is faster"""
+    fused: bool = True
+    """fused optimisers: one kernel for all parameters"""
+    cuda_graph: bool = False
+    """repeat every step as one CUDA graph, instead of launching its kernels one by one; for device cuda"""
+    log_every: int | Literal["auto"] = "auto"
+    """steps between lines of metrics.jsonl; auto: at most 1,000 lines"""
+    evaluate_every: int | Literal["auto"] = "auto"
+    """steps between evaluations and sample images; auto: 20 in a run"""
+    checkpoint_every: int | Literal["auto"] = "auto"
+    """steps between checkpoints; auto: 50 in a run"""
+    generator: Generator = field(default_factory=Generator)
+    """the adversary"""
+    student: Student = field(default_factory=Student)
+    """the learner"""
+    memory: Memory = field(default_factory=Memory)
+    """what the student sees"""
+    schedule: Schedule = field(default_factory=Schedule)
+    """learning rates over the run"""
+
+    def __post_init__(self) -> None:
+        for name, value in flat(self).items():
+            check_bounds(name, value)
+            if name in _POSITIVE and not (value == "auto" or value > 0):
+                raise UsageError(f"{name} = {value!r}: expected a positive number")
+            if name in _NOT_NEGATIVE and value < 0:
+                raise UsageError(f"{name} = {value!r}: expected 0 or a positive number")
+        if self.cuda_graph and not self.fused:
+            raise UsageError("cuda_graph = true needs fused = true: other optimisers wait for the device")
+        if self.batch_size < 2:
+            raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
+        student, schedule, loss = self.student, self.schedule, self.generator.loss
+        if student.optimizer == "adam" and student.momentum:
+            raise UsageError("student.momentum is for sgd, and student.optimizer is adam: drop one of them")
+        if (self.memory.kind == "bank") != (self.memory.capacity > 0):
+            raise UsageError("memory.capacity is for memory.kind = bank, and a bank needs one: set both or neither")
+        if (schedule.kind == "multistep") != bool(schedule.milestones):
+            raise UsageError(
+                "schedule.milestones are for schedule.kind = multistep, which needs them: set both or neither"
+            )
+        if list(schedule.milestones) != sorted(schedule.milestones) or not all(0 < m < 1 for m in schedule.milestones):
+            raise UsageError(f"schedule.milestones = {list(schedule.milestones)}: expected rising fractions of the run")
+        divergences = ("kl", "l1", "jensen_shannon")
+        if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
+            raise UsageError("student.loss has no term with a weight: set student.loss.kl")
+        if not any(value for name, value in vars(loss).items() if name != "kl_scale"):
+            raise UsageError("generator.loss has no term with a weight: set generator.loss.kl")
+        unread = {
+            "student.loss.temperature": (student.loss.temperature != 1 and not student.loss.kl, "student.loss.kl"),
+            "student.loss.kl_scale": (student.loss.kl_scale != "per_class" and not student.loss.kl, "student.loss.kl"),
+            "student.loss.stages": (bool(student.loss.stages) and not student.loss.attention, "student.loss.attention"),
+            "generator.loss.kl_scale": (loss.kl_scale != "per_class" and not loss.kl, "generator.loss.kl"),
+            "schedule.clock": (schedule.clock != "step" and schedule.kind == "constant", "another schedule.kind"),
+            "schedule.factor": (schedule.factor != 0.1 and schedule.kind != "multistep", "schedule.kind = multistep"),
+        }
+        for name, (nobody_reads_it, needed) in unread.items():
+            if nobody_reads_it:
+                raise UsageError(f"{name} is for {needed}, which is not set: drop one of them or set both")
+
+    def interval(self, what: Literal["log_every", "evaluate_every", "checkpoint_every"]) -> int:
+        """The number of steps between two of these, with `auto` resolved."""
+        value: int | str = getattr(self, what)
+        times = {"log_every": 1_000, "evaluate_every": 20, "checkpoint_every": 50}[what]
+        return -(-self.steps // times) if isinstance(value, str) else value
+
+
+_POSITIVE = {
+    "steps",
+    "batch_size",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "generator.latent",
+    "generator.width",
+    "generator.updates",
+    "generator.learning_rate",
+    "student.updates",
+    "student.learning_rate",
+    "student.loss.temperature",
+    "schedule.factor",
+}
+_NOT_NEGATIVE = {
+    "seed",
+    "generator.clip",
+    "student.clip",
+    "student.momentum",
+    "student.weight_decay",
+    "memory.capacity",
+}

@@ -1,0 +1,95 @@
+"""The generator: latent -> image, in the teacher's normalised space. Nothing squashes its output."""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.networks.observe import forward_flops
+
+WIDTHS = (16, 32, 64, 128)
+
+
+class Generator(nn.Module):
+    """Latent (N, Z) -> image (N, C, H, W).
+
+    A linear layer makes a small image near 8 pixels wide; two or more convolutions follow, the last ones each after a
+    doubling of the resolution, as many as it takes, the final doubling going to the exact size. At 3 x 32 x 32 and
+    width 128 this is the released ZSKT generator, less the biases of convolutions that a BatchNorm follows: their
+    gradient is zero.
+    """
+
+    def __init__(self, latent: int, size: tuple[int, int, int], width: int = 128) -> None:
+        """`latent` is Z, `size` the image's (C, H, W), `width` the channels of the first convolution."""
+        super().__init__()
+        channels, height, self.image_width = size
+        self.height = height
+        self.latent = latent
+        self.doublings = max(0, round(math.log2(min(height, self.image_width) / 8)))
+        shrink = 2**self.doublings
+        self.start = (width, math.ceil(height / shrink), math.ceil(self.image_width / shrink))
+
+        # Channels halve with every doubling after the first, so that large images do not cost more at the end.
+        stages = max(2, self.doublings)
+        widths = [width] + [max(width >> stage, min(16, width)) for stage in range(stages)]
+        self.linear = nn.Linear(latent, math.prod(self.start))
+        self.bn = nn.BatchNorm2d(width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2, inplace=True))
+            for a, b in itertools.pairwise(widths)
+        )
+        self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1, bias=False)
+        self.conv_bn = nn.BatchNorm2d(channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.linear(z).unflatten(1, self.start)  # (N, width, H / 2^d, W / 2^d)
+        x = self.bn(x.contiguous(memory_format=self._memory_format()))
+        for left, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
+            if left == 1 and x.shape[2:] != (self.height, self.image_width):
+                x = F.interpolate(x, size=(self.height, self.image_width))
+            elif left <= self.doublings:
+                x = F.interpolate(x, scale_factor=2)
+            x = block(x)
+        images: Tensor = self.conv_bn(self.conv(x))  # (N, C, H, W)
+        return images
+
+    def _memory_format(self) -> torch.memory_format:
+        """That of the weights: maps made of a linear layer's output have none of their own."""
+        weight = next(self.blocks.parameters())
+        return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+
+
+def choose_width(latent: int, size: tuple[int, int, int], budget: int) -> int:
+    """The widest of WIDTHS whose forward costs at most `budget` operations per image; the narrowest if none does.
+
+    With teacher's and student's forwards together as the budget the generator never dominates the time of a step: at
+    width 128 it takes over 90 % of it for a LeNet-sized pair.
+    """
+    fitting = [w for w in WIDTHS if forward_flops(Generator(latent, size, w), (latent,)) <= budget]
+    return max(fitting, default=min(WIDTHS))
+
+
+SAMPLES = 64
+"""Pseudo images in a sample; the generator runs in train mode, so it needs a batch of this order."""
+
+
+def pseudo_images(generator: nn.Module, latent: int, seed: int = 0) -> Tensor:
+    """SAMPLES images (64, C, H, W) from latents fixed by `seed`, in the teacher's normalised space, leaving no trace.
+
+    The generator runs in train mode, as the student sees it; its buffers and all random numbers stay as they were.
+    """
+    like = next(generator.parameters())
+    z = torch.randn(SAMPLES, latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)  # (64, Z)
+    before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
+    training = generator.training
+    generator.train()
+    try:
+        with torch.no_grad():
+            images: Tensor = generator(z.to(like.device))
+            return images
+    finally:
+        generator.train(training)
+        for name, buffer in generator.named_buffers():
+            buffer.copy_(before[name])

@@ -1,0 +1,218 @@
+"""What has to hold before a network is built on: a teacher is frozen and probed, and a pair fits together.
+
+N images, K classes. Nothing here switches a network into training mode, but for a copy of a student.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zskt.errors import ZsktError, first_line
+from zskt.networks.classifier import Classifier, Output
+from zskt.networks.models import Size
+from zskt.networks.observe import check_state, evaluating, fixed_batch, logits_of, refusal
+
+SMALLEST = 1e-12
+"""Probabilities are raised to it before the logarithm, whose gradient then stays finite."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few forwards of noise have shown."""
+
+    num_classes: int
+    output: Output
+    notes: tuple[str, ...]
+    """lines for the user: nothing that stops the work"""
+
+
+class Logarithm(nn.Module):
+    """A network that returns probabilities (N, K), read as their logarithms: logits of the same softmax."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        named = getattr(network, "stages", None)
+        if isinstance(named, (tuple, list)):
+            self.stages = tuple(f"network.{name}" for name in named)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logarithms (N, K) of the probabilities of images (N, C, H, W)."""
+        return logits_of(self.network(images)).clamp_min(SMALLEST).log()
+
+
+def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
+    """A private copy of a classifier: frozen, in eval mode, probed with noise unless that was done before.
+
+    Probabilities are read as their logarithms. The classifier handed in is never touched, unless it is not to be
+    `copied`. Raises ZsktError for what cannot be distilled (`probe`) and where the class counts disagree.
+    """
+    try:
+        with torch.no_grad():
+            teacher = copy.deepcopy(classifier) if copied else classifier
+        check_state(teacher.module, "network")
+        for parameter in teacher.parameters():  # also of what TorchScript has compiled, which knows no requires_grad_
+            parameter.requires_grad_(False)
+        teacher.eval()
+    except ZsktError:
+        raise
+    except (Exception, SystemExit) as error:  # locks, open files, tensors with a history, methods of its own
+        raise ZsktError(
+            f"the network cannot be copied and frozen ({first_line(error)}); take out what is no part of it, or load "
+            "it anew"
+        ) from error
+    if teacher.probed:
+        return teacher
+    found = probe(teacher.module, teacher.input_size)
+    if found.num_classes != teacher.num_classes:
+        raise ZsktError(
+            f"expected a network with {teacher.num_classes} classes, found {found.num_classes} outputs; check both"
+        )
+    if found.output == "probabilities":
+        teacher.module = Logarithm(teacher.module).eval()
+    teacher.output, teacher.notes, teacher.probed = found.output, found.notes, True
+    return teacher
+
+
+def output_kind(outputs: Tensor) -> Output:
+    """Whether outputs (N, K) are logits, or probabilities or their logarithms; every row has to agree."""
+    values = outputs.detach().double()  # (N, K)
+    near = 1e-3 if outputs.dtype in (torch.float32, torch.float64) else 2e-2
+    if ((values >= 0) & (values <= 1 + near)).all() and ((values.sum(dim=1) - 1).abs() < near).all():
+        return "probabilities"
+    if (values <= near).all() and ((values.exp().sum(dim=1) - 1).abs() < near).all():
+        return "log-probabilities"
+    return "logits"
+
+
+def probe(module: nn.Module, size: Size) -> Probe:
+    """Show noise to a frozen network for images of `size` = (C, H, W); raises ZsktError for what cannot be distilled.
+
+    Three images in two batches, of unit and of three times that deviation, and one backward pass to the images.
+    """
+    rng = torch.Generator().manual_seed(0)
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    noise = torch.randn(3, *size, generator=rng) * torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1, 1)  # (3, C, H, W)
+    noise = noise.to(like.device, like.dtype)
+    first = _with_gradient(module, noise[:2].clone(), size)  # (2, K)
+    with torch.no_grad():
+        try:
+            both = logits_of(module(noise))  # (3, K)
+        except (Exception, SystemExit) as error:
+            raise fixed_batch(2, error) from error
+    if both.shape[0] != 3:
+        raise ZsktError(f"expected logits for each of 3 images, found {both.shape[0]}; return (batch, classes)")
+    if not torch.isfinite(both).all():
+        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+    notes = []
+    kind = output_kind(both)
+    if kind == "probabilities":
+        notes.append(f"the network returns probabilities: their logarithm is taken, cut off at {SMALLEST:g}")
+    elif kind == "log-probabilities":
+        notes.append("the network returns log-probabilities, which serve as logits")
+    if not torch.allclose(first, both[:2], rtol=1e-2, atol=1e-2 * float(both.abs().max())):
+        notes.append(
+            "the network answers the same image differently from call to call or beside other images: dropout or "
+            "BatchNorm in training mode?"
+        )
+    return Probe(int(both.shape[1]), kind, tuple(notes))
+
+
+def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
+    """The outputs (2, K) for two images, once it is sure that gradients reach the images."""
+    images = noise.requires_grad_() * 1  # not a leaf, as a generator's images are none
+    with torch.enable_grad():
+        try:
+            outputs = logits_of(module(images))  # (2, K)
+        except ZsktError:
+            raise
+        except (Exception, SystemExit) as error:  # somebody else's module may refuse a shape in any way
+            raise refusal(module, noise.detach(), error) from error
+    if images._version:
+        raise ZsktError("the network changes its images in place, which others see after it; make that out of place")
+    if not outputs.is_floating_point():
+        advice = "return their real part" if outputs.is_complex() else "an argmax inside? Return what it is taken of"
+        raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}: {advice}")
+    if not torch.isfinite(outputs).all():
+        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+    if outputs.shape[1] < 2:
+        raise ZsktError("expected a classifier of at least 2 classes, found 1 output")
+    unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): probabilities have a sum without gradient
+    gradient = None
+    if outputs.requires_grad:
+        try:
+            (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
+        except Exception as error:
+            raise ZsktError(
+                f"the backward pass of the network fails ({first_line(error)}); see what it changes in place"
+            ) from error
+    if gradient is None:
+        raise ZsktError(
+            "no gradient reaches the images, and without it there is no search: the network runs under torch.no_grad "
+            "or inference_mode, or goes through integers, an argmax or NumPy; take that out"
+        )
+    if not torch.isfinite(gradient).all():
+        raise ZsktError("the gradient of the network with respect to noise is NaN or infinite; check its weights")
+    return outputs.detach()
+
+
+def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> None:
+    """One forward and backward in training mode, of a copy, which may do otherwise than in eval mode."""
+    try:
+        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
+            twin = copy.deepcopy(student)
+            twin.train()
+            logits = logits_of(twin(images))  # (2, K)
+            trained = [p for p in twin.parameters() if p.requires_grad]
+            weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, for a softmax inside
+            reached = logits.requires_grad and any(
+                gradient is not None
+                for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
+            )
+    except ZsktError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ZsktError(
+            f"the student cannot be copied and trained on a batch of two ({first_line(error)}); mend its training mode"
+        ) from error
+    if logits.shape != shape or not reached:
+        found = f"shape {tuple(logits.shape)}" if logits.shape != shape else "ones that no gradient passes"
+        raise ZsktError(
+            f"expected logits of shape {tuple(shape)} from the student in training mode as in eval mode, found "
+            f"{found}; mend its training mode"
+        )
+
+
+def check_pair(teacher: Classifier, student: nn.Module) -> None:
+    """Raise ZsktError unless the student takes the teacher's images, has its classes, and can be trained on them."""
+    check_state(student, "student")
+    like = next((p for p in student.parameters() if p.requires_grad), None)
+    if like is None:
+        raise ZsktError("expected a student with parameters to train, found none that wants gradients")
+    theirs = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), like.dtype)
+    if like.dtype != theirs or like.dtype not in (torch.float32, torch.float64):
+        raise ZsktError(
+            f"expected teacher and student both in float32 or both in float64, found {theirs} and {like.dtype}; "
+            "convert one, as in student.float(); for bfloat16 arithmetic use precision bf16"
+        )
+    noise = torch.randn(2, *teacher.input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    size = " x ".join(map(str, teacher.input_size))
+    try:
+        with evaluating(student):
+            outputs = logits_of(student(noise))  # (2, K)
+    except ZsktError:
+        raise
+    except (Exception, SystemExit) as error:  # as in as_teacher
+        raise ZsktError(
+            f"the student does not take the teacher's images of {size} ({first_line(error)}); build it for that size"
+        ) from error
+    if (kind := output_kind(outputs)) == "probabilities":
+        raise ZsktError(f"expected a student that returns logits, found {kind}; leave the softmax out of it")
+    classes = outputs.shape[1]
+    if classes != teacher.num_classes:
+        raise ZsktError(
+            f"expected a student with the teacher's {teacher.num_classes} classes, found {classes}; build it with them"
+        )
+    check_training(student, noise, outputs.shape)

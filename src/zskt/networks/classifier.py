@@ -1,0 +1,132 @@
+"""An image classifier with everything needed to use it: normalisation, input size, classes. Teacher or student."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from zskt.errors import ZsktError, printable, short
+from zskt.networks import models
+from zskt.networks.models import Size
+from zskt.networks.observe import batchnorm_layers, blank_images, check_state, evaluating, logits_of, refusal
+
+Output = Literal["logits", "probabilities", "log-probabilities"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
+
+
+class Classifier(nn.Module):
+    """A network together with its normalisation, input size and classes; it wraps the module and does not copy it.
+
+    `forward` takes *normalised* images (N, C, H, W) and returns logits (N, K); `normalise` makes them from uint8 or
+    [0, 1] images. What makes a classifier a teacher (a private, frozen, probed copy) is `checks.as_teacher`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        input_size: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """`input_size` is (C, H, W); `mean` and `std` have C entries each, for pixels in [0, 1].
+
+        Without `num_classes` they are counted in the answer to two blank images. Raises ZsktError where the numbers
+        do not fit together.
+        """
+        super().__init__()
+        channels, height, width = checked_size(input_size)
+        if not len(mean) == len(std) == channels:
+            raise ZsktError(
+                f"expected a mean and a standard deviation for each of {channels} channels, found {len(mean)} and "
+                f"{len(std)}: give --mean and --std with {channels} numbers each"
+            )
+        if not all(0 <= m <= 1 for m in mean) or not all(1e-6 <= s <= 1 for s in std):
+            raise ZsktError(f"expected mean and std of pixels in [0, 1], found {list(mean)} and {list(std)}")
+        self.input_size: Size = (channels, height, width)
+        self.module = module
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(-1, 1, 1), persistent=False)
+        self.training = module.training
+        self.num_classes = num_classes or self._count_classes()
+        self.class_names = tuple(map(printable, class_names)) if class_names is not None else None
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ZsktError(
+                f"expected a network with {len(self.class_names)} class names, found {self.num_classes} outputs; "
+                "check both"
+            )
+        self.output: Output = "logits"
+        """what the module returns, as found by `checks.probe`"""
+        self.notes: tuple[str, ...] = ()
+        """what else the probe found that a user should know"""
+        self.probed = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of normalised images (N, C, H, W)."""
+        return logits_of(self.module(images))
+
+    def like(self, module: nn.Module) -> "Classifier":
+        """Another module, such as a student, with this one's normalisation, input size and classes."""
+        return Classifier(
+            module,
+            input_size=self.input_size,
+            mean=self.mean.flatten().tolist(),
+            std=self.std.flatten().tolist(),
+            num_classes=self.num_classes,
+            class_names=self.class_names,
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 or [0, 1] images (N, C, H, W) -> what `forward` takes, on the network's device and in its dtype."""
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.zeros(()))
+        x = images.to(like.device, like.dtype)
+        if images.dtype == torch.uint8:
+            x = x / 255
+        return (x - self.mean.to(x)) / self.std.to(x)
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) -> [0, 1], clipped."""
+        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Whether it remembers statistics of its training data."""
+        return bool(batchnorm_layers(self.module))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and values of all parameters and buffers, and the normalisation: which network is this?"""
+        digest = hashlib.sha256()
+        for name, tensor in (*self.module.state_dict().items(), ("mean", self.mean), ("std", self.std)):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _count_classes(self) -> int:
+        check_state(self.module, "network")
+        images = blank_images(self.module, self.input_size)  # (2, C, H, W)
+        try:
+            with evaluating(self.module):
+                return logits_of(self.module(images)).shape[1]
+        except ZsktError:
+            raise
+        except (Exception, SystemExit) as error:  # somebody else's module may refuse a shape in any way
+            raise refusal(self.module, images, error) from error
+
+
+def checked_size(size: Sequence[int]) -> Size:
+    """`size` as (C, H, W); raises ZsktError unless it is three positive numbers of a reasonable size."""
+    if len(size) != 3 or min(size) < 1 or max(size) > models.MOST:
+        raise ZsktError(f"expected an input size of three positive numbers C H W, found {short(list(size))}")
+    return size[0], size[1], size[2]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, buffers not counted."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,172 @@
+"""A network on disk: NAME.json beside NAME.safetensors, in teacher, run and Hugging Face folders."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zskt.errors import ZsktError, short
+from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write_tensors
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier, checked_size, count_parameters
+from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
+
+
+def save_network(folder: Path, stem: str, network: Classifier, **facts: Any) -> None:
+    """Write `stem`.safetensors and `stem`.json; `facts` (how trained, measured accuracy, ...) go into the JSON.
+
+    The JSON goes last: a folder without it does not count as a network.
+    """
+    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
+    write_json(folder / f"{stem}.json", describe_network(network) | facts)
+
+
+def describe_network(network: Classifier) -> dict[str, Any]:
+    """What must be known beside the weights, as plain JSON values."""
+    how = describe_module(network.module, network.num_classes, network.input_size)
+    return {
+        "format": FORMAT,
+        "model": how.get("spec"),
+        "rebuild": how,
+        "input_size": list(network.input_size),
+        "num_classes": network.num_classes,
+        "mean": network.mean.flatten().tolist(),
+        "std": network.std.flatten().tolist(),
+        "class_names": list(network.class_names) if network.class_names else None,
+        "parameters": count_parameters(network.module),
+    }
+
+
+def check_teacher_folder(folder: Path) -> None:
+    """Raise ZsktError unless a teacher may be written to `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise ZsktError(f"expected a folder or nothing at {folder}, found a file; choose another --out")
+    for name, what in (("teacher.json", "a teacher"), ("config.toml", "a run"), ("student.json", "a student")):
+        if (folder / name).exists():
+            raise ZsktError(f"{folder} already holds {what}; choose another --out or remove it")
+
+
+def save_teacher(folder: Path, teacher: Classifier, **facts: Any) -> None:
+    """Write a teacher folder; refuses one that already holds a teacher or a run."""
+    check_teacher_folder(folder)
+    save_network(folder, "teacher", teacher, **facts)
+
+
+def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
+    """The finished student in a run folder, with its normalisation.
+
+    A student that only its owner's code can make is handed in as `module`, whose weights are replaced in a copy; one
+    that a factory made is rebuilt by it, which runs that code, with `trust`. Raises ZsktError saying which it needs.
+    """
+    return _load(Path(folder), "student", module, trust)
+
+
+def load_network(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
+    """The teacher of a teacher folder or the student of a run folder, whichever `folder` is; see `load_student`."""
+    return _load(Path(folder), "student" if (Path(folder) / "student.json").exists() else "teacher", module, trust)
+
+
+def _load(folder: Path, stem: str, module: nn.Module | None = None, trust: bool = False) -> Classifier:
+    path = folder / f"{stem}.json"
+    if not path.exists() and is_hub_folder(folder):
+        return read_network(folder / "config.json", folder / "model.safetensors", module, trust=trust)
+    if not path.exists():
+        what = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        near = (
+            "a run that has not finished? resume it with --resume"
+            if (folder / "config.toml").exists()
+            else ("make one with zskt teach, zskt import or zskt distill")
+        )
+        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what} without it; {near}")
+    return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether `zskt export --format hub` wrote this folder, or another of the same layout."""
+    path = folder / "config.json"
+    facts = read_json(path) if path.is_file() else None
+    return isinstance(facts, dict) and facts.get("model_type") == HUB_TYPE
+
+
+def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, trust: bool = False) -> Classifier:
+    """The network that the JSON at `path` describes, with the tensors of a safetensors file.
+
+    `module` is a network rebuilt by the caller: its weights are replaced in a copy. `trust` lets a factory that the
+    JSON names run.
+    """
+    facts = _checked_facts(path)
+
+    def fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ZsktError(
+                f"{weights} does not fit the {short(facts['model'] or type(network).__name__)} that {path.name} "
+                f"describes ({' '.join(str(error).split())[:200]}); write the folder anew"
+            ) from error
+
+    if module is not None:
+        module = copy.deepcopy(module)
+    else:
+        how = {"spec": facts["model"]} if facts["model"] is not None else facts.get("rebuild")
+        how = how if isinstance(how, dict) else {}
+        size = checked_size(facts["input_size"])
+        make = functools.partial(rebuild_module, how, path, facts["num_classes"], size, trust=trust)
+        if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
+            with unallocated():  # a short file can describe a network that no memory holds
+                fill(make(), {name: torch.empty(shape) for name, shape in tensor_shapes(weights).items()})
+        module = make()
+    tensors, _ = read_tensors(weights)
+    for tensor in tensors.values():
+        if tensor.is_floating_point():  # float64 stays, all else is widened
+            module.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+            break
+    own = module.state_dict()
+    for name, tensor in tensors.items():
+        if name in own and (tensor.is_floating_point(), tensor.is_complex()) != (own[name].is_floating_point(), False):
+            raise ZsktError(f"expected {own[name].dtype} for {name} in {weights}, found {tensor.dtype}; write it anew")
+    fill(module, tensors)
+    network = Classifier(
+        module,
+        input_size=facts["input_size"],
+        mean=facts["mean"],
+        std=facts["std"],
+        num_classes=facts["num_classes"],
+        class_names=facts.get("class_names"),
+    )
+    return as_teacher(network, copied=False)
+
+
+def _checked_facts(path: Path) -> dict[str, Any]:
+    """The JSON beside a network's weights, after a look at whether it says what a network needs."""
+    facts: Any = read_json(path)
+    if not isinstance(facts, dict):
+        raise ZsktError(f"expected an object in {path}, found {type(facts).__name__}; write the folder anew")
+
+    def numbers(value: Any, *kinds: type) -> bool:
+        return isinstance(value, list) and bool(value) and all(type(item) in kinds for item in value)
+
+    right = {
+        "format": facts.get("format") == FORMAT,
+        "model": "model" in facts and isinstance(facts["model"], str | None),
+        "num_classes": type(facts.get("num_classes")) is int,
+        "input_size": numbers(facts.get("input_size"), int),
+        "mean": numbers(facts.get("mean"), int, float),
+        "std": numbers(facts.get("std"), int, float),
+        "class_names": facts.get("class_names") is None or numbers(facts["class_names"], str),
+    }
+    wrong = [name for name, fine in right.items() if not fine]
+    if wrong:
+        raise ZsktError(f"{path} lacks {', '.join(wrong)} or holds a wrong value there; write the folder anew")
+    return facts
+
+
+HUB_TYPE = "zskt"
+"""`model_type` in the config.json of a folder in the Hugging Face layout."""
+
+
+FORMAT = 1
+"""Version of the JSON beside the weights."""

@@ -1,0 +1,41 @@
+"""The smallest sensible BatchNorm network: two convolution stages, for 8x8 digits and for tests."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.errors import UsageError
+
+GRID = 4
+"""side of the grid that the last stage is averaged to: where things are matters in images this small"""
+
+
+class ConvNet(nn.Module):
+    """(N, C, H, W) -> (N, K): conv-BN-ReLU `width` wide, 2x2 max pooling, conv-BN-ReLU twice as wide, linear."""
+
+    stages = ("stage1", "stage2")
+
+    def __init__(self, width: int, *, num_classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        if width < 1:
+            raise UsageError(f"convnet-{width}: the width must be at least 1")
+        self.spec = f"convnet-{width}"
+        self.stage1 = self._stage(channels, width)
+        self.stage2 = self._stage(width, 2 * width)
+        self.fc = nn.Linear(2 * width * GRID**2, num_classes)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.stage1(x), 2)  # (N, width, H / 2, W / 2)
+        x = F.adaptive_avg_pool2d(self.stage2(x), GRID)  # (N, 2 width, 4, 4)
+        logits: Tensor = self.fc(x.flatten(1))  # (N, K)
+        return logits
+
+
+def convnet(width: int, *, num_classes: int = 10, channels: int = 3) -> ConvNet:
+    """Two convolution stages, `width` and twice `width` channels wide."""
+    return ConvNet(width, num_classes=num_classes, channels=channels)

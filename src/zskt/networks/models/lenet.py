@@ -1,0 +1,40 @@
+"""LeNet-5 with ReLU and max pooling (after LeCun et al. 1998), and the half of it, as in the data-free literature."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.errors import UsageError
+
+
+class LeNet5(nn.Module):
+    """(N, C, H, W) -> (N, K): two 5x5 convolutions, each with 2x2 max pooling, then three linear layers."""
+
+    stages = ("conv1", "conv2")
+
+    def __init__(self, *, half: bool = False, num_classes: int = 10, input_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.spec = "lenet-5-half" if half else "lenet-5"
+        channels, height, width = input_size
+        if min(height, width) < 12:
+            size = f"{channels} x {height} x {width}"
+            raise UsageError(f"{self.spec} needs images of at least 12 x 12, found {size}: choose another model")
+        share = 2 if half else 1
+        c1, c2, f1, f2 = 6 // share, 16 // share, 120 // share, 84 // share
+        self.conv1 = nn.Conv2d(channels, c1, 5, padding=2)
+        self.conv2 = nn.Conv2d(c1, c2, 5)
+        rows, columns = (height // 2 - 4) // 2, (width // 2 - 4) // 2
+        self.fc1 = nn.Linear(c2 * rows * columns, f1)
+        self.fc2 = nn.Linear(f1, f2)
+        self.fc3 = nn.Linear(f2, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # (N, 6, H / 2, W / 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # (N, 16, H / 4 - 2, W / 4 - 2)
+        x = F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))  # (N, 84)
+        logits: Tensor = self.fc3(x)  # (N, K)
+        return logits
+
+
+def lenet5(*, half: bool = False, num_classes: int = 10, input_size: tuple[int, int, int] = (1, 28, 28)) -> LeNet5:
+    """LeNet-5 for images of `input_size` = (C, H, W), or its half: every layer half as wide."""
+    return LeNet5(half=half, num_classes=num_classes, input_size=input_size)

@@ -1,0 +1,58 @@
+"""VGG-11 with BatchNorm for small images (Simonyan & Zisserman 2015; one linear layer after global pooling).
+
+And narrower ones, for students: vgg-11-16 is a quarter as wide.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.errors import UsageError
+from zskt.networks.models.resnet import WIDTH
+
+
+class VGG(nn.Module):
+    """(N, C, H, W) -> (N, K): eight 3x3 convolutions with BatchNorm in five stages, `width` (64) to 8 `width` wide."""
+
+    stages = ("stage1", "stage2", "stage3", "stage4", "stage5")
+
+    def __init__(self, width: int = WIDTH, *, num_classes: int = 10, input_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.spec = "vgg-11" if width == WIDTH else f"vgg-11-{width}"
+        if width < 1:
+            raise UsageError(f"{self.spec}: the width must be at least 1")
+        channels = input_size[0]
+        if min(input_size[1:]) < 16:
+            size = " x ".join(map(str, input_size))
+            raise UsageError(f"{self.spec} needs images of at least 16 x 16, found {size}: choose another model")
+        self.stage1 = self._stage(channels, width)
+        self.stage2 = self._stage(width, 2 * width)
+        self.stage3 = self._stage(2 * width, 4 * width, 4 * width)
+        self.stage4 = self._stage(4 * width, 8 * width, 8 * width)
+        self.stage5 = self._stage(8 * width, 8 * width, 8 * width)
+        self.pool = nn.MaxPool2d(2)
+        self.fc = nn.Linear(8 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(inputs: int, *widths: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for outputs in widths:
+            convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            inputs = outputs
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
+            x = self.pool(stage(x))  # (N, width .. 8 width, H / 2 .. H / 16, W / 2 .. W / 16)
+        x = self.stage5(x)
+        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # (N, 8 width)
+        logits: Tensor = self.fc(x)  # (N, K)
+        return logits
+
+
+def vgg11(width: int = WIDTH, *, num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32)) -> VGG:
+    """VGG-11 with BatchNorm for images of `input_size` = (C, H, W), its first stage `width` channels wide."""
+    return VGG(width, num_classes=num_classes, input_size=input_size)

@@ -1,0 +1,75 @@
+"""WideResNet-d-k with pre-activation blocks (Zagoruyko & Komodakis 2016), the networks of the ZSKT paper."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.errors import UsageError
+
+
+class _Block(nn.Module):
+    """BN-ReLU-conv twice, plus the input; where the shape changes, a 1x1 convolution of the *activated* input."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        changes = inputs != outputs or stride != 1
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x), inplace=True)
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
+        shortcut: Tensor = x if self.shortcut is None else self.shortcut(activated)
+        return shortcut + residual
+
+
+class _Stage(nn.Module):
+    """A run of blocks at one resolution; the first one changes width and stride."""
+
+    def __init__(self, blocks: int, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        first = _Block(inputs, outputs, stride)
+        self.layer = nn.Sequential(first, *(_Block(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        return output
+
+
+class WideResNet(nn.Module):
+    """(N, C, H, W) -> (N, K): three stages of (depth - 4) / 6 blocks, 16k, 32k and 64k channels wide."""
+
+    stages = ("block1", "block2", "block3")
+
+    def __init__(self, depth: int, width: int, *, num_classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 4, 6)
+        if rest or blocks < 1 or width < 1:
+            raise UsageError(
+                f"wrn-{depth}-{width}: the depth must be 6 n + 4 (10, 16, 22, 28, 40, ...) and the width at least 1"
+            )
+        self.spec = f"wrn-{depth}-{width}"
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.block1 = _Stage(blocks, 16, 16 * width, stride=1)
+        self.block2 = _Stage(blocks, 16 * width, 32 * width, stride=2)
+        self.block3 = _Stage(blocks, 32 * width, 64 * width, stride=2)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))  # (N, 64 k, H / 4, W / 4)
+        x = F.relu(self.bn1(x), inplace=True)
+        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # (N, 64 k)
+        logits: Tensor = self.fc(x)  # (N, K)
+        return logits
+
+
+def wide_resnet(depth: int, width: int, *, num_classes: int = 10, channels: int = 3) -> WideResNet:
+    """WideResNet-`depth`-`width`; depth = 6 n + 4."""
+    return WideResNet(depth, width, num_classes=num_classes, channels=channels)

@@ -1,0 +1,167 @@
+"""How a network is made again before its weights are loaded: what is written beside them, and what is done with it."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from zskt.errors import ZsktError, first_line, short, to_stderr
+from zskt.networks import models
+from zskt.networks.factories import call_factory, factory_of
+from zskt.networks.models import Size
+
+_RUNS_CODE = {
+    *("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels"),
+    *("kernel_config", "quantization_config"),
+}
+"""Entries of a config by which transformers loads modules or kernels from a repository."""
+FETCHES = "timm"
+"""How model types begin that hand over to timm, which fetches or unpickles what a config names."""
+
+
+class _Untouched(TorchFunctionMode):
+    """Operations in place leave tensors without values alone: initialising them means importing much of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Networks built inside have shapes and no values: quick, and without memory or random numbers."""
+    with torch.device("meta"), _Untouched():
+        yield
+
+
+def describe_module(module: nn.Module, num_classes: int, input_size: Size) -> dict[str, Any]:
+    """What rebuilds a network, as plain JSON values; without values, in its dtype's default.
+
+    One of {"spec": "wrn-16-1"}; {"transformers": class, "config": its config}; {"factory": "package.module:factory",
+    "arguments": {...}}; and {"python": class} where only its owner can. A network of ours that was altered since, so
+    that its spec would not give it back, counts as a Python object.
+    """
+    spec = getattr(module, "spec", None)
+    if isinstance(spec, str) and type(module).__module__.startswith(f"{models.__name__}."):
+        with unallocated():
+            twin = models.build(spec, num_classes, input_size)
+        if _shapes(twin) == _shapes(module):
+            return {"spec": spec}
+    transformers = sys.modules.get("transformers")
+    name = type(module).__name__
+    if transformers is not None and _classifier(transformers, name) is type(module):
+        config: Any = module.config
+        return {"transformers": name, "config": json.loads(config.to_json_string(use_diff=True))}
+    if (made := factory_of(module)) is not None:
+        return made
+    return {"python": f"{type(module).__module__}.{type(module).__qualname__}"}
+
+
+def rebuild_module(
+    how: Mapping[str, Any], where: Path, num_classes: int, input_size: Size, *, trust: bool
+) -> nn.Module:
+    """The network that `describe_module` described, freshly initialised; `where` is the file that says so.
+
+    A factory runs code that the file names, so that it takes `trust`; one line on stderr then says so. Raises
+    ZsktError for a Python object, which its owner has to make.
+    """
+    if isinstance(spec := how.get("spec"), str):
+        return models.build(spec, num_classes, input_size)
+    if isinstance(how.get("transformers"), str) and isinstance(how.get("config"), dict):
+        return _from_transformers(how["transformers"], how["config"], where, num_classes)
+    if isinstance(spec := how.get("factory"), str) and isinstance(how.get("arguments"), dict):
+        if not trust:
+            raise ZsktError(
+                f"{where} says that {spec} makes this network, which runs that code: load it with trust=True or "
+                "--trust if you trust the folder, or hand the network in, as in load_student(folder, module=...)"
+            )
+        to_stderr(f"running {spec}, as {where} says, to rebuild the network")
+        return call_factory(spec, how["arguments"])
+    package, _, name = str(how.get("python", "your.Network")).rpartition(".")
+    folder = where.parent
+    raise ZsktError(
+        f"{where} describes a Python object, which only its own code makes again: from {package} import {name}; "
+        f"module = {name}(...); student = zskt.load_student({str(folder)!r}, module=module)"
+    )
+
+
+def _from_transformers(name: str, config: dict[str, Any], where: Path, num_classes: int) -> nn.Module:
+    """A network of the transformers library from its config, which is kept from naming code to fetch."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ZsktError(f"{where} describes a network of transformers; install it: pip install transformers") from error
+    kind = _classifier(transformers, name)
+    if kind is None:
+        raise ZsktError(
+            f"{where} wants {short(name)} of transformers, which is no image classifier of this version that stands by "
+            "itself; install another version, or hand the network in"
+        )
+    config = without_code(config, where, num_classes)
+    try:
+        with quiet(transformers):
+            module: nn.Module = kind(kind.config_class.from_dict(config))
+    except Exception as error:  # a config of another version may fail in any way
+        raise ZsktError(
+            f"{where} holds a config that {name} does not take ({first_line(error)}); write the folder anew"
+        ) from error
+    return module
+
+
+def without_code(config: Any, where: Path, num_classes: int | None = None) -> Any:
+    """A transformers config, at any depth less the entries by which somebody's code would be fetched and run.
+
+    Raises ZsktError for model types of timm's, and for a class count that is unreasonable or not `num_classes`.
+    """
+    if isinstance(config, list):
+        return [without_code(item, where) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if (kind := str(config.get("model_type"))).startswith(FETCHES):
+        raise ZsktError(
+            f"{where} names model type {short(kind)}, by which timm fetches and unpickles files: not loaded; give "
+            "timm:NAME with a weights file"
+        )
+    names = config.get("id2label")
+    for count in (config.get("num_labels"), len(names) if isinstance(names, dict | list) else None):
+        if count is None:
+            continue
+        if type(count) is not int or not 1 <= count <= models.MOST or num_classes not in (None, count):
+            expected = f"{num_classes:,}" if num_classes else f"at most {models.MOST:,}"
+            raise ZsktError(f"expected {expected} classes in {where}, found {short(count)}; write the folder anew")
+    return {name: without_code(item, where) for name, item in config.items() if name not in _RUNS_CODE}
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar and no advice of transformers' for a while, which quotes what a config holds."""
+    logging = transformers.utils.logging
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _classifier(transformers: Any, name: str) -> Any:
+    """An image classifier's class of the library, or None."""
+    fitting = "ForImageClassification" in name and not name.lower().startswith(FETCHES)
+    kind = getattr(transformers, name, None) if fitting else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}

@@ -1,0 +1,1 @@
+"""The paper's experiments: training on data, baselines, tables and figures."""

@@ -1,0 +1,179 @@
+"""What needs data: the teachers that everything starts from, and the students to compare a zero-shot student with.
+
+A student from scratch, one that learns from a teacher as well (`kd_at`), and a zero-shot student trained on, all by
+`train_student`, on as few images of each class as `few_shot` picks.
+
+N batch, M images in all, K classes, C x H x W images.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zskt.errors import UsageError, ZsktError
+from zskt.method.losses import attention_transfer, forward_kl
+from zskt.method.stage_pairs import stage_pairs
+from zskt.networks.checks import check_pair
+from zskt.networks.classifier import Classifier
+from zskt.networks.observe import Observer, at_least_float32, logits_of, memory_format
+from zskt.paper.training import Callback, Images, Objective, Training, TrainingResult, fit
+from zskt.runtime import stream
+
+
+def teach(
+    module: nn.Module,
+    train: Images,
+    test: Images,
+    training: Training,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    stop_after: str | int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainingResult:
+    """Train `module` in place, by cross-entropy, into a teacher; with `out` it is written to that folder.
+
+    `mean` and `std` (C numbers each, for pixels in [0, 1]) become its normalisation. The rest as in `fit`.
+    """
+    like = Classifier(module, input_size=train[0].shape[1:], mean=mean, std=std, class_names=class_names)
+    return fit(
+        "teacher",
+        module,
+        like,
+        train,
+        test,
+        training,
+        cross_entropy(module),
+        facts={"how": "zskt teach"},
+        out=out,
+        resume=resume,
+        stop_after=stop_after,
+        callbacks=callbacks,
+    )
+
+
+def train_student(
+    module: nn.Module,
+    teacher: Classifier,
+    train: Images,
+    test: Images,
+    training: Training,
+    *,
+    objective: Objective | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    stop_after: str | int | None = None,
+    callbacks: Sequence[Callback] = (),
+    **facts: Any,
+) -> TrainingResult:
+    """Train `module` in place, from the weights it has, on images that are read with the teacher's normalisation.
+
+    `objective` is cross-entropy unless the teacher is to take part: then it is `kd_at` of this very module. Measured
+    are accuracy and agreement with the teacher, which comes back exactly as it was. With `out` the student is written
+    there, `facts` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
+    `load_student` returns is frozen: train its `.module.requires_grad_()`.
+    """
+    check_pair(teacher, module)
+    return fit(
+        "student",
+        module,
+        teacher,
+        train,
+        test,
+        training,
+        cross_entropy(module) if objective is None else objective,
+        teacher=teacher,
+        facts=facts,
+        out=out,
+        resume=resume,
+        stop_after=stop_after,
+        callbacks=callbacks,
+    )
+
+
+def cross_entropy(module: nn.Module) -> Objective:
+    """Cross-entropy of a network's logits to the labels, mean over the batch, in nats."""
+
+    def objective(x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_float32(logits_of(module(x))), labels)
+
+    return objective
+
+
+def kd_at(
+    teacher: Classifier,
+    student: nn.Module,
+    *,
+    alpha: float = 0.9,
+    temperature: float = 4.0,
+    beta: float = 1000.0,
+    cross_entropy: bool = True,
+) -> Objective:
+    """(1 - alpha) CE + 2 alpha T^2 KL(t || s) / K + beta sum of attention distances.
+
+    t and s are the softmax of the logits over the temperature T; KL is the mean over the batch. Without
+    `cross_entropy` its term is left out, as the paper has it. A `beta` of 1000 is meant for images of 32 x 32: the
+    distance is a mean over pixels between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
+
+    The teacher is copied and stays as it is; the student has hooks only while the loss is computed. Raises ZsktError
+    where teacher and student, or with a `beta` their stages, do not fit together. Source: the few-shot baseline of the
+    released ZSKT code, after Hinton et al. 2015 (KL) and Zagoruyko & Komodakis 2017 (attention).
+    """
+    if not 0 <= alpha <= 1 or not 0 < temperature < math.inf or not 0 <= beta < math.inf:
+        raise UsageError(
+            f"alpha = {alpha}, temperature = {temperature}, beta = {beta}: expected alpha from 0 to 1, a positive "
+            "temperature and a beta of 0 or more"
+        )
+    check_pair(teacher, student)
+    try:
+        stages = stage_pairs(teacher, student) if beta else ((), ())
+    except ZsktError as error:  # whose advice is for the command line of a run
+        raise ZsktError(f"{str(error).rpartition(';')[0]}; set beta=0") from error
+    layout = memory_format(teacher.module, teacher.input_size)
+    frozen = copy.deepcopy(teacher).to(memory_format=layout)  # type: ignore[call-overload]
+    watched = Observer(frozen.module, stages[0])
+
+    def objective(x: Tensor, labels: Tensor) -> Tensor:
+        if frozen.mean.device != x.device:
+            frozen.to(x.device)
+        with torch.no_grad():
+            theirs = watched(x.contiguous() if layout == torch.contiguous_format else x)
+        with closing(Observer(student, stages[1])) as learner:
+            ours = learner(x)
+        loss = 2 * alpha * forward_kl(ours.logits, theirs.logits, temperature=temperature, scale="per_class")
+        if cross_entropy:
+            loss = loss + (1 - alpha) * F.cross_entropy(at_least_float32(ours.logits), labels)
+        if beta:
+            loss = loss + beta * attention_transfer(ours.stages, theirs.stages)
+        return loss
+
+    return objective
+
+
+def few_shot(labels: Tensor, per_class: int, seed: int = 0, *, num_classes: int | None = None) -> Tensor:
+    """Indices (K per_class,) of so many random images of each class 0 .. K - 1, classes in turn; labels (M,).
+
+    Fewer images per class are the first of more: for equal seeds the sets are nested. Raises ZsktError where one of
+    the `num_classes` (by default as many as the labels show) has fewer images.
+    """
+    if per_class < 1:
+        raise UsageError(f"per_class = {per_class}: expected at least 1 image of each class")
+    labels = labels.cpu()
+    fewest, poorest = torch.bincount(labels, minlength=num_classes or 1).min(dim=0)
+    if fewest < per_class:
+        advice = f"ask for at most {fewest}" if fewest else "give images of it"
+        raise ZsktError(f"expected {per_class} images of each class, found {fewest} of class {poorest}; {advice}")
+    rng = torch.Generator().manual_seed(stream(seed, "few shot"))
+    members = [(labels == k).nonzero().flatten() for k in range(int(labels.max()) + 1)]  # K of (M_k,)
+    picked = [each[torch.randperm(len(each), generator=rng)[:per_class]] for each in members]
+    return torch.stack(picked, dim=1).flatten()  # (per_class K,)

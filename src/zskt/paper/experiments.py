@@ -1,0 +1,351 @@
+"""Networks taught, distilled and compared on one image set, for several seeds: as parts, made only once asked for."""
+
+import copy
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zskt.data.images import KNOWN, Dataset
+from zskt.evaluate.measures import measure
+from zskt.evaluate.transitions import average_curves, compare, transition_curves
+from zskt.files import write_json
+from zskt.method.recipe import arrange, assemble
+from zskt.networks import models
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier
+from zskt.networks.folder import load_network, save_teacher
+from zskt.paper.baselines import cross_entropy, few_shot, kd_at, teach, train_student
+from zskt.paper.jobs import Part, Show
+from zskt.paper.training import Training, TrainingEvent, digest
+from zskt.run.checkpoint import owning
+from zskt.run.distill import distill, plan
+from zskt.runtime import pick_device, seeded
+
+PATHS = 128
+"""Paths followed together in transition curves."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work goes into each part."""
+
+    updates: int
+    """of a network trained on images"""
+    steps: int
+    """of a run without data"""
+    images: int = 1_000
+    """followed in transition curves [ZSKT]"""
+    learning_rate: float = 0.1
+    """of training on images [ZSKT]"""
+    fine_tuning: float = 0.1
+    """share of these updates and of this rate; ours, as the paper says no more than "naive fine-tuning" """
+
+    def scaled(self, scale: float) -> "Budget":
+        """All amounts of work shrunk alike."""
+        shrunk = {name: max(1, round(getattr(self, name) * scale)) for name in ("updates", "steps", "images")}
+        return dataclasses.replace(self, **shrunk)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A teacher and a student network on one image set, all parts in one folder. Its methods name the parts."""
+
+    root: Path
+    train: Dataset
+    test: Dataset
+    model: str
+    """of the teacher"""
+    student: str
+    budget: Budget
+    given: Classifier | None = None
+    """a teacher that is not to be trained here"""
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def pair(self) -> str:
+        """The two networks, for names."""
+        return f"{'given' if self.given else self.model}-to-{self.student}"
+
+    @functools.cached_property
+    def data(self) -> str:
+        """Which images these are: a name, and a digest, as all that are not of a known set have the same name."""
+        return f"{self.train.name} {digest(*self.images(None))[:8]} {digest(*self.measuring)[:8]}"
+
+    @property
+    def measuring(self) -> tuple[Tensor, Tensor]:
+        """Images (M, C, H, W) and labels (M,) that everything is measured on."""
+        return self.test.images, self.test.labels
+
+    def build(self, spec: str, seed: int) -> nn.Module:
+        """A network with random weights."""
+        channels, height, width = self.test.images.shape[1:]
+        with seeded(seed):
+            return models.build(spec, len(self.test.class_names), (channels, height, width))
+
+    def training(self, seed: int, share: float = 1.0) -> Training:
+        """The published schedule; `share` of its updates and learning rate."""
+        known = KNOWN.get(self.train.name)
+        return Training(
+            updates=max(1, round(share * self.budget.updates)),
+            learning_rate=share * self.budget.learning_rate,
+            schedule="step",
+            shift=min(self.train.images.shape[2:]) // 8,
+            mirrored=known is not None and known.mirrored,
+            seed=seed,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def images(self, per_class: int | None) -> tuple[Tensor, Tensor]:
+        """All training images, or so many of each class: the same ones for all seeds, nested."""
+        if per_class is None:
+            return self.train.images, self.train.labels
+        chosen = few_shot(self.train.labels, per_class, num_classes=len(self.train.class_names))
+        return self.train.images[chosen], self.train.labels[chosen]
+
+    def teacher(self, seed: int) -> Part:
+        """The given teacher, measured; or one taught on all images."""
+        if self.given is None:
+            return self.taught(self.model, seed)
+        given = self.given
+
+        def make(folder: Path, stop_after: str | None, show: Show) -> bool:
+            save_teacher(folder, given, how="given", measured=measure(given, *self.measuring))
+            return True
+
+        facts = {"fingerprint": given.fingerprint(), "data": self.data}
+        return Part("given-teacher", facts, 0, "networks", "measuring", lambda: lambda: None, make)
+
+    def teachers(self, seeds: Sequence[int]) -> list[Part]:
+        """One for each seed; the given one counts once."""
+        return [self.teacher(seed) for seed in (seeds if self.given is None else seeds[:1])]
+
+    def taught(self, spec: str, seed: int, per_class: int | None = None) -> Part:
+        """A network trained from scratch by cross-entropy: on all images, or on so many of each class."""
+        training = self.training(seed)
+
+        def make(folder: Path, stop_after: str | None, show: Show) -> bool:
+            mean, std = normalisation(self.train)
+            return teach(
+                self.build(spec, seed),
+                self.images(per_class),
+                self.measuring,
+                training,
+                mean=mean,
+                std=std,
+                class_names=self.test.class_names,
+                **going_on(folder, stop_after, show),
+            ).finished
+
+        return Part(
+            f"{spec}-on-{amount(per_class)}-seed-{seed}",
+            {**vars(training), "data": self.data},
+            training.updates,
+            "updates",
+            f"cross-entropy, {spec}",
+            lambda: self.try_training(spec, kd=False),
+            make,
+        )
+
+    def distilled(self, seed: int, per_class: int | None, *, ce: bool = True) -> Part:
+        """KD+AT on all images, or on so many of each class; `ce`: with the labels' cross-entropy, as released."""
+        name = f"kd-at{'' if ce else '-without-ce'}-{self.pair}-on-{amount(per_class)}-seed-{seed}"
+        return self._trained(name, self.training(seed), per_class, self.teacher(seed), kd=True, ce=ce)
+
+    def fine_tuned(self, seed: int, recipe: str, per_class: int) -> Part:
+        """A zero-shot student trained on, by cross-entropy, on so many images of each class."""
+        name = f"{recipe}-{self.pair}-fine-tuned-on-{amount(per_class)}-seed-{seed}"
+        training = self.training(seed, self.budget.fine_tuning)
+        return self._trained(name, training, per_class, self.teacher(seed), begun=self.zero_shot(seed, recipe))
+
+    def _trained(
+        self,
+        name: str,
+        training: Training,
+        per_class: int | None,
+        teacher: Part,
+        *,
+        begun: Part | None = None,
+        kd: bool = False,
+        ce: bool = True,
+    ) -> Part:
+        def make(folder: Path, stop_after: str | None, show: Show) -> bool:
+            master = load_network(teacher.folder(self.root))
+            if begun is None:
+                module = self.build(self.student, training.seed)
+            else:
+                module = load_network(begun.folder(self.root)).module.requires_grad_()
+            return train_student(
+                module,
+                master,
+                self.images(per_class),
+                self.measuring,
+                training,
+                objective=kd_at(master, module, cross_entropy=ce) if kd else None,
+                **going_on(folder, stop_after, show),
+            ).finished
+
+        return Part(
+            name,
+            {**vars(training), "data": self.data, "ce": ce},
+            training.updates,
+            "updates",
+            f"KD+AT, {self.pair}" if kd else f"cross-entropy, {self.student}",
+            lambda: self.try_training(self.student, kd=kd),
+            make,
+            (teacher,) if begun is None else (teacher, begun),
+        )
+
+    def zero_shot(self, seed: int, recipe: str) -> Part:
+        """A student distilled without data."""
+        teacher, steps = self.teacher(seed), self.budget.steps
+        settings = {"steps": steps, "seed": seed, "device": self.device, "precision": self.precision}
+
+        def make(folder: Path, stop_after: str | None, show: Show) -> bool:
+            return distill(
+                load_network(teacher.folder(self.root)),
+                self.build(self.student, seed),
+                recipe,
+                settings=settings,
+                out=folder,
+                evaluate=self.measuring,
+                resume=started(folder),
+                stop_after=stop_after,
+                callbacks=[lambda event: show(event.step, event.steps, percent((event.line or {}).get("accuracy")))],
+            ).finished
+
+        return Part(
+            f"{recipe}-{self.pair}-seed-{seed}",
+            {**settings, "recipe": recipe, "data": self.data},
+            steps,
+            "pseudo batches",
+            f"{recipe}, {self.pair}",
+            lambda: self.try_distilling(recipe, settings),
+            make,
+            (teacher,),
+        )
+
+    def belief(self, student: Part, seed: int) -> Part:
+        """Transition curves of a student, stepped, beside its teacher."""
+        teacher, number, steps = self.teacher(seed), self.budget.images, 100
+        units = -(-number * (len(self.test.class_names) - 1) // PATHS) * (steps - 1)
+
+        def make(folder: Path, stop_after: str | None, show: Show) -> bool:
+            where = pick_device(self.device)
+            first, second = (load_network(part.folder(self.root)).to(where) for part in (student, teacher))
+            found = compare(
+                first,
+                second,
+                *self.measuring,
+                number=number,
+                steps=steps,
+                seed=seed,
+                batch_size=PATHS,
+                progress=lambda done, total: show(units * done // total, units, ""),
+            )
+            write_json(folder / "belief.json", found.measured | {"curves": average_curves(found.transitions)})
+            return True
+
+        return Part(
+            f"belief-of-{student.name}",
+            {"images": number, "steps": steps, "data": self.data},
+            units,
+            f"steps of {PATHS} paths",
+            f"transition curves, {self.pair}",
+            self.try_following,
+            make,
+            (student, teacher),
+        )
+
+    # Units of work on noise, for the estimate of the cost
+
+    def blank_teacher(self) -> Classifier:
+        """A teacher as fast as the real one."""
+        if self.given is not None:
+            return copy.deepcopy(self.given).to(pick_device(self.device))
+        mean, std = normalisation(self.train)
+        size = self.train.images.shape[1:]
+        teacher = Classifier(self.build(self.model, 0), input_size=size, mean=mean, std=std)
+        return as_teacher(teacher, copied=False).to(pick_device(self.device))
+
+    def try_training(self, spec: str, *, kd: bool) -> Callable[[], Any]:
+        """One update on a batch of noise."""
+        device = pick_device(self.device)
+        module = self.build(spec, 0).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        objective = kd_at(self.blank_teacher(), module) if kd else cross_entropy(module)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        x = torch.randn(128, *self.train.images.shape[1:], device=device).to(memory_format=torch.channels_last)
+        labels = torch.zeros(128, dtype=torch.long, device=device)
+
+        def update() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = objective(x, labels)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+
+        return update
+
+    def try_distilling(self, recipe: str, settings: Mapping[str, Any]) -> Callable[[], Any]:
+        """One step between untrained networks."""
+        device = pick_device(self.device)
+        teacher, student = self.blank_teacher(), self.build(self.student, 0).to(device)
+        config, _ = plan(teacher, student, recipe, settings)
+        arrange(teacher, config)
+        arrange(student, config)
+        return assemble(config, teacher, student, torch.Generator(device), torch.Generator(device)).step
+
+    def try_following(self) -> Callable[[], Any]:
+        """One gradient step of a batch of paths from noise."""
+        device, teacher = pick_device(self.device), self.blank_teacher()
+        student = teacher.like(self.build(self.student, 0)).to(device)
+        images = torch.rand(-(-PATHS // (teacher.num_classes - 1)), *teacher.input_size)
+        starts = torch.zeros(len(images), dtype=torch.long)
+        return lambda: transition_curves(student, teacher, images, starts, steps=2, batch_size=2 * PATHS)
+
+
+def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]:
+    """How a training is kept in its part's folder, resumed there, left early and shown."""
+
+    def callback(event: TrainingEvent) -> None:
+        show(event.update, event.updates, percent(event.accuracy))
+
+    return {"out": folder, "resume": started(folder), "stop_after": stop_after, "callbacks": [callback]}
+
+
+def started(folder: Path) -> bool:
+    """Whether a part has a checkpoint to go on from; what was killed before its first one is removed."""
+    if any((folder / "checkpoint").glob("*.safetensors")):
+        return True
+    if folder.exists():
+        with owning(folder):  # nobody is at work there
+            shutil.rmtree(folder)
+    return False
+
+
+def amount(per_class: int | None) -> str:
+    """How many images of each class, for names."""
+    return "all" if per_class is None else f"{per_class}-per-class"
+
+
+def percent(accuracy: float | None) -> str:
+    """What to show beside a bar."""
+    return "" if accuracy is None else f"test {100 * accuracy:.2f} %"
+
+
+def normalisation(train: Dataset) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std per channel, of pixels in [0, 1]: the known set's, else the training images' own."""
+    known = KNOWN.get(train.name)
+    if known is not None and tuple(train.images.shape[1:]) == known.size:
+        return known.mean, known.std
+    pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255  # (M, C, H, W)
+    mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))  # (C,), (C,)
+    return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]

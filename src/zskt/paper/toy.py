@@ -1,0 +1,337 @@
+"""The paper's toy experiment: adversarial belief matching in two dimensions, where all of it can be seen.
+
+Three classes form a butterfly in the plane. Fifty pseudo points, learned directly instead of by a generator, look for
+places where student and teacher disagree, and a student that never sees the data is trained to agree there. Geometry
+and numbers are those of the paper's notebook (polo5/ZeroShotKnowledgeTransfer, notebooks/toy_experiment.ipynb).
+N points, K classes, G x G grid; everything runs in float32 on one thread of the CPU.
+"""
+
+import contextlib
+import io
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from zskt.errors import UsageError
+from zskt.files import replacing
+from zskt.method.losses import forward_kl
+from zskt.run.plots import save_image
+from zskt.runtime import arithmetic, seeded, stream
+
+GAUSSIANS = (  # class, centre, standard deviations, radius of the hole around the centre
+    (0, (0.0, 1.0), (0.3, 0.4), 0.3),
+    (0, (0.0, -1.0), (0.3, 0.4), 0.3),
+    (1, (-1.0, 0.0), (0.4, 0.3), 0.0),
+    (1, (0.0, 1.0), (0.06, 0.06), 0.0),
+    (2, (1.0, 0.0), (0.4, 0.3), 0.0),
+    (2, (0.0, -1.0), (0.06, 0.06), 0.0),
+)
+DRAWN, TRAINING_SHARE, EPOCHS, BATCH, RATE = 1000, 0.7, 30, 50, 1e-3
+"""points from each Gaussian before its hole is cut; share to train on; teacher's training; Adam's rate everywhere"""
+LARGEST = 3.0
+"""points stay within +-3; so do the elements of their gradient, and the student's gradient norm"""
+POINTS, ROUNDS, POINT_STEPS, STUDENT_STEPS = 50, 2000, 50, 10
+"""the points search longer than the student learns, the opposite of what is done for images"""
+GRID, FRAMES = 151, 50
+"""points on a side of the grid over the plane; intervals between recorded rounds"""
+COLORS, PALE = ("#4477aa", "#ddaa33", "#bb5566"), ListedColormap(["#c3d3e4", "#f6e7c4", "#eccdd3"])
+"""of the classes' points and regions: told apart by the colour-blind, and in grey"""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is recorded of a round."""
+
+    round: int
+    """rounds done"""
+    agreement: float
+    """share of the plane where student and teacher name the same class"""
+    points: Tensor
+    """pseudo points (N, 2)"""
+    classes: Tensor
+    """the student's classes (G, G) over the plane, rows from the bottom"""
+
+
+@dataclass(frozen=True)
+class ToyResult:
+    """One run of the experiment."""
+
+    teacher: nn.Sequential
+    """trained on the butterfly, frozen"""
+    student: nn.Sequential
+    """trained on pseudo points alone; in eval mode, like the teacher"""
+    teacher_accuracy: float
+    """on the test points"""
+    agreement: float
+    """of the last frame"""
+    course: list[tuple[int, float]]
+    """(round, agreement) of all frames"""
+    frames: list[Frame]
+    """the recorded rounds, first and last included"""
+    classes: Tensor
+    """the teacher's classes (G, G) over the plane, rows from the bottom"""
+    test: tuple[Tensor, Tensor]
+    """points (M, 2) and their labels (M,)"""
+    seconds: float
+    """wall time, drawing not included"""
+
+
+def butterfly(seed: int) -> tuple[Tensor, Tensor]:
+    """Points (M, 2) of three classes and their labels (M,), in random order: any part of them is a random split."""
+    rng = torch.Generator().manual_seed(stream(seed, "toy data"))
+    points, labels = [], []
+    for label, centre, deviation, hole in GAUSSIANS:
+        offsets = torch.randn(DRAWN, 2, generator=rng) * torch.tensor(deviation)  # (1000, 2)
+        offsets = offsets[offsets.norm(dim=1) >= hole]  # (m, 2)
+        points.append(torch.tensor(centre) + offsets)
+        labels.append(torch.full((len(offsets),), label))
+    order = torch.randperm(sum(map(len, points)), generator=rng)  # (M,)
+    return torch.cat(points)[order], torch.cat(labels)[order]
+
+
+def mlp() -> nn.Sequential:
+    """2-100-500-3, of teacher and student; its weights come from torch's global random numbers."""
+    return nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 500), nn.ReLU(), nn.Linear(500, 3))
+
+
+def train_teacher(points: Tensor, labels: Tensor, seed: int) -> nn.Sequential:
+    """An MLP trained by cross-entropy on points (M, 2) with labels (M,); each epoch drops the incomplete batch."""
+    with seeded(stream(seed, "toy teacher")):
+        network = mlp()
+        optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
+        for _ in range(EPOCHS):
+            for chosen in torch.split(torch.randperm(len(points)), BATCH)[: len(points) // BATCH]:
+                loss = F.cross_entropy(network(points[chosen]), labels[chosen])
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+    return network.eval().requires_grad_(False)
+
+
+def squash(points: Tensor) -> Tensor:
+    """Anywhere in the plane -> the square from -3 to 3, element by element."""
+    return 2 * LARGEST * torch.sigmoid(points) - LARGEST
+
+
+def point_gradient(points: Tensor, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """Gradient (N, 2) at `points` (N, 2) of the per-class forward KL between two MLPs' beliefs about squash(points).
+
+    By hand: for networks this small autograd costs as much again as the arithmetic, and this is most of the run. With
+    t and s the probabilities and d = log t - log s, N K times the KL has the gradients s - t at the student's logits
+    and t (d - sum_k t_k d_k) at the teacher's. A network is given as its parameters in order.
+    """
+    x = squash(points)  # (N, 2)
+    *seen_by_teacher, log_t = _activations(x, teacher)
+    *seen_by_student, log_s = _activations(x, student)
+    t, d = log_t.exp(), log_t - log_s  # (N, K)
+    at_teacher = t * (d - (t * d).sum(dim=1, keepdim=True))  # (N, K)
+    at_x = _back(at_teacher, teacher, seen_by_teacher) + _back(log_s.exp() - t, student, seen_by_student)  # (N, 2)
+    return at_x * (LARGEST - x) * (LARGEST + x) / (2 * LARGEST * d.numel())  # the slope of squash, and 1 / N K
+
+
+def _activations(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Both hidden layers (N, 100) and (N, 500), and log-probabilities (N, K)."""
+    first = F.linear(x, *weights[:2]).relu_()
+    second = F.linear(first, *weights[2:4]).relu_()
+    return first, second, F.log_softmax(F.linear(second, *weights[4:]), dim=1)
+
+
+def _back(gradient: Tensor, weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> Tensor:
+    """A gradient at the logits (N, K) carried back to the input (N, 2)."""
+    gradient = (gradient @ weights[4]) * hidden[1].sign()  # (N, 500); the sign of a ReLU's output is its slope
+    return ((gradient @ weights[2]) * hidden[0].sign()) @ weights[0]
+
+
+class PointMatching:
+    """The two players: pseudo points (N, 2), learned in place, and a student against a frozen teacher."""
+
+    def __init__(self, teacher: nn.Sequential, student: nn.Sequential, points: Tensor) -> None:
+        self.teacher, self.student, self.points = teacher, student, points
+        self.weights = [list(network.parameters()) for network in (teacher, student)]
+        self.point_optimizer = torch.optim.Adam([points], lr=RATE, maximize=True, fused=True)
+        self.student_optimizer = torch.optim.Adam(student.parameters(), lr=RATE, fused=True)
+
+    @torch.no_grad()
+    def search(self) -> None:
+        """Move the points to where the student disagrees with the teacher."""
+        for _ in range(POINT_STEPS):
+            self.points.grad = point_gradient(self.points, *self.weights).clamp_(-LARGEST, LARGEST)  # (N, 2)
+            self.point_optimizer.step()
+
+    def learn(self) -> None:
+        """Train the student to agree with the teacher on the points."""
+        x = squash(self.points)  # (N, 2)
+        teacher_logits = self.teacher(x)  # (N, K), the same for all updates
+        for _ in range(STUDENT_STEPS):
+            loss = forward_kl(self.student(x), teacher_logits, scale="per_class")
+            self.student_optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(self.weights[1], LARGEST)
+            self.student_optimizer.step()
+
+
+def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None] | None = None) -> ToyResult:
+    """The whole experiment; about fifty rounds are recorded, evenly spaced, and `callback` gets each as it is."""
+    started = time.monotonic()
+    with arithmetic(), contextlib.ExitStack() as restoring:
+        restoring.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # enough for matrices this small, and the same sums on every machine
+        points, labels = butterfly(seed)
+        training = round(TRAINING_SHARE * len(points))
+        teacher = train_teacher(points[:training], labels[:training], seed)
+        test = points[training:], labels[training:]
+        accuracy = float((teacher(test[0]).argmax(dim=1) == test[1]).float().mean())
+        with seeded(stream(seed, "toy student")):
+            student, start = mlp(), 3 + torch.randn(POINTS, 2)  # (N, 2)
+        matching = PointMatching(teacher, student, start)
+        truth = classes(teacher)  # (G, G)
+        frames: list[Frame] = []
+        recorded = {round(rounds * i / FRAMES) for i in range(FRAMES + 1)}
+        for done in range(rounds + 1):
+            if done > 0:
+                matching.search()
+                matching.learn()
+            if done in recorded:
+                belief = classes(student)  # (G, G)
+                frames.append(Frame(done, float((belief == truth).float().mean()), squash(matching.points), belief))
+                if callback is not None:
+                    callback(frames[-1])
+    course = [(frame.round, frame.agreement) for frame in frames]
+    seconds = time.monotonic() - started
+    return ToyResult(teacher, student.eval(), accuracy, frames[-1].agreement, course, frames, truth, test, seconds)
+
+
+def seconds_per_round(rounds: int = 20) -> float:
+    """How long a round takes on this machine, from so many of them between untrained networks; drawing not included."""
+    with arithmetic(), seeded(0), contextlib.ExitStack() as restoring:
+        restoring.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        matching = PointMatching(mlp().requires_grad_(False), mlp(), torch.randn(POINTS, 2))
+        started = time.monotonic()
+        for _ in range(rounds):
+            matching.search()
+            matching.learn()
+        return (time.monotonic() - started) / rounds
+
+
+@torch.no_grad()
+def classes(network: nn.Module) -> Tensor:
+    """The class (G, G) that a network names at each point of the grid over the square, rows from the bottom."""
+    axis = torch.linspace(-LARGEST, LARGEST, GRID)  # (G,)
+    logits: Tensor = network(torch.cartesian_prod(axis, axis).flip(1))  # (G G, K), x running faster than y
+    return logits.argmax(dim=1).view(GRID, GRID)
+
+
+def draw_frame(result: ToyResult, frame: Frame, *, scale: float = 1.0) -> Image.Image:
+    """Both networks' decision regions side by side, the pseudo points over them, test data faint on the teacher's."""
+    figure = Figure(figsize=(9, 4.9), dpi=100)
+    figure.subplots_adjust(left=0.04, right=0.98, bottom=0.06, top=0.86, wspace=0.1)
+    left, right = figure.subplots(1, 2)
+    left.set_title(f"teacher: {100 * result.teacher_accuracy:.1f} % on the test data shown", fontsize=10)
+    right.set_title("student: trained on the white points alone", fontsize=10)
+    x, y = result.test[0].T.numpy()  # (M,) each
+    left.scatter(x, y, s=4, c=[COLORS[label] for label in result.test[1]], alpha=0.4, linewidths=0)
+    x, y = frame.points.T.numpy()  # (N,) each
+    for axes, regions in ((left, result.classes), (right, frame.classes)):
+        axes.imshow(regions.numpy(), cmap=PALE, vmin=0, vmax=2, extent=(-3, 3, -3, 3), origin="lower", zorder=0)
+        axes.scatter(x, y, s=22, color="white", edgecolors="black", linewidths=1, clip_on=False, zorder=3)
+        axes.set(xticks=[-3, 0, 3], yticks=[-3, 0, 3])
+    figure.suptitle(f"round {frame.round:,} of {result.frames[-1].round:,}, agreement {frame.agreement:.3f}")
+    return _render(figure, scale)
+
+
+def draw_courses(courses: dict[int, list[tuple[int, float]]], *, scale: float = 1.0) -> Image.Image:
+    """Agreement over the rounds: seed -> [(round, agreement), ...]."""
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for seed, course in courses.items():
+        axes.plot(*zip(*course, strict=True), linewidth=1.5, label=f"seed {seed}")
+    axes.set(title="toy: agreement with the teacher over the plane", xlabel="round", ylabel="agreement", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return _render(figure, scale)
+
+
+def _render(figure: Figure, scale: float) -> Image.Image:
+    """The figure in colour, stamped where the experiment was cut short."""
+    if scale != 1:
+        figure.text(0.01, 0.985, f"scale {scale:g}", color="#bb0000", weight="bold", fontsize=12, va="top")
+    figure.savefig(buffer := io.BytesIO(), format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def save_animation(path: Path, images: Sequence[Image.Image], *, seconds: float = 0.12) -> None:
+    """Write a looping .gif or .webp, each image shown that long and the last one 2 s, or nothing."""
+    kind = {".gif": "GIF", ".webp": "WEBP"}.get(path.suffix)
+    if kind is None or not images:
+        raise UsageError(f"cannot animate {len(images)} images in {path}: expected some, and a name in .gif or .webp")
+    shown = [round(1000 * seconds)] * (len(images) - 1) + [2000]
+    with replacing(path) as file:
+        images[0].save(file, format=kind, save_all=True, append_images=images[1:], duration=shown, loop=0)
+
+
+def reproduce_toy(
+    seeds: Sequence[int], out: Path, *, scale: float = 1.0, progress: Callable[[int, int, str], None] | None = None
+) -> dict[str, Any]:
+    """Run every seed and draw it in `out`: toy-seed-S/round-R.png, toy-seed-S.gif, and toy-agreement.png for all.
+
+    `scale` is the share of the rounds to run; `progress` gets (rounds done, of how many, what to show beside them).
+    Returns medians over seeds, seconds in all and every seed's numbers, ready for JSON.
+    """
+    if not seeds or not 0 < scale <= 1:
+        raise UsageError(f"{len(seeds)} seeds, scale = {scale}: expected at least one, and more than 0 up to 1")
+    started = time.monotonic()
+    rounds = max(1, round(ROUNDS * scale))
+    per_seed: list[dict[str, Any]] = []
+
+    def show(frame: Frame) -> None:
+        done, seed = len(per_seed) * rounds + frame.round, seeds[len(per_seed)]
+        if progress is not None:
+            progress(done, len(seeds) * rounds, f"seed {seed}  agreement {frame.agreement:.3f}")
+
+    for seed in seeds:
+        result = run_toy(seed, rounds=rounds, callback=show)
+        images = [draw_frame(result, frame, scale=scale) for frame in result.frames]
+        for frame, image in zip(result.frames, images, strict=True):
+            save_image(out / f"toy-seed-{seed}" / f"round-{frame.round:05d}.png", image)
+        save_animation(out / f"toy-seed-{seed}.gif", images)
+        measured = {name: round(getattr(result, name), 4) for name in ("agreement", "teacher_accuracy")}
+        course = [[done, round(agreement, 4)] for done, agreement in result.course]
+        per_seed.append({"seed": seed, **measured, "seconds": round(result.seconds, 1), "course": course})
+    save_image(out / "toy-agreement.png", draw_courses({run["seed"]: run["course"] for run in per_seed}, scale=scale))
+    medians = {name: statistics.median(run[name] for run in per_seed) for name in ("agreement", "teacher_accuracy")}
+    whole = {"seconds": round(time.monotonic() - started, 1), "seeds": list(seeds), "per_seed": per_seed}
+    return medians | whole | ({} if scale == 1 else {"scale": scale})
+
+
+def toy_table(result: Mapping[str, Any]) -> str:
+    """The Markdown page of what `reproduce_toy` returned, with the circumstances in which it was run."""
+    stamp = f" (scale {result['scale']:g})" if "scale" in result else ""
+    lines = [f"# Toy experiment: agreement with the teacher over the plane{stamp}", ""]
+    lines += ["| seed | agreement | teacher accuracy | seconds |", "|---|---|---|---|"]
+    for run in result["per_seed"]:
+        lines.append(
+            f"| {run['seed']} | {run['agreement']:.3f} | {run['teacher_accuracy']:.3f} | {run['seconds']:.0f} |"
+        )
+    lines.append(f"| median | {result['agreement']:.3f} | {result['teacher_accuracy']:.3f} | |")
+    lines += [
+        "",
+        "The paper states the teacher's accuracy, 0.968, and shows the student's regions without a number.",
+        "",
+    ]
+    lines += ["![agreement over the rounds](toy-agreement.png)", ""]
+    lines += [f"![both networks' regions](toy-seed-{result['seeds'][0]}.gif)"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines += ["", f"{result['date']}, `{result['command']}`, commit {result.get('commit', 'unknown')},"]
+    lines += [f"{result['hardware']}, one thread, {versions}."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""One lifecycle for everything that trains: log, checkpoints, resume, plots, report."""

@@ -1,0 +1,284 @@
+"""State on disk that a run can be continued from, exactly: tensors, random numbers, log positions. No pickle."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zskt.errors import UsageError, ZsktError, cannot, first_line
+from zskt.files import read_tensors, read_text, write_tensors
+from zskt.method.config import Config
+from zskt.settings import flat, from_toml
+
+KEPT = 2
+"""Checkpoints kept: the newest and the one before it."""
+
+
+class Interrupted(ZsktError):
+    """A signal asked the run to end; its state is on disk. `status` is the exit status, 128 + signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.status = 128 + signum
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write one checkpoint as one file, so that it is whole or absent, and drop all but the last two."""
+    write_tensors(folder / f"{step:08d}.safetensors", tensors, {"facts": json.dumps({"step": step, **facts})})
+    for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of the newest readable checkpoint; raises ZsktError if there is none."""
+    problem: ZsktError | None = None
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+        try:
+            tensors, metadata = read_tensors(path)
+            return tensors, json.loads(metadata["facts"])
+        except ZsktError as error:
+            problem = problem or error
+        except (KeyError, ValueError):
+            problem = problem or ZsktError(f"{path} is no checkpoint of ours; remove it and resume")
+    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start anew")
+
+
+@contextlib.contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is put back into one line: it belongs to something else."""
+    try:
+        yield
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ZsktError(
+            f"the checkpoint in {folder} does not fit ({first_line(error)}); resume with the same model and settings"
+        ) from error
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under names that begin with `prefix/`."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix/`, without it."""
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors as `PARAMETER_INDEX.key`. Learning rates are not state: they follow from the step."""
+    return {
+        f"{index}.{key}": value
+        for index, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Put `optimizer_state` back, copied into tensors laid out like the parameters.
+
+    A fused optimiser walks parameter and state memory side by side: a contiguous state beside a channels_last parameter
+    would be read in the wrong order, silently.
+    """
+    parameters = _parameters(optimizer)
+    for name, saved in state.items():
+        index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if key == "step":  # a counter, which only fused and capturable optimisers keep on the parameter's device
+            on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+            optimizer.state[parameter][key] = saved.to(parameter.device if on_device else "cpu")
+        else:
+            optimizer.state[parameter][key] = torch.zeros_like(parameter).copy_(saved)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's global random numbers, of the CPU and of a CUDA device."""
+    cuda = {"rng/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"rng/cpu": torch.get_rng_state(), **cuda}
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put `random_state` back."""
+    torch.set_rng_state(tensors["rng/cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
+
+
+class JsonLines:
+    """An append-only file of one JSON object per line that can be cut back to where a checkpoint saw it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise cannot("write", self.path, error) from error
+
+    def size(self) -> int:
+        """Bytes written, all on disk."""
+        try:
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+                return os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise cannot("write", self.path, error) from error
+
+    def cut(self, size: int) -> None:
+        """Drop everything after the first `size` bytes: lines newer than the checkpoint."""
+        if self.size() < size:
+            raise ZsktError(f"{self.path} is shorter than its checkpoint says; put it back or start anew elsewhere")
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(size)
+        except OSError as error:
+            raise cannot("write", self.path, error) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut short by a kill is left out."""
+    lines: list[dict[str, Any]] = []
+    texts = read_text(path).splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            line["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(texts):
+                raise ZsktError(f"line {number} of {path} is damaged; mend or remove it") from error
+        else:
+            lines.append(line)
+    return lines
+
+
+def check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Raise unless a new run may begin in `folder` or, with `resume`, this very run may go on there."""
+    path = folder / "config.toml"
+    try:
+        there = path.exists()
+        if not resume and there:
+            raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
+        if not resume:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ZsktError(f"expected a new or empty folder at {folder}, found other things; choose another --out")
+            return
+    except OSError as error:
+        raise cannot("use", folder, error) from error
+    if not there:
+        raise ZsktError(f"expected a run to resume in {folder}, found no config.toml; start it without --resume")
+    recorded = from_toml(Config, read_text(path), str(path))
+    if recorded != config:
+        ours, theirs = flat(config), flat(recorded)
+        different = [f"{name} = {theirs[name]!r}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+        raise ZsktError(
+            f"{folder} was begun with other settings ({'; '.join(different)}); resume it with the same ones"
+        )
+
+
+@contextlib.contextmanager
+def owning(folder: Path | None) -> Iterator[None]:
+    """Keep other processes out of a folder while this one works there; made if need be.
+
+    If the work fails before its first checkpoint, what it wrote is removed: there is nothing to resume.
+    """
+    if folder is None:
+        yield
+        return
+    lock = folder / ".lock"
+    try:
+        fresh = not folder.exists() or not any(folder.iterdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise cannot("write", folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ZsktError(f"another process is at work in {folder}; wait for it or choose another --out") from error
+        try:
+            yield
+        except BaseException:
+            if fresh and not any((folder / "checkpoint").glob("*.safetensors")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@dataclass
+class StopRequest:
+    """Whether this process should leave its loop: by now asked by a signal, or out of time."""
+
+    deadline: float
+    signum: int | None = None
+
+    def reached(self) -> bool:
+        return self.signum is not None or time.monotonic() >= self.deadline
+
+    def raise_if_signalled(self, what: str) -> None:
+        """Raise Interrupted after a signal, once everything is saved."""
+        if self.signum is not None:
+            raise Interrupted(self.signum, f"{what}; continue with --resume")
+
+
+@contextlib.contextmanager
+def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
+    """A request to stop after so many seconds or, with `signals`, at the first SIGINT or SIGTERM; a second one acts.
+
+    Outside the main thread, where Python allows no handlers, signals act as usual.
+    """
+    request = StopRequest(time.monotonic() + seconds)
+    if not signals or threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(signum: int, frame: types.FrameType | None) -> None:
+        request.signum = signum
+        put_back()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        put_back()
+
+
+def parse_budget(text: str | int | None) -> tuple[float, int]:
+    """`90s`, `9m`, `2h` or a count -> (seconds, count), whichever is not given being without limit."""
+    if text is None:
+        return math.inf, sys.maxsize
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
+    if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
+        raise UsageError(f"stop after {text!r}: expected a time such as 90s, 9m, 2h or a whole number")
+    if not match[2]:
+        return math.inf, int(match[1])
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], sys.maxsize

@@ -1,0 +1,143 @@
+"""A step as a CUDA graph: recorded once, then launched as a whole.
+
+An outer iteration is some thousand kernels, most of them short, and a CPU cannot launch them as fast as a GPU runs
+them. A graph repeats the same kernels on the same memory, so whatever changes from step to step has to be in tensors
+that they read: learning rates are fed, random generators advance with the graph, a bank counts its slot on the device.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from zskt.errors import ZsktError, first_line
+from zskt.method.matching import BeliefMatching, Losses, StepLosses
+from zskt.run.checkpoint import optimizer_state
+from zskt.runtime import seeded
+
+WARM_UP = 3
+"""Steps before the recording, in which libraries choose their algorithms; their effect is undone."""
+
+Step = Callable[[], StepLosses]
+Record = Callable[[Step, Sequence[torch.Generator]], Step]
+"""Runs a step WARM_UP times and records it; returns what repeats it, always into the same tensors."""
+
+
+def record_cuda(step: Step, generators: Sequence[torch.Generator]) -> Step:
+    """Record a CUDA graph. What `generators` have drawn in it is drawn anew at every repetition."""
+    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # capturable optimisers that run before they are captured
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        losses = step()
+
+    def repeat() -> StepLosses:
+        graph.replay()
+        return losses
+
+    return repeat
+
+
+class CapturedStep:
+    """`matching.step`, recorded when it is first possible and repeated from then on; the same numbers to rounding.
+
+    Its losses are copies, so that the next step leaves them alone. Raises ZsktError for networks that wait for the
+    device or otherwise cannot be recorded.
+    """
+
+    def __init__(
+        self, matching: BeliefMatching, generators: Sequence[torch.Generator], record: Record = record_cuda
+    ) -> None:
+        """`generators` are all that the step draws from, beside torch's global one."""
+        self.matching = matching
+        self.generators = generators
+        self.record = record
+        self.players = [matching.generator_updates, matching.student_updates]
+        device = next(matching.generator.parameters()).device
+        self.rates = [torch.zeros(player.count, device=device) for player in self.players]
+        self.repeat: Step | None = None
+
+    def __call__(self) -> StepLosses:
+        """One outer iteration."""
+        if self.repeat is None and self.matching.memory.steady:
+            self.repeat = self._recorded()
+        if self.repeat is None:
+            return self.matching.step()
+        for player, rates in zip(self.players, self.rates, strict=True):
+            if player.rate is not None:
+                values = torch.tensor([player.rate(player.done + i) for i in range(player.count)])
+                rates.copy_(values, non_blocking=True)  # else the host would wait for the step before
+            player.done += player.count
+        return _copied(self.repeat())
+
+    def _recorded(self) -> Step:
+        """The recorded step; networks, optimisers, memory and random numbers are left as they were found."""
+        for player in self.players:
+            for group in player.optimizer.param_groups:
+                group["capturable"] = True
+        before = {name: tensor.clone() for name, tensor in self._state().items()}
+        drawn = [generator.get_state() for generator in self.generators]
+        with seeded(0, self.rates[0].device):  # dropout's numbers, which warming up would use up
+            try:
+                repeat = self.record(self._step_fed, self.generators)
+            except RuntimeError as error:
+                raise ZsktError(
+                    f"this step cannot be recorded as a CUDA graph ({first_line(error)}): use --set cuda_graph=false"
+                ) from error
+        for name, tensor in self._state().items():
+            if name in before:
+                tensor.copy_(before[name])
+            else:  # the state of an optimiser that had made no step: as if it still had made none
+                tensor.zero_()
+        for generator, state in zip(self.generators, drawn, strict=True):
+            generator.set_state(state)
+        return repeat
+
+    def _step_fed(self) -> StepLosses:
+        """A step whose learning rates are read from tensors; the counts of updates stay."""
+        kept = [(player, player.rate, player.done) for player in self.players]
+        try:
+            for (player, rate, done), rates in zip(kept, self.rates, strict=True):
+                if rate is not None:
+                    player.rate = functools.partial(_fed, rates, done)  # type: ignore[assignment]
+            return self.matching.step()
+        finally:
+            for player, rate, done in kept:
+                player.rate, player.done = rate, done
+
+    def _state(self) -> dict[str, Tensor]:
+        """All tensors that a step changes, by name."""
+        matching = self.matching
+        parts = {
+            "student": matching.student.module.state_dict(),
+            "generator": matching.generator.state_dict(),
+            "memory": matching.memory.state_dict(),
+            **{str(i): optimizer_state(player.optimizer) for i, player in enumerate(self.players)},
+        }
+        return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+
+
+def _fed(rates: Tensor, done: int, update: int) -> Tensor:
+    """The rate of an update, as a view of what is fed."""
+    return rates[update - done]
+
+
+def _copied(losses: StepLosses) -> StepLosses:
+    def copied(player: Sequence[Losses]) -> list[Losses]:
+        return [Losses(u.total.clone(), {name: value.clone() for name, value in u.terms.items()}) for u in player]
+
+    return StepLosses(
+        copied(losses.generator),
+        copied(losses.student),
+        losses.teacher_logits.clone(),
+        losses.student_logits.clone(),
+    )

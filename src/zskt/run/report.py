@@ -1,0 +1,156 @@
+"""One self-contained HTML page for a run, or for several side by side. Reads run folders, nothing else."""
+
+import base64
+import html
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zskt.errors import UsageError, ZsktError, first_line
+from zskt.files import read_json, read_text, write_text
+from zskt.method.config import Config
+from zskt.run.checkpoint import read_lines
+from zskt.run.plots import run_classes, run_curves
+from zskt.settings import flat, from_toml
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{display:inline-block;margin:.5rem}
+figcaption,.note{color:#666;font-size:.85em}.samples img{width:32rem}
+.warning{background:#fff3cd;padding:.5rem 1rem}"""
+
+MEASURES = {
+    "teacher_accuracy": "teacher accuracy",
+    "accuracy": "student accuracy",
+    "agreement": "agreement with the teacher",
+    "kl_teacher_student": "KL(teacher, student), nats",
+    "calibration_error": "expected calibration error",
+}
+
+
+FACTS = {
+    "teacher_model": "teacher",
+    "model": "student",
+    "teacher_parameters": "teacher parameters",
+    "parameters": "student parameters",
+    "reason": "why this recipe",
+    "seconds": "seconds",
+}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Everything a report shows of one run; raises ZsktError where `folder` holds none."""
+    if not (folder / "metrics.jsonl").exists() or not (folder / "config.toml").exists():
+        raise ZsktError(
+            f"expected a run folder at {folder}, found no metrics.jsonl and config.toml; see zskt distill --out"
+        )
+    student = folder / "student.json"
+    return {
+        "name": folder.resolve().name,
+        "config": flat(from_toml(Config, read_text(folder / "config.toml"), f"{folder}/config.toml")),
+        "lines": read_lines(folder / "metrics.jsonl"),
+        "facts": read_json(student) if student.exists() else {},
+        "samples": sorted((folder / "samples").glob("*.png")),
+    }
+
+
+def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
+    """Write the page for these run folders to `path`; returns each measure over the runs: values, mean and std."""
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise UsageError("expected every run once, found one twice: each counts as a sample of its own")
+    runs = [read_run(Path(folder)) for folder in folders]
+    if len({run["name"] for run in runs}) < len(runs):
+        for run, folder in zip(runs, folders, strict=True):
+            run["name"] = str(folder)
+    try:
+        page = _page(runs)
+        summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        names = ", ".join(map(str, folders))
+        raise ZsktError(f"metrics.jsonl or student.json in {names} is damaged ({first_line(error)})") from error
+    write_text(path, page)
+    return summaries
+
+
+def _page(runs: Sequence[Mapping[str, Any]]) -> str:
+    title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
+    body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
+    for run in runs:
+        unfinished = "" if run["facts"] else f"{run['name']} has not finished: continue it with --resume"
+        for light in [*run["facts"].get("warnings", []), unfinished]:
+            if light:
+                body.append(f'<p class="warning">{html.escape(light)}</p>')
+    curves = run_curves({run["name"]: run["lines"] for run in runs})
+    body += ["<h2>Course</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
+    for run in runs:
+        if histogram := run_classes(run["lines"], run["facts"].get("class_names")):
+            body += [f"<h2>Classes of the pseudo images of {html.escape(run['name'])}</h2>"]
+            body += [f'<img alt="class histograms" src="{_inline(histogram)}">']
+        body += [f"<h2>Pseudo images of {html.escape(run['name'])}</h2>", _samples(run["samples"])]
+    words = "The student learned from them; they need not look like the data. T and S: what teacher and student see."
+    body.append(f'<p class="note">{words}</p>')
+    body.append(_settings(runs))
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    return f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n"
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
+    """A measure over runs, with its sample standard deviation; None unless every run has it."""
+    values = [run["facts"].get("measured", {}).get(key) for run in runs]
+    if None in values:
+        return None
+    return {
+        "values": values,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _results(runs: Sequence[Mapping[str, Any]]) -> str:
+    several = len(runs) > 1
+    rows = []
+    for key, label in MEASURES.items():
+        values = [run["facts"].get("measured", {}).get(key) for run in runs]
+        cells = ["not measured" if value is None else f"{value:.4f}" for value in values]
+        summary = summarise(runs, key)
+        mean = f"{summary['mean']:.4f} ± {summary['std']:.4f}" if several and summary else "-"
+        rows.append([label, *cells, *([mean] if several else [])])
+    for key, label in FACTS.items():
+        values = [run["facts"].get(key) for run in runs]
+        cells = [
+            "-" if value is None else f"{value:,}" if isinstance(value, (int, float)) else value for value in values
+        ]
+        rows.append([label, *cells, *([""] if several else [])])
+    head = ["last iterate", *(run["name"] for run in runs), *(["mean ± std"] if several else [])]
+    return "<h2>Result</h2>" + _table(head, rows)
+
+
+def _samples(paths: list[Path]) -> str:
+    if not paths:
+        return "<p class=note>none were saved</p>"
+    shown = [paths[round(i * (len(paths) - 1) / 5)] for i in range(6)] if len(paths) > 6 else paths
+    figures = [
+        f'<figure><img alt="pseudo images" src="{_inline(p.read_bytes())}">'
+        f"<figcaption>step {html.escape(p.stem.lstrip('0'))}</figcaption></figure>"
+        for p in shown
+    ]
+    return f'<div class="samples">{"".join(figures)}</div>'
+
+
+def _settings(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[key, *(str(run["config"][key]) for run in runs)] for key in runs[0]["config"]]
+    versions = runs[0]["facts"].get("versions", {})
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"<h2>Settings</h2>{_table(['', *(run['name'] for run in runs)], rows)}<p class=note>{html.escape(made)}</p>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,119 @@
+"""The process around the work: random numbers, arithmetic, and what a result depends on."""
+
+import contextlib
+import datetime
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zskt.errors import UsageError
+
+__version__ = "0.1.0"
+"""of this package, its single source"""
+
+CPU = torch.device("cpu")
+
+LARGEST = 10**9
+"""of a whole number that a user gives: beyond it nothing here makes sense, and libraries below overflow"""
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Torch's global random numbers start from `seed` inside, and go on afterwards as if nothing had been drawn."""
+    if not 0 <= seed <= LARGEST:
+        raise UsageError(f"seed = {seed}: expected a number from 0 to {LARGEST:,}")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def stream(seed: int, purpose: str) -> int:
+    """A seed of its own for each use of random numbers, so that weights and latents are not drawn alike."""
+    return int(hashlib.sha256(f"{seed} {purpose}".encode()).hexdigest()[:7], 16)
+
+
+@contextlib.contextmanager
+def arithmetic() -> Iterator[None]:
+    """How numbers are computed for a while, whatever the process does otherwise.
+
+    Numbers too small to be normal count as 0: they carry nothing and can be 100 times slower. On CUDA float32 is
+    float32, not TF32, and cudnn times its algorithms once and takes the quickest.
+    """
+    already = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    torch.set_flush_denormal(True)
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        torch.set_flush_denormal(already)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a CUDA device; a CPU is always done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    return {"zskt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def circumstances() -> dict[str, Any]:
+    """Date, command, commit where the package runs from a checkout, versions, hardware and threads."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True)
+    except OSError:
+        commit = None
+    found = {} if commit is None or commit.returncode else {"commit": commit.stdout.strip()}
+    if found and changed.stdout.strip():
+        found["commit"] += " with uncommitted changes"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join([Path(sys.argv[0]).name, *map(short, sys.argv[1:])]),
+        **found,
+        "versions": versions(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def short(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(argument).name if os.path.exists(argument) else argument
+
+
+def cpu_name() -> str:
+    """Model and number of the processors."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `device` names; raises UsageError where there is none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UsageError(f"device {name!r}: found {count} usable CUDA devices here; use --device cpu or one of them")
+    return device

@@ -1,0 +1,133 @@
+"""Settings as frozen dataclasses: read from TOML and from `key=value`, changed by dotted name, checked strictly.
+
+An unknown name, a wrong type or a number out of all bounds is an error that names the setting and what it takes.
+"""
+
+import contextlib
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+
+from zskt.errors import UsageError, short, unknown
+from zskt.runtime import LARGEST
+
+T = TypeVar("T")
+
+
+def check_bounds(name: str, value: Any) -> None:
+    """Raise UsageError for a number that is not finite, or a whole number that no run could mean."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} = {value!r}: expected a finite number")
+    if type(value) is int and abs(value) > LARGEST:
+        raise UsageError(f"{name} = {short(value)}: expected at most {LARGEST:,}")
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All values by dotted name, in order of definition: what `--set` takes."""
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            values |= flat(value, f"{prefix}{entry.name}.")
+        else:
+            values[prefix + entry.name] = value
+    return values
+
+
+def replace(settings: T, changes: Mapping[str, Any]) -> T:
+    """A copy with values changed by dotted name; raises UsageError for unknown names and wrong types."""
+    tree = dataclasses.asdict(typing.cast(Any, settings))
+    valid = flat(settings)
+    for name, value in changes.items():
+        if name not in valid:
+            raise unknown("setting", name, valid)
+        *sections, last = name.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch[section]
+        branch[last] = value
+    return build(type(settings), tree)
+
+
+def from_text(assignment: str, option: str = "--set") -> tuple[str, Any]:
+    """`key=value` of the command line; the value in TOML, or a bare word. `option` names it in errors."""
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise UsageError(
+            f"{option} {short(assignment)!r}: expected key=value, as in {option} student.learning_rate=1e-3"
+        )
+    try:
+        return name.strip(), tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        with contextlib.suppress(ValueError):
+            return name.strip(), float(text)  # .5 and 1e-3 are numbers to everybody but TOML
+        return name.strip(), text.strip()
+    except (RecursionError, ValueError) as error:  # a number of thousands of digits
+        raise UsageError(f"{option} {short(assignment)!r}: expected a value, found one too long or too deep") from error
+
+
+def from_toml(kind: type[T], text: str, where: str) -> T:
+    """A `kind` from TOML text that holds differences from its defaults; `where` names the text in errors."""
+    try:
+        return build(kind, tomllib.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not valid TOML: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def to_toml(settings: Any) -> str:
+    """All settings as TOML, every value spelled out."""
+    return tomli_w.dumps(dataclasses.asdict(settings))
+
+
+def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """An instance of the dataclass `kind` from nested mappings, strictly."""
+    hints = typing.get_type_hints(kind)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        full = prefix + name
+        if name not in hints:
+            raise unknown("setting", full, [prefix + hint for hint in hints])
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise UsageError(
+                    f"{full} = {short(repr(value))}: expected a section; set one of its values, as in {full}.name=..."
+                )
+            arguments[name] = build(typing.cast(type[Any], hints[name]), value, f"{full}.")
+        else:
+            arguments[name] = _typed(full, value, hints[name])
+    return kind(**arguments)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` wants it: exact types, whole numbers accepted as floats, lists as tuples."""
+    choices: list[str] = []
+    origin = typing.get_origin(hint)
+    for option in typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,):
+        if typing.get_origin(option) is Literal:
+            choices += typing.get_args(option)
+            if value in choices:
+                return value
+        elif typing.get_origin(option) is tuple:
+            if str in typing.get_args(option):
+                choices.append("a list of words")
+                if isinstance(value, str):
+                    return tuple(word.strip() for word in value.split(",") if word.strip())
+                if isinstance(value, (list, tuple)) and all(type(item) is str for item in value):
+                    return tuple(value)
+                continue
+            choices.append("a list of numbers")
+            if isinstance(value, (list, tuple)) and all(type(item) in (int, float) for item in value):
+                return tuple(float(item) for item in value)
+        else:
+            choices.append({int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[option])
+            if type(value) is option or (option is float and type(value) is int):
+                return option(value)
+    raise UsageError(f"{name} = {short(repr(value))}: expected {' or '.join(choices)}")
