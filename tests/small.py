@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zskt.method.build import arrange, belief_matching
 from zskt.method.config import Config
 from zskt.method.matching import BeliefMatching
-from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.method.recipe import load_recipe, plan
 from zskt.networks import models
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
@@ -69,14 +70,13 @@ def make_matching(
 ) -> tuple[BeliefMatching, Config]:
     """The step of a recipe at a tiny size."""
     tiny = {"steps": 5, "batch_size": 8, "generator.width": 8, "generator.latent": 12}
-    config = replace(load_recipe(recipe), tiny | (changes or {}))
+    config = plan(teacher, student, replace(load_recipe(recipe), tiny | (changes or {}))).config
     arrange(teacher, config)
     arrange(student, config)
-    like = next(student.parameters())
-    rng = torch.Generator(like.device).manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        matching = assemble(config, teacher, student, rng, torch.Generator(like.device).manual_seed(seed))
+        matching = belief_matching(teacher, student, config)
+    matching.rng.manual_seed(seed)
     return matching, config
 
 

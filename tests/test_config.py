@@ -54,7 +54,7 @@ def test_every_field_is_read_by_the_package() -> None:
 
 @pytest.mark.parametrize("name", ["", *recipe_texts()])
 def test_toml_round_trip(name: str) -> None:
-    changes = {"steps": 123, "student.learning_rate": 1 / 3, "device": 'a "word" \\', "checkpoint_every": 7}
+    changes = {"steps": 123, "student.learning_rate": 1 / 3, "machine.device": 'a "word" \\', "checkpoint_every": 7}
     config = replace(load_recipe(name) if name else Config(), changes)
     assert from_toml(Config, to_toml(config), "here") == config
     assert set(flat(tomllib_config(to_toml(config)))) == set(flat(config))  # every value is spelled out
@@ -78,12 +78,12 @@ def tomllib_config(text: str) -> Any:
         ({"generator": 3}, ["unknown setting 'generator'"]),
         ({"steps": 1.5}, ["steps = 1.5", "a whole number"]),
         ({"steps": True}, ["steps = True", "a whole number"]),
-        ({"fused": 1}, ["fused = 1", "true or false"]),
-        ({"device": 0}, ["device = 0", "a word"]),
+        ({"machine.fused": 1}, ["machine.fused = 1", "true or false"]),
+        ({"machine.device": 0}, ["machine.device = 0", "a word"]),
         ({"student.clip": "5"}, ["student.clip = '5'", "a number"]),
         ({"log_every": "often"}, ["log_every", "a whole number or auto"]),
         ({"student.loss.kl_scale": "mean"}, ["kl_scale = 'mean'", "per_class or batchmean"]),
-        ({"memory.kind": ["same"]}, ["memory.kind", "same or fresh or bank"]),
+        ({"replay.kind": ["same"]}, ["replay.kind", "same or fresh or bank"]),
         ({"schedule.milestones": 0.5}, ["schedule.milestones = 0.5", "a list of numbers"]),
         ({"schedule.milestones": ["a"]}, ["schedule.milestones", "a list of numbers"]),
         ({"schedule.milestones": (0.5,)}, ["schedule.milestones", "multistep"]),
@@ -91,8 +91,8 @@ def tomllib_config(text: str) -> Any:
         ({"schedule.kind": "multistep", "schedule.milestones": [0.5, 0.2]}, ["rising fractions"]),
         ({"schedule.kind": "multistep", "schedule.milestones": [0.5, 1]}, ["rising fractions"]),
         ({"student.momentum": 0.9}, ["student.momentum", "adam"]),
-        ({"memory.kind": "bank"}, ["memory.capacity", "set both or neither"]),
-        ({"memory.capacity": 3}, ["memory.capacity", "set both or neither"]),
+        ({"replay.kind": "buffer"}, ["replay.capacity", "set both or neither"]),
+        ({"replay.capacity": 3}, ["replay.capacity", "set both or neither"]),
         ({"student.loss.kl": 0.0, "student.loss.attention": 0.0}, ["student.loss has no term"]),
         ({"generator.loss.kl": 0.0}, ["generator.loss has no term"]),
         ({"student.loss.kl": 0.0, "student.loss.temperature": 4.0}, ["student.loss.temperature", "drop one"]),

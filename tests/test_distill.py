@@ -93,7 +93,7 @@ def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
         ("zskt", "wrn", {"memory_format": "channels_last", "fused": False}),
         ("zskt", "dropout", {"memory_format": "contiguous", "fused": False}),
         ("zskt-mmrazor", "wrn", {"memory_format": "channels_last", "student.learning_rate": 0.01}),
-        ("zskt-prior", "dropout", {"memory.kind": "bank", "memory.capacity": 3}),
+        ("zskt-prior", "dropout", {"replay.kind": "buffer", "replay.capacity": 3}),
         ("zskt-fresh", "wrn", {"precision": "bf16"}),
     ],
 )

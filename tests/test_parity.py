@@ -1,6 +1,7 @@
 """The engine is the released method: float64 comparison with the plain loop of reference.py."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from small import FourStages, make_matching, make_teacher
 from zskt.bench import reference
 from zskt.bench.reference import released_loop
 from zskt.method import losses
-from zskt.method.matching import BeliefMatching
+from zskt.method.matching import BeliefMatching, Latent
+from zskt.method.updates import Batch
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 
@@ -57,7 +59,11 @@ def compare(
     teacher.to(device)
     student.to(device)
     plain_teacher, plain_student = copy.deepcopy(teacher.module).requires_grad_(True), copy.deepcopy(student)
-    changes: dict[str, Any] = {"memory_format": memory_format, "fused": fused, "precision": precision}
+    changes: dict[str, Any] = {
+        "machine.memory_format": memory_format,
+        "machine.fused": fused,
+        "machine.precision": precision,
+    }
     if clip is not None:
         changes |= {"generator.clip": clip, "student.clip": clip}
     matching, config = make_matching(recipe, teacher, student, changes)
@@ -77,10 +83,10 @@ def compare(
     loss_difference = 0.0
     for _ in range(iterations):
         ours, theirs = matching.step(), next(oracle)
-        for mine, other in zip(ours.generator, theirs.generator_losses, strict=True):
-            loss_difference = max(loss_difference, distance(mine.total, other))
-        for mine, other in list(zip(ours.student, theirs.student_losses, strict=True))[:student_losses]:
-            loss_difference = max(loss_difference, distance(mine.total, other))
+        for mine, other in zip(ours["generator"], theirs.generator_losses, strict=True):
+            loss_difference = max(loss_difference, distance(mine, other))
+        for mine, other in list(zip(ours["student"], theirs.student_losses, strict=True))[:student_losses]:
+            loss_difference = max(loss_difference, distance(mine, other))
     oracle.close()
     matching.close()
     theirs, ours = plain_student.state_dict(), student.state_dict()
@@ -103,7 +109,7 @@ def test_engine_is_the_released_loop(recipe: str, memory_format: str, device: st
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("recipe", ["zskt", "zskt-fresh", "zskt-mmrazor"])
 def test_first_iteration_in_lower_precision(recipe: str, precision: str, limit: float, device: str) -> None:
-    """The search's loss and the first of the student after it: from there rounding alone drives the game apart.
+    """The generator's loss and the first of the student after it: from there rounding alone drives the game apart.
 
     Adam's first updates are nearly signs of the gradients, so that within the iteration fp32 is off by 1e-4 to 1e-3.
     """
@@ -125,24 +131,23 @@ def batchmean(matching: BeliefMatching) -> None:
     }
 
 
-def eval_mode_in_search(matching: BeliefMatching) -> None:
-    matching.student_in_search = "eval"
+def eval_mode_for_generator(matching: BeliefMatching) -> None:
+    matching.student_for_generator = "eval"
 
 
-def teacher_before_the_search(matching: BeliefMatching) -> None:
-    """The student learns on the searched images, but with the teacher's answer to the images from before the search."""
-    search, teach = matching.search, matching.teach
-    before: list[Tensor] = []
+def teacher_before_the_generator(matching: BeliefMatching) -> None:
+    """The student learns on the new images, but with the teacher's answer to those from before the generator's update."""
+    update_generator, ask = matching.update_generator, matching.ask
+    before: list[Batch] = []
 
-    def stale_search(latent: object) -> object:
+    def stale_update(latent: Latent) -> object:
         before[:] = [matching.draw(latent)]
-        return search(latent)
+        return update_generator(latent)
 
-    def stale_teach(images: Tensor) -> object:
-        batch = teach(before[0])
-        return type(batch)(images, batch.teacher)
+    def stale_ask(batch: Batch) -> Batch:
+        return dataclasses.replace(batch, teacher=ask(before[0]).teacher)
 
-    matching.search, matching.teach = stale_search, stale_teach
+    matching.update_generator, matching.ask = stale_update, stale_ask
 
 
 def no_student_clip(matching: BeliefMatching) -> None:
@@ -154,7 +159,7 @@ def no_generator_clip(matching: BeliefMatching) -> None:
 
 
 @pytest.mark.parametrize(
-    "tamper", [batchmean, eval_mode_in_search, teacher_before_the_search, no_student_clip, no_generator_clip]
+    "tamper", [batchmean, eval_mode_for_generator, teacher_before_the_generator, no_student_clip, no_generator_clip]
 )
 def test_comparison_sees_a_different_method(
     tamper: Callable[[BeliefMatching], None], monkeypatch: pytest.MonkeyPatch

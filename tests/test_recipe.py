@@ -12,24 +12,22 @@ from torch import nn
 
 from small import FourStages, make_matching, make_teacher
 from zskt.errors import UsageError, ZsktError
-from zskt.method.config import Config, Schedule
+from zskt.method.build import arrange
+from zskt.method.config import Config
 from zskt.method.generator import WIDTHS, Generator
 from zskt.method.losses import attention_map
-from zskt.method.matching import Beliefs
 from zskt.method.recipe import (
     BF16_COMPARED,
-    arrange,
-    assemble,
     choose,
-    generator_terms,
-    learning_rate,
     load_recipe,
     recipe_texts,
     settle_precision,
     settle_width,
-    student_terms,
 )
-from zskt.method.replay import Bank, Fresh, Same
+from zskt.method.replay import Fresh, ReplayBuffer, Same
+from zskt.method.schedule import Schedule, learning_rate
+from zskt.method.terms import generator_terms, student_terms
+from zskt.method.updates import Beliefs
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import forward_flops
@@ -143,7 +141,9 @@ def test_every_weight_brings_its_term_and_nothing_else_does() -> None:
         if term and term not in ("kl_scale", "temperature", "stages"):
             rest = {"generator": "student.loss.kl", "student": "generator.loss.kl"}[side]  # some loss is needed
             config = replace(Config(), none | {rest: 1.0, name: 2.0})
-            terms = {"generator": generator_terms, "student": student_terms}[side](config)
+            terms = (
+                generator_terms(config.generator.loss) if side == "generator" else student_terms(config.student.loss)
+            )
             assert list(terms) == [term]
 
 
@@ -161,8 +161,8 @@ def test_every_number_arrives() -> None:
         "student.momentum": 0.33,
         "student.weight_decay": 0.44,
         "student.clip": 0,
-        "memory.kind": "bank",
-        "memory.capacity": 5,
+        "replay.kind": "buffer",
+        "replay.capacity": 5,
     }
     matching, _ = make_matching("zskt", make_teacher(), models.wide_resnet(10, 1), changes)
     generator, student = matching.generator_updates, matching.student_updates
@@ -173,12 +173,12 @@ def test_every_number_arrives() -> None:
     assert isinstance(generator.optimizer, torch.optim.Adam)
     assert isinstance(student.optimizer, torch.optim.SGD)
     assert (student.optimizer.defaults["momentum"], student.optimizer.defaults["weight_decay"]) == (0.33, 0.44)
-    assert isinstance(matching.memory, Bank)
-    assert matching.memory.capacity == 5
-    assert (matching.teacher._names, matching.student._names) == (("block1", "block3"), ("block2", "block3"))
-    for kind, memory in (("same", Same), ("fresh", Fresh)):
-        matching, _ = make_matching("zskt", make_teacher(), models.wide_resnet(10, 1), {"memory.kind": kind})
-        assert type(matching.memory) is memory
+    assert isinstance(matching.replay, ReplayBuffer)
+    assert matching.replay.capacity == 5
+    assert (matching.ask_teacher._names, matching.ask_student._names) == (("block1", "block3"), ("block2", "block3"))
+    for kind, replay in (("same", Same), ("fresh", Fresh)):
+        matching, _ = make_matching("zskt", make_teacher(), models.wide_resnet(10, 1), {"replay.kind": kind})
+        assert type(matching.replay) is replay
 
 
 def test_the_activation_prior_looks_at_the_last_stage_whatever_attention_compares() -> None:

@@ -13,20 +13,20 @@ from torch import Tensor
 
 import zskt
 from small import stripes
+from zskt.method.schedule import learning_rate
 from zskt.networks import models
 from zskt.paper import training
 from zskt.paper.baselines import cross_entropy, teach
 from zskt.paper.training import (
     Training,
-    TrainingEvent,
     TrainingResult,
     augment,
     decayed,
     endless_batches,
-    rate,
     updates_in,
 )
 from zskt.run.checkpoint import Interrupted
+from zskt.run.lifecycle import Event
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,9 @@ CPU = torch.device("cpu")
 def train(out: Path | None, updates: int = 24, images: int = 96, **options: Any) -> TrainingResult:
     """A small teacher; options of `Training` are taken from `options` too."""
     named = {field.name for field in dataclasses.fields(Training)} & options.keys()
-    settings = {"batch_size": 16, "shift": 1, "mirrored": True} | {name: options.pop(name) for name in named}
+    settings = {"batch_size": 16, "random_crop": 1, "horizontal_flip": True} | {
+        name: options.pop(name) for name in named
+    }
     torch.manual_seed(0)
     module = models.convnet(4, num_classes=2, channels=1)
     return teach(
@@ -49,7 +51,7 @@ def weights(folder: Path) -> bytes:
 def some_batches(images: int, count: int, first: int = 0, **settings: Any) -> list[tuple[Tensor, Tensor]]:
     """Batches of images that hold their own index, so that one sees which they are."""
     data = torch.arange(images).view(-1, 1, 1, 1).expand(-1, 1, 2, 2), torch.arange(images)
-    batches = endless_batches(data, Training(100, shift=0, **settings), first, CPU)
+    batches = endless_batches(data, Training(100, random_crop=0, **settings), first, CPU)
     return list(itertools.islice(batches, count))
 
 
@@ -77,15 +79,20 @@ def test_resume_at_any_update_is_bitwise_equal(stops: list[str], schedule: str, 
     assert last.finished
     assert last.measured == whole.measured
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
-    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"teacher.json", "teacher.safetensors"}
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {
+        "teacher.json",
+        "teacher.safetensors",
+        "metrics.jsonl",
+        "timing.jsonl",
+    }
 
 
 def test_a_signal_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    def interrupt(event: TrainingEvent) -> None:
-        if event.update == 8:
+    def interrupt(event: Event) -> None:
+        if event.step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="stopped after update 9 of 24; continue with --resume") as caught:
+    with pytest.raises(Interrupted, match="stopped at step 9 of 24; continue with --resume") as caught:
         train(tmp_path / "parts", callbacks=[interrupt])
     assert caught.value.status == 143
     train(tmp_path / "parts", resume=True)
@@ -110,13 +117,13 @@ def test_a_finished_training_whose_writing_failed_is_written_on_resume(
 @pytest.mark.parametrize("changed", [{"updates": 25}, {"seed": 1}, {"schedule": "step"}])
 def test_other_settings_are_refused_on_resume(changed: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path / "parts", stop_after="1")
-    with pytest.raises(zskt.ZsktError, match="other settings;"):
+    with pytest.raises(zskt.ZsktError, match="another settings: resume"):
         train(tmp_path / "parts", resume=True, **changed)
 
 
 def test_other_data_are_refused_on_resume(tmp_path: Path) -> None:
     train(tmp_path / "parts", stop_after="1")
-    with pytest.raises(zskt.ZsktError, match="other data;"):
+    with pytest.raises(zskt.ZsktError, match="another data .*: resume"):
         train(tmp_path / "parts", resume=True, images=94)
     with pytest.raises(zskt.ZsktError, match="unfinished training"):
         train(tmp_path / "parts")
@@ -136,17 +143,17 @@ def test_other_random_numbers_neither_matter_nor_change(tmp_path: Path) -> None:
 
 
 def test_every_update_is_told_and_a_twentieth_of_them_measured() -> None:
-    seen: list[TrainingEvent] = []
+    seen: list[Event] = []
     result = train(None, 45, callbacks=[seen.append])
-    assert [event.update for event in seen] == list(range(1, 46))
-    assert {event.updates for event in seen} == {45}
-    assert [event.update for event in seen if event.accuracy is not None] == [*range(2, 45, 2), 45]
-    assert seen[-1].accuracy == result.measured["accuracy"]
+    assert [event.step for event in seen] == list(range(1, 46))
+    assert {event.steps for event in seen} == {45}
+    assert [event.step for event in seen if event.line] == [1, *range(2, 45, 2), 45]
+    assert seen[-1].line["accuracy"] == result.measured["accuracy"]
 
 
 @pytest.mark.parametrize("images", [2, 10, 33, 96])
 def test_updates_do_not_depend_on_the_number_of_images(images: int) -> None:
-    seen: list[TrainingEvent] = []
+    seen: list[Event] = []
     assert train(None, 7, images, callbacks=[seen.append]).update == len(seen) == 7
 
 
@@ -214,7 +221,8 @@ def test_no_augmentation_changes_nothing() -> None:
 
 
 def test_one_cycle_rises_then_falls_to_zero() -> None:
-    rates = [rate("one_cycle", i / 1000) for i in range(1000)]
+    rate = learning_rate(training.SCHEDULES["one_cycle"], 1.0, 1000)
+    rates = [rate(i) for i in range(1000)]
     peak = rates.index(max(rates))
     assert peak == 200
     assert rates[200] == pytest.approx(1)
@@ -225,7 +233,7 @@ def test_one_cycle_rises_then_falls_to_zero() -> None:
 
 @pytest.mark.parametrize("updates", [10, 200, 78_125 - 5])
 def test_step_divides_by_five_at_30_60_and_80_percent(updates: int) -> None:
-    rates = [rate("step", update / updates) for update in range(updates)]
+    rates = list(map(learning_rate(training.SCHEDULES["step"], 1.0, updates), range(updates)))
     drops = [update for update in range(1, updates) if rates[update] != rates[update - 1]]
     assert drops == [updates * 3 // 10, updates * 6 // 10, updates * 8 // 10]
     assert sorted(set(rates), reverse=True) == pytest.approx([1, 1 / 5, 1 / 25, 1 / 125])
@@ -278,12 +286,14 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(zskt.UsageError, match="expected a time such as 90s"):
         train(tmp_path / "a", stop_after="soon")
     with pytest.raises(zskt.UsageError, match="expected less than the image's 8 pixels"):
-        train(None, shift=8)
+        train(None, random_crop=8)
     with pytest.raises(zskt.ZsktError, match="as BatchNorm compares them, found 1; give more"):
         train(None, images=1)
     with pytest.raises(zskt.UsageError, match="epochs = 0"):
         updates_in(0, 10, 16)
-    with pytest.raises(zskt.ZsktError, match="the loss is nan at update 5: it diverged; lower --learning-rate"):
+    with pytest.raises(
+        zskt.ZsktError, match="the loss of the teacher is nan at step 5: the run has diverged; lower --learning-rate"
+    ):
         train(tmp_path / "b", updates=100, learning_rate=1e30, schedule="step")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.toml").touch()
@@ -297,5 +307,5 @@ def test_an_objective_of_another_network_is_noticed() -> None:
     like = zskt.Classifier(module, input_size=(1, 8, 8), mean=[0.2], std=[0.3])
     data = stripes(20)
     with pytest.raises(zskt.ZsktError, match="make it of the one that is trained"):
-        training.fit("student", module, like, data, data, Training(2, shift=0), cross_entropy(other), facts={})
+        training.fit("student", module, like, data, data, Training(2, random_crop=0), cross_entropy(other), metadata={})
     assert all(p.grad is None for p in other.parameters())

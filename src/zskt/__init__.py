@@ -9,36 +9,46 @@ from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.transitions import Comparison, compare
 from zskt.export.export import Exported, export
 from zskt.method import losses
+from zskt.method.config import Config
 from zskt.method.generator import Generator
-from zskt.method.matching import BeliefMatching, Beliefs, Latent, StepLosses, Updates
-from zskt.method.replay import Bank, Fresh, Same
+from zskt.method.matching import BeliefMatching, Latent
+from zskt.method.protocol import Method
+from zskt.method.replay import Fresh, ReplayBuffer, Same
+from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_student, save_teacher
 from zskt.networks.loading import load_teacher
+from zskt.networks.observe import Observer
 from zskt.networks.students import make_student
-from zskt.run.distill import DistillResult, Event, distill
+from zskt.run.distill import DistillResult, distill
+from zskt.run.lifecycle import Event
 from zskt.run.report import write_report
 from zskt.runtime import __version__
 
 __all__ = [
-    "Bank",
+    "Batch",
     "BeliefMatching",
     "Beliefs",
     "Classifier",
     "Comparison",
+    "Config",
     "DistillResult",
     "Event",
     "Exported",
     "Fresh",
     "Generator",
     "Latent",
+    "Losses",
+    "Method",
+    "Observer",
+    "ReplayBuffer",
     "Same",
-    "StepLosses",
     "Updates",
     "UsageError",
     "ZsktError",
     "__version__",
+    "by_name",
     "compare",
     "distill",
     "export",

@@ -25,6 +25,10 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+TEMPORARY = ".*.tmp"
+"""Names of files that are not whole yet."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` only once it is complete: temporary file, fsync, rename.
@@ -36,7 +40,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise ZsktError(f"cannot write {path}: a folder or a device is there; choose another place with --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()

@@ -40,6 +40,14 @@ def stream(seed: int, purpose: str) -> int:
     return int(hashlib.sha256(f"{seed} {purpose}".encode()).hexdigest()[:7], 16)
 
 
+def restore_generator(rng: torch.Generator, state: torch.Tensor) -> None:
+    """Put a generator's state back; one of another kind of device, which has no use here, seeds it."""
+    try:
+        rng.set_state(state)
+    except RuntimeError:
+        rng.manual_seed(int(hashlib.sha256(state.numpy().tobytes()).hexdigest()[:7], 16))
+
+
 @contextlib.contextmanager
 def arithmetic() -> Iterator[None]:
     """How numbers are computed for a while, whatever the process does otherwise.
@@ -57,6 +65,18 @@ def arithmetic() -> Iterator[None]:
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
         torch.set_flush_denormal(already)
+
+
+@contextlib.contextmanager
+def threads(count: int | str) -> Iterator[None]:
+    """So many threads of torch for a while; `auto`: as it is."""
+    before = torch.get_num_threads()
+    if isinstance(count, int):
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def synchronise(device: torch.device) -> None:

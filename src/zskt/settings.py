@@ -9,7 +9,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import tomli_w
@@ -46,13 +46,20 @@ def replace(settings: T, changes: Mapping[str, Any]) -> T:
     valid = flat(settings)
     for name, value in changes.items():
         if name not in valid:
-            raise unknown("setting", name, valid)
+            raise unknown_setting(type(settings), name, valid)
         *sections, last = name.split(".")
         branch = tree
         for section in sections:
             branch = branch[section]
         branch[last] = value
     return build(type(settings), tree)
+
+
+def unknown_setting(kind: type, name: str, valid: Iterable[str]) -> UsageError:
+    """The error for a name that `kind` does not have, or has no longer (`kind.RENAMED`)."""
+    if new := getattr(kind, "RENAMED", {}).get(name):
+        return UsageError(f"setting {name} is called {new} now")
+    return unknown("setting", name, valid)
 
 
 def from_text(assignment: str, option: str = "--set") -> tuple[str, Any]:
@@ -82,6 +89,22 @@ def from_toml(kind: type[T], text: str, where: str) -> T:
         raise UsageError(f"{where}: {error}") from error
 
 
+def changes_of(text: str, where: str) -> dict[str, Any]:
+    """The values of a TOML text by dotted name; `where` names the text in errors."""
+    try:
+        tree = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not valid TOML: {error}") from error
+
+    def leaves(branch: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in branch.items():
+            found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return found
+
+    return leaves(tree, "")
+
+
 def to_toml(settings: Any) -> str:
     """All settings as TOML, every value spelled out."""
     return tomli_w.dumps(dataclasses.asdict(settings))
@@ -94,7 +117,7 @@ def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     for name, value in values.items():
         full = prefix + name
         if name not in hints:
-            raise unknown("setting", full, [prefix + hint for hint in hints])
+            raise unknown_setting(kind, full, [prefix + hint for hint in hints])
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise UsageError(

@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from zskt.bench.reference import released_loop
 from zskt.bench.roofline import explain
 from zskt.errors import UsageError, ZsktError, unknown
+from zskt.method.build import arrange, belief_matching
 from zskt.method.config import Config
 from zskt.method.generator import Generator
 from zskt.method.matching import BeliefMatching
-from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.method.recipe import load_recipe
 from zskt.networks import models
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
@@ -61,12 +62,12 @@ PAIRS = {
 
 def engine(pair: Pair, precision: Precision, device: torch.device) -> BeliefMatching:
     """A fresh teacher, student and generator with random weights, and the engine's step for them."""
-    config = replace(_config(pair), {"precision": precision})
+    config = replace(_config(pair), {"machine.precision": precision})
     with seeded(0):
-        teacher, student, rng = _networks(pair, device)
+        teacher, student, _ = _networks(pair, device)
         arrange(teacher, config)
         arrange(student, config)
-        return assemble(config, teacher, student, rng, torch.Generator(device))
+        return belief_matching(teacher, student, config)
 
 
 def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:

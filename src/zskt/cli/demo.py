@@ -7,19 +7,19 @@ from typing import Any
 from zskt.cli.progress import distilling, notice, teaching
 from zskt.data.images import KNOWN, digits
 from zskt.files import fresh_folder
-from zskt.method.recipe import AUTO, load_recipe
+from zskt.method.recipe import AUTO, load_recipe, plan
 from zskt.networks import models
 from zskt.networks.classifier import count_parameters
 from zskt.networks.folder import load_network
 from zskt.paper.baselines import teach
 from zskt.paper.training import Training, updates_in
 from zskt.run.checkpoint import Interrupted
-from zskt.run.distill import distill, plan
+from zskt.run.distill import distill
 from zskt.run.report import write_report
 from zskt.runtime import seeded
 
 TEACHER, STUDENT = "convnet-32", "convnet-8"
-EPOCHS, BATCH, SHIFT = 60, 64, 0
+EPOCHS, BATCH = 60, 64
 STEPS = 600
 
 
@@ -52,7 +52,7 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
             teacher_module,
             (train.images, train.labels),
             (test.images, test.labels),
-            Training(updates, batch_size=BATCH, shift=SHIFT, seed=seed),
+            Training(updates, batch_size=BATCH, random_crop=0, seed=seed),
             mean=known.mean,
             std=known.std,
             class_names=known.class_names,
@@ -62,15 +62,14 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
     del train, teacher_module  # from here on there is no training data; the test images only measure
     notice("the training data is dropped; distilling into a student that never sees an image of a digit")
     teacher = load_network(folder / "teacher")
-    config, reason = plan(teacher, student, recipe, {"steps": STEPS, "seed": seed})
-    notice(f"recipe {config.recipe} ({reason}), generator width {config.generator.width}")
+    planned = plan(teacher, student, recipe, {"steps": STEPS, "seed": seed})
+    config = planned.config
+    notice(f"recipe {config.recipe} ({planned.reason}), generator width {config.generator.width}")
     with distilling() as progress:
         result = distill(
             teacher,
             student,
-            recipe,
-            steps=STEPS,
-            seed=seed,
+            planned,
             out=folder / "run",
             evaluate=(test.images, test.labels),
             callbacks=[progress],

@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import tyro
 from rich.table import Table
 
@@ -21,6 +22,7 @@ from zskt.bench import step_time as bench
 from zskt.bench.roofline import PHASES
 from zskt.cli import demo
 from zskt.cli.export import run_export
+from zskt.cli.options import Assignments, File, Text, Time, options, typed
 from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, distilling, notice
 from zskt.cli.teachers import (
@@ -29,6 +31,7 @@ from zskt.cli.teachers import (
     Network,
     Options,
     Result,
+    open_method,
     open_network,
     open_networks,
     run_import,
@@ -39,22 +42,27 @@ from zskt.cli.teachers import (
 from zskt.errors import UsageError, ZsktError, cannot, first_line, short
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import check_networks, renormalised
-from zskt.method.recipe import AUTO, load_recipe, recipe_texts
+from zskt.files import read_text
+from zskt.method.config import Config
+from zskt.method.generator import SAMPLES
+from zskt.method.recipe import AUTO, load_recipe, plan, recipe_texts
 from zskt.method.stage_pairs import describe_pairs, stage_pairs
 from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
+from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
 from zskt.run.checkpoint import Interrupted
-from zskt.run.distill import distill, plan, sample
+from zskt.run.distill import distill
+from zskt.run.finished import sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.runtime import pick_device
-from zskt.settings import flat, from_text, to_toml
+from zskt.settings import changes_of, flat, from_text, to_toml
 
 # The subcommands. Their docstrings are the help texts.
 
 
-def run_demo(*, recipe: str = AUTO, seed: int = 0, out: Path | None = None) -> Result:
+def run_demo(*, recipe: str = AUTO, seed: int = 0, out: File = None) -> Result:
     """The whole story in a minute: train a teacher on handwritten digits, forget the data, distil, measure.
 
     Example: zskt demo --recipe zskt-prior --seed 1
@@ -69,23 +77,30 @@ def run_demo(*, recipe: str = AUTO, seed: int = 0, out: Path | None = None) -> R
     return result | {"seconds": round(time.monotonic() - started, 1)}
 
 
+SHORTCUTS = {"device": "machine.device", "threads": "machine.threads", "precision": "machine.precision"}
+if TYPE_CHECKING:
+    Overrides = Any
+else:
+    Overrides = options(Config, "as the recipe says", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
+    """Every setting of a run as an option, for tyro."""
+AS_THE_RECIPE_SAYS = Overrides()
+
+
 def run_distill(
     teacher: tyro.conf.Positional[Network],
     /,
     *,
     student: str,
-    student_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = (),
+    student_args: Assignments = (),
     out: Path,
-    recipe: str = AUTO,
-    steps: int | None = None,
-    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE...")] = (),
-    evaluate: Annotated[tuple[str, ...], tyro.conf.arg(name="eval", metavar="DATA...")] = (),
-    seed: int = 0,
-    batch_size: int | None = None,
-    device: str = "auto",
-    precision: Literal["fp32", "bf16", "auto"] | None = None,
-    stop_after: str | None = None,
+    recipe: Text = None,
+    config: File = None,
+    method: Text = None,
+    evaluate: Annotated[Data, tyro.conf.arg(name="eval")] = (),
+    stop_after: Time = None,
     resume: bool = False,
+    settings: Annotated[Assignments, tyro.conf.arg(name="set")] = (),
+    overrides: Annotated[Overrides, tyro.conf.arg(name="")] = AS_THE_RECIPE_SAYS,
     foreign: Options = FOREIGN,
 ) -> Result:
     """Distil a teacher into a smaller student without any data: the main job.
@@ -100,56 +115,53 @@ def run_distill(
             package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
         student_args: arguments of the student's factory, as in depth=20 classes=37.
         out: folder of the run: log, checkpoints, sample images, student, report.
-        recipe: a name from `zskt recipes`, or auto.
-        steps: outer iterations, each of one or more generator updates and several student updates.
-        settings: values of the recipe to change, by the names that `zskt recipes NAME` prints.
+        recipe: a name from `zskt recipes`, or auto, the default.
+        config: a TOML file of settings, such as the config.toml of another run, which go before the recipe's.
+        method: file.py:function or package.module:function that builds an own method; runs that code, with --trust.
         evaluate: labelled test images, to measure on and never to train on.
-        seed: of the student, the generator and the latents.
-        batch_size: pseudo images per batch.
-        device: auto, cpu, cuda or cuda:N.
-        precision: fp32; bf16, faster on hardware that has it; auto takes bf16 where it was seen to lose nothing.
         stop_after: leave early, after a time (90s, 9m, 2h) or a number of steps, to go on with --resume.
         resume: go on with the run in --out, exactly where its last checkpoint is.
+        settings: short for the options below, by the names that `zskt recipes NAME` prints.
+        overrides: settings.
     """
     network = open_network(teacher, foreign).teacher
-    changes = dict(map(from_text, settings))
-    for name in ("seed", "steps", "batch_size", "device", "precision", "recipe"):
-        if name in changes:
-            raise UsageError(f"--set {name}: there is an option for it, use --{name.replace('_', '-')}")
-    given = {"steps": steps, "seed": seed, "batch_size": batch_size, "device": device, "precision": precision}
-    changes = {name: value for name, value in given.items() if value is not None} | changes
+    make = None if method is None else open_method(method, foreign.trust)
+    base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS))
     if is_factory(student):
         notice(f"{student} runs the code of that file or package")
+    seed = changes.get("seed", 0)
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
-    config, reason = plan(network, module, recipe, changes)
-    notice(f"recipe {config.recipe} ({reason}), {config.steps:,} steps, generator width {config.generator.width}")
-    if pairs := config.student.loss.stages:
+    planned = plan(network, module, base, changes, make)
+    chosen = planned.config
+    notice(
+        f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps, generator width {chosen.generator.width}"
+    )
+    if pairs := chosen.student.loss.stages:
         notice(f"attention compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
     with distilling() as callback:
         result = distill(
             network,
             module,
-            recipe,
-            settings=changes,
+            planned,
             out=out,
             evaluate=images,
             callbacks=[callback],
             stop_after=stop_after,
             resume=resume,
         )
-    for light in result.warnings:
-        notice(f"warning: {light}")
+    for line in result.warnings:
+        notice(f"warning: {line}")
     if result.finished:
         write_report([out], out / "report.html")
         notice(f"look at {out / 'report.html'}")
     else:
-        notice(f"stopped at step {result.step:,} of {config.steps:,}; continue with --resume")
+        notice(f"stopped at step {result.step:,} of {chosen.steps:,}; continue with --resume")
     return {
         "finished": result.finished,
         "step": result.step,
-        "recipe": config.recipe,
+        "recipe": chosen.recipe,
         "student": str(out),
         "student_parameters": count_parameters(module),
         "teacher_parameters": count_parameters(network.module),
@@ -158,12 +170,34 @@ def run_distill(
     }
 
 
+def read_settings(
+    recipe: str | None, config: Path | None, assignments: Sequence[str], given: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The recipe, and what is changed of it: by a TOML file first, then by options and `--set`."""
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, value = from_text(assignment)
+        if name in ("recipe", "method", "format"):
+            raise UsageError(f"--set {name}: use --{'recipe' if name == 'format' else name}")
+        if name in given or name in changes:
+            raise UsageError(f"{name} is given twice; keep one")
+        changes[name] = value
+    if config is None:
+        return recipe or AUTO, given | changes
+    file = changes_of(read_text(config), str(config))
+    base = file.pop("recipe", AUTO)
+    method = file.pop("method", "belief_matching")
+    file.pop("format", None)
+    own = method != "belief_matching"
+    return recipe or (AUTO if own else str(base)), file | given | changes
+
+
 def run_evaluate(
     model: tyro.conf.Positional[Network],
     /,
     *,
     data: Data,
-    teacher: str | None = None,
+    teacher: Text = None,
     device: str = "auto",
     foreign: Options = FOREIGN,
 ) -> Result:
@@ -191,7 +225,8 @@ def run_sample(
     /,
     *,
     out: Path,
-    teacher: str | None = None,
+    teacher: Text = None,
+    method: Text = None,
     seed: int = 0,
     foreign: Options = FOREIGN,
 ) -> Result:
@@ -202,20 +237,24 @@ def run_sample(
     Args:
         run: a run folder.
         out: the PNG to write.
-        teacher: also say what this network, spelled as in zskt distill, takes them for.
+        teacher: also say what this network, specified as in zskt distill, takes them for.
+        method: of a run with an own method, as in zskt distill; needs --teacher and --trust.
         seed: of the latents.
     """
-    x, student = sample(run, seed)
-    beliefs = {"S": student(x)}  # (64, K)
-    if teacher is not None:
-        network = open_network(teacher, foreign).teacher
+    student = load_student(run, trust=foreign.trust)
+    network = None if teacher is None else open_network(teacher, foreign).teacher
+    make = None if method is None else open_method(method, foreign.trust)
+    x = sampler(run, student, method=make, teacher=network)(SAMPLES, seed)  # (64, C, H, W)
+    with torch.no_grad():
+        beliefs = {"S": student(x)}  # (64, K)
+    if network is not None:
         check_networks(student, network)
         beliefs = {"T": network(renormalised(x, student, network))} | beliefs
     save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
     return {"images": len(x), "out": str(out)}
 
 
-def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> Result:
+def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = None) -> Result:
     """Write one HTML page about a run, or about several with mean and standard deviation.
 
     Example: zskt report runs/seed-0 runs/seed-1 runs/seed-2 --out report.html

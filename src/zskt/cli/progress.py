@@ -8,8 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from zskt.errors import to_stderr
-from zskt.paper.training import TrainingEvent
-from zskt.run.distill import Event
+from zskt.run.lifecycle import Event
 
 notice = to_stderr
 
@@ -61,16 +60,19 @@ def bar(phase: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
 
 @contextlib.contextmanager
 def distilling() -> Iterator[Callable[[Event], None]]:
-    """A callback for `distill`: pseudo batch k/N, rate, time left, losses, teacher confidence, class spread."""
-    with bar("distilling", "pseudo batches") as show:
+    """A callback for `distill`: step k/N, rate, time left, losses, the teacher's confidence, class entropy."""
+    with bar("distilling", "steps") as show:
         shown: dict[str, str] = {}
 
         def callback(event: Event) -> None:
             line = event.line or {}
-            if "student_loss" in line:
-                shown["losses"] = f"loss S {line['student_loss'][-1]:.4f} G {line['generator_loss'][-1]:.4f}"
-                shown["teacher"] = f"teacher sure {line['teacher_confidence']:.2f}"
-                shown["classes"] = f"class spread {line['class_spread']:.2f}"
+            losses = {key.removesuffix("_loss"): value for key, value in line.items() if key.endswith("_loss")}
+            if losses:
+                last = {name: value[-1] if isinstance(value, list) else value for name, value in losses.items()}
+                shown["losses"] = "loss " + " ".join(f"{name} {value:.4f}" for name, value in last.items())
+            if "teacher_confidence" in line:
+                shown["teacher"] = f"teacher confidence {line['teacher_confidence']:.2f}"
+                shown["classes"] = f"class entropy {line['class_spread']:.2f}"
             if "accuracy" in line:
                 shown["accuracy"] = f"test {100 * line['accuracy']:.2f} %"
             show(event.step, event.steps, "  ".join(shown.values()))
@@ -79,12 +81,12 @@ def distilling() -> Iterator[Callable[[Event], None]]:
 
 
 @contextlib.contextmanager
-def teaching(phase: str = "teaching") -> Iterator[Callable[[TrainingEvent], None]]:
+def teaching(phase: str = "teaching") -> Iterator[Callable[[Event], None]]:
     """A callback for `teach` and `train_student`: update k/N, rate, time left, accuracy."""
     with bar(phase, "updates") as show:
 
-        def callback(event: TrainingEvent) -> None:
-            beside = "" if event.accuracy is None else f"test {100 * event.accuracy:.2f} %"
-            show(event.update, event.updates, beside)
+        def callback(event: Event) -> None:
+            accuracy = (event.line or {}).get("accuracy")
+            show(event.step, event.steps, "" if accuracy is None else f"test {100 * accuracy:.2f} %")
 
         yield callback

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -13,14 +13,16 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from zskt.cli.options import Assignments, File, ImageSize, Reals, Text, Time, Words, options, typed
 from zskt.cli.progress import bar, console, notice, teaching
 from zskt.data.images import KNOWN, Dataset, read
 from zskt.errors import UsageError, ZsktError, printable
 from zskt.evaluate.measures import measure, noise_classes
-from zskt.method.recipe import AUTO, choose
+from zskt.method.protocol import Make
+from zskt.method.recipe import AUTO, choose, plan
 from zskt.networks import models
 from zskt.networks.classifier import Classifier, count_parameters
-from zskt.networks.factories import parse_arguments
+from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
 from zskt.networks.loading import Loaded, is_own_folder, load
 from zskt.networks.models import Size
@@ -28,12 +30,12 @@ from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, for
 from zskt.networks.students import describe_student, make_student
 from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
 from zskt.paper.baselines import teach
-from zskt.paper.training import Precision, Schedule, Training, updates_in
-from zskt.run.distill import plan
+from zskt.paper.experiments import normalisation
+from zskt.paper.training import Training, updates_in
 from zskt.runtime import seeded
 
 Result = dict[str, Any]
-Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]
+Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...", help_behavior_hint="")]
 
 Network = Annotated[str, tyro.conf.arg(metavar="NETWORK")]
 
@@ -46,16 +48,16 @@ class Foreign:
     """How to read a network that is no folder of zskt's, as in: zskt inspect my.py:make --teacher-weights net.pt
     --teacher-args depth=20 --input-size 3 32 32 --mean .5 .5 .5 --std .2 .2 .2"""
 
-    teacher_weights: Path | None = None
+    teacher_weights: File = None
     """checkpoint for a factory, timm:NAME or torchvision:NAME; nothing in it is executed."""
-    teacher_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = ()
+    teacher_args: Assignments = ()
     """arguments of the factory, as in depth=20 classes=37."""
-    input_size: Size | None = None
+    input_size: ImageSize = None
     """channels, height and width, as in 3 32 32, where nothing beside the weights says them."""
-    mean: tuple[float, ...] = ()
-    """per channel, of pixels in [0, 1] or 0..255, as in .4914 .4822 .4465; likewise."""
-    std: tuple[float, ...] = ()
-    """likewise, as in .2023 .1994 .2010."""
+    mean: Reals = ()
+    """per channel, of pixels in [0, 1] or 0..255, as in .4914 .4822 .4465, where nothing beside the weights says it."""
+    std: Reals = ()
+    """standard deviation per channel, on the same scale as the mean, as in .2023 .1994 .2010."""
     trust: bool = False
     """load TorchScript, .pt2 files and folders that can run code, because you know who made them."""
 
@@ -123,26 +125,41 @@ def test_images(sources: Sequence[str], network: Classifier) -> tuple[Tensor, Te
     return test.images, test.labels
 
 
+def open_method(spec: str, trust: bool) -> Make:
+    """The function that builds an own method."""
+    if not trust:
+        raise UsageError(f"--method {spec} runs that code: give --trust as well if you trust it")
+    return find_function(spec)
+
+
+if TYPE_CHECKING:
+    TrainingOptions = Any
+else:
+    TrainingOptions = options(
+        Training,
+        "",
+        leave_out={"updates"},
+        notes={
+            **{name: f"default: {value}" for name, value in vars(Training(updates=1)).items()},
+            "random_crop": "by default an eighth of the image",
+            "horizontal_flip": "by default where a known data set allows it",
+        },
+    )
+AS_DEFAULT = TrainingOptions()
+
+
 def run_teach(
     *,
     model: str,
     data: Data,
     out: Path,
-    input_size: Size | None = None,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    input_size: ImageSize = None,
+    mean: Reals = (),
+    std: Reals = (),
     epochs: int = 60,
-    batch_size: int = 128,
-    learning_rate: float = 0.1,
-    schedule: Schedule = "one_cycle",
-    weight_decay: float = 5e-4,
-    shift: int | None = None,
-    mirrored: bool | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    precision: Precision = "fp32",
-    stop_after: str | None = None,
+    stop_after: Time = None,
     resume: bool = False,
+    given: Annotated[TrainingOptions, tyro.conf.arg(name="")] = AS_DEFAULT,
 ) -> Result:
     """Train a teacher on labelled images and write it, with its normalisation and accuracy, to a folder.
 
@@ -154,19 +171,11 @@ def run_teach(
         out: folder of the teacher.
         input_size: channels, height and width; by default the images' own.
         mean: per channel, of pixels in [0, 1]; by default the known data set's, else the training images'.
-        std: likewise.
+        std: standard deviation per channel, on the same scale as the mean.
         epochs: passes over the training images.
-        batch_size: images per update.
-        learning_rate: the highest one.
-        schedule: one_cycle rises for a fifth of the time, then falls to 0; step divides by 5 at 30, 60 and 80 %.
-        weight_decay: L2 penalty on weights.
-        shift: largest random shift in pixels, each way; by default an eighth of the image.
-        mirrored: whether to mirror images at random; by default only where a known data set allows it.
-        seed: of initialisation, order and augmentation.
-        device: auto, cpu, cuda or cuda:N.
-        precision: bf16 is faster on hardware that has it.
         stop_after: leave after a time (90s, 9m, 2h) or so many updates, to be resumed.
         resume: go on with an unfinished training in --out.
+        given: how to train.
     """
     train = read_images(data, "train", input_size)
     size = train.images.shape[1], train.images.shape[2], train.images.shape[3]
@@ -176,32 +185,20 @@ def run_teach(
             f"expected equal classes in train and test, found {len(train.class_names)} and {len(test.class_names)}, "
             "or other names; correct the folders"
         )
-    known = KNOWN.get(train.name)
     if bool(mean) != bool(std):
         raise UsageError("--mean and --std go together: give both or neither")
     if mean:
-        mean, std, lines = unit_normalisation(mean, std)
+        unit_mean, unit_std, lines = unit_normalisation(mean, std)
         for line in lines:
             notice(line)
-    elif known is not None and size == known.size:
-        mean, std = known.mean, known.std
     else:
-        pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255
-        mean, std = (tuple(round(v, 4) for v in m(dim=(0, 2, 3)).tolist()) for m in (pixels.mean, pixels.std))
-        notice(f"normalisation from the training images: mean {mean}, std {std}")
-    training = Training(
-        updates=updates_in(epochs, len(train.images), batch_size),
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        shift=min(size[1:]) // 8 if shift is None else shift,
-        mirrored=bool(known and known.mirrored) if mirrored is None else mirrored,
-        seed=seed,
-        device=device,
-        precision=precision,
-    )
-    with seeded(seed):
+        unit_mean, unit_std = normalisation(train)
+        notice(f"normalisation: mean {list(unit_mean)}, std {list(unit_std)}")
+    known = KNOWN.get(train.name)
+    chosen = {"random_crop": min(size[1:]) // 8, "horizontal_flip": known is not None and known.mirrored} | typed(given)
+    updates = updates_in(epochs, len(train.images), chosen.get("batch_size", Training.batch_size))
+    training = Training(updates=updates, **chosen)
+    with seeded(training.seed):
         module = models.build(model, len(train.class_names), size)
     with teaching() as callback:
         result = teach(
@@ -209,14 +206,16 @@ def run_teach(
             (train.images, train.labels),
             (test.images, test.labels),
             training,
-            mean=mean,
-            std=std,
+            mean=unit_mean,
+            std=unit_std,
             class_names=train.class_names,
             out=out,
             resume=resume,
             stop_after=stop_after,
             callbacks=[callback],
         )
+    for line in result.warnings:
+        notice(f"warning: {line}")
     return {"finished": result.finished, "update": result.update, **result.measured, "teacher": str(out)}
 
 
@@ -225,12 +224,12 @@ def run_import(
     /,
     *,
     model: str,
-    input_size: Size,
+    input_size: Annotated[Size, tyro.conf.arg(metavar="C H W")],
     num_classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")],
+    std: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")],
     out: Path,
-    rename: tuple[str, ...] = (),
+    rename: Words = (),
     data: Data = (),
 ) -> Result:
     """Turn somebody else's checkpoint into a teacher folder. Nothing in the file is executed.
@@ -244,7 +243,7 @@ def run_import(
         input_size: channels, height and width.
         num_classes: classes of the network.
         mean: per channel, of pixels in [0, 1]; numbers above 1 are read as 0..255.
-        std: likewise.
+        std: standard deviation per channel, on the same scale as the mean.
         out: folder of the teacher.
         rename: FOREIGN=OURS name components, where no single renaming fits; FOREIGN= drops, FOREIGN=- leaves out.
         data: labelled test images to verify the result with.
@@ -267,8 +266,8 @@ def run_inspect(
     teacher: tyro.conf.Positional[Network],
     /,
     *,
-    student: str | None = None,
-    student_args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...")] = (),
+    student: Text = None,
+    student_args: Assignments = (),
     foreign: Options = FOREIGN,
 ) -> Result:
     """Show what was found in a network, and what distilling it would do.
@@ -278,7 +277,7 @@ def run_inspect(
     Args:
         teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
-        student: also say what distilling into this network, spelled as in zskt distill, would do.
+        student: also say what distilling into this network, specified as in zskt distill, would do.
         student_args: arguments of the student's factory.
     """
     loaded = open_network(teacher, foreign)
@@ -313,9 +312,10 @@ def run_inspect(
     if student is not None:
         module = make_student(student, network, parse_arguments(student_args, "--student-args"))
         notice(f"student {describe_student(module, network)}")
-        config, reason = plan(network, module)
+        planned = plan(network, module)
+        config = planned.config
         result |= {
-            "reason": reason,
+            "reason": planned.reason,
             "student_parameters": count_parameters(module),
             "student_flops": forward_flops(module, network.input_size),
             "student_fraction": round(count_parameters(module) / max(1, count_parameters(network.module)), 4),

@@ -23,13 +23,13 @@ from zskt.evaluate.measures import agreement
 from zskt.export.formats import Input, feed, need, open_onnx, quantise, quiet, write_onnx, write_pt2
 from zskt.export.hub import write_hub
 from zskt.files import appearing, read_json
-from zskt.method.generator import Generator, pseudo_images
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import load_network, load_student
 from zskt.networks.observe import evaluating
 from zskt.networks.rebuild import describe_module
-from zskt.run.distill import DistillResult, load_generator
+from zskt.run.distill import DistillResult
+from zskt.run.finished import Sample, sampler
 
 Format = Literal["onnx", "pt2", "hub"]
 IMAGES = 256
@@ -112,7 +112,7 @@ def export(
     _check_request(form, fed, int8, tolerance, least_agreement)
     origin = read_source(source, module, trust)
     other = teacher if isinstance(teacher, Classifier | None) else load_network(teacher, trust=trust)
-    if int8 and origin.generator is None:
+    if int8 and origin.sample is None:
         raise ZsktError(
             "int8 is calibrated on pseudo images, and this network comes without a generator; export a run folder"
         )
@@ -171,20 +171,20 @@ def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agre
 
 @dataclass(frozen=True)
 class Source:
-    """A network, what is known of its making, and the generator of its run, if there is one."""
+    """A network, what is known of its making, and what draws its run's pseudo images, if there is a run."""
 
     network: Classifier
     facts: Mapping[str, Any]
-    generator: Generator | None
+    sample: Sample | None
 
     @property
     def images_from(self) -> str:
-        return "the run's generator" if self.generator is not None else "seeded noise in [0, 1]"
+        return "the run's pseudo images" if self.sample is not None else "seeded noise in [0, 1]"
 
     def pseudo_images(self, seeds: Sequence[int]) -> Tensor:
-        """64 images for each seed (64 seeds, C, H, W), normalised, on the CPU; noise where there is no generator."""
-        if self.generator is not None:
-            return torch.cat([pseudo_images(self.generator, self.generator.latent, seed).cpu() for seed in seeds])
+        """64 images for each seed (64 seeds, C, H, W), normalised, on the CPU; noise where there is no run."""
+        if self.sample is not None:
+            return torch.cat([self.sample(64, seed).cpu() for seed in seeds])
         noises = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.cat([torch.rand(64, *self.network.input_size, generator=rng) for rng in noises])
         return self.network.normalise(noise).cpu()
@@ -199,19 +199,7 @@ def read_source(
     if isinstance(source, DistillResult):
         if not source.finished:
             raise ZsktError(f"expected a finished run, found one at step {source.step:,}; resume it first")
-        teacher = source.teacher
-        facts = {
-            "recipe": source.config.recipe,
-            "steps": source.config.steps,
-            "seed": source.config.seed,
-            "reason": source.reason,
-            "teacher_fingerprint": teacher.fingerprint(),
-            "teacher_model": describe_module(teacher.module, teacher.num_classes, teacher.input_size).get("spec"),
-            "teacher_parameters": count_parameters(teacher.module),
-            "measured": source.measured,
-            "warnings": source.warnings,
-        }
-        return Source(source.network, facts, source.generator)
+        return Source(source.network, source.metadata(), source.method.sample)
     if isinstance(source, Classifier):
         return Source(source, {}, None)
     if not isinstance(source, str | Path):
@@ -226,8 +214,8 @@ def from_folder(folder: Path, network: Classifier) -> Source:
     """A network that was loaded from a run, teacher or hub folder, with what else is there."""
     paths = [folder / f"{name}.json" for name in ("student", "teacher", "config")]
     facts: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
-    has_generator = (folder / "generator.safetensors").exists()
-    return Source(network, facts, load_generator(folder, network) if has_generator else None)
+    is_run = (folder / "config.toml").exists() and (folder / "student.json").exists()
+    return Source(network, facts, sampler(folder, network) if is_run else None)
 
 
 # Reading back, comparing, timing.

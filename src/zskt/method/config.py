@@ -5,11 +5,15 @@ The defaults are the released ZSKT code's for CIFAR-10, WRN-40-2 -> WRN-16-1 (po
 is an error, and so is one that nothing would read.
 """
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
-from zskt.errors import UsageError
-from zskt.settings import check_bounds, flat
+from zskt.errors import UsageError, ZsktError
+from zskt.files import read_text
+from zskt.method.schedule import Schedule
+from zskt.settings import check_bounds, flat, from_toml
 
 
 @dataclass(frozen=True)
@@ -92,69 +96,74 @@ class Student:
     """L2 penalty added to the gradient [code: none]"""
     clip: float = 5.0
     """largest gradient norm, 0 = no clipping [code]"""
-    mode_in_search: Literal["train", "eval"] = "train"
+    mode_for_generator: Literal["train", "eval"] = "train"
     """BatchNorm mode during generator updates [code]"""
     loss: StudentLoss = field(default_factory=StudentLoss)
     """what it minimises"""
 
 
 @dataclass(frozen=True)
-class Memory:
+class Replay:
     """Which pseudo batches the student sees."""
 
-    kind: Literal["same", "fresh", "bank"] = "same"
-    """same = the searched batch every time [paper], fresh = a new one each time [ReScience 2020], bank = past ones"""
+    kind: Literal["same", "fresh", "buffer"] = "same"
+    """same = the newest batch every time [paper], fresh = a new one each time [ReScience 2020], buffer = past ones"""
     capacity: int = 0
-    """searched batches in the bank, 0 unless kind is bank"""
+    """batches in the buffer, 0 unless kind is buffer"""
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How both learning rates decay."""
+class Machine:
+    """How a run uses the machine. Nothing here changes what is computed beyond rounding, so a resume may change it."""
 
-    kind: Literal["cosine", "multistep", "constant"] = "cosine"
-    """cosine to 0 over the run [paper, code]; multistep: times `factor` at each milestone"""
-    milestones: tuple[float, ...] = ()
-    """as fractions of the run, for multistep"""
-    factor: float = 0.1
-    """of multistep"""
-    clock: Literal["step", "update"] = "step"
-    """whether the rate changes after every step [code] or after every update"""
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run of distillation, completely."""
-
-    recipe: str = "zskt"
-    """name of the recipe these values started from"""
-    steps: int = 80_000
-    """outer iterations N = pseudo batches in the paper's counting [paper: 80,000 for CIFAR-10, 50,000 for SVHN]"""
-    batch_size: int = 128
-    """pseudo images per batch [code]"""
-    seed: int = 0
-    """of latents, initialisation made here, dropout"""
     device: str = "auto"
     """a torch device; auto: cuda where there is one, else cpu"""
+    threads: int | Literal["auto"] = "auto"
+    """threads of torch on a CPU; auto: as torch has it"""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """fp32: the networks' own dtype; bf16: autocast, losses and weights in fp32; auto: bf16 where it is known to do"""
+    """fp32: the networks' own dtype; bf16: autocast, losses and weights in fp32; auto: bf16 where the CPU supports it
+    and the recipe was validated in it"""
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     """of weights and images; channels_last is faster"""
     fused: bool = True
     """fused optimisers: one kernel for all parameters"""
     cuda_graph: bool = False
     """repeat every step as one CUDA graph, instead of launching its kernels one by one; for device cuda"""
+
+    def __post_init__(self) -> None:
+        if self.cuda_graph and not self.fused:
+            raise UsageError("machine.cuda_graph needs machine.fused: other optimisers wait for the device")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of distillation, completely."""
+
+    format: int = 2
+    """of these settings, of the log and of checkpoints; 1 was zskt before its methods were separated"""
+    recipe: str = "zskt"
+    """name of the recipe these values started from"""
+    method: str = "belief_matching"
+    """what the run repeats: belief_matching, or where an own method's function is"""
+    steps: int = 80_000
+    """outer iterations N = pseudo batches in the paper's counting [paper: 80,000 for CIFAR-10, 50,000 for SVHN]"""
+    batch_size: int = 128
+    """pseudo images per batch [code]"""
+    seed: int = 0
+    """of latents, initialisation made here, dropout"""
     log_every: int | Literal["auto"] = "auto"
     """steps between lines of metrics.jsonl; auto: at most 1,000 lines"""
     evaluate_every: int | Literal["auto"] = "auto"
     """steps between evaluations and sample images; auto: 20 in a run"""
     checkpoint_every: int | Literal["auto"] = "auto"
     """steps between checkpoints; auto: 50 in a run"""
+    machine: Machine = field(default_factory=Machine)
+    """what it runs on"""
     generator: Generator = field(default_factory=Generator)
     """the adversary"""
     student: Student = field(default_factory=Student)
     """the learner"""
-    memory: Memory = field(default_factory=Memory)
+    replay: Replay = field(default_factory=Replay)
     """what the student sees"""
     schedule: Schedule = field(default_factory=Schedule)
     """learning rates over the run"""
@@ -166,21 +175,15 @@ class Config:
                 raise UsageError(f"{name} = {value!r}: expected a positive number")
             if name in _NOT_NEGATIVE and value < 0:
                 raise UsageError(f"{name} = {value!r}: expected 0 or a positive number")
-        if self.cuda_graph and not self.fused:
-            raise UsageError("cuda_graph = true needs fused = true: other optimisers wait for the device")
+        if self.format != FORMAT:
+            raise UsageError(f"format = {self.format}: expected {FORMAT}, as this version writes; {OTHER_FORMAT}")
         if self.batch_size < 2:
             raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
         student, schedule, loss = self.student, self.schedule, self.generator.loss
         if student.optimizer == "adam" and student.momentum:
             raise UsageError("student.momentum is for sgd, and student.optimizer is adam: drop one of them")
-        if (self.memory.kind == "bank") != (self.memory.capacity > 0):
-            raise UsageError("memory.capacity is for memory.kind = bank, and a bank needs one: set both or neither")
-        if (schedule.kind == "multistep") != bool(schedule.milestones):
-            raise UsageError(
-                "schedule.milestones are for schedule.kind = multistep, which needs them: set both or neither"
-            )
-        if list(schedule.milestones) != sorted(schedule.milestones) or not all(0 < m < 1 for m in schedule.milestones):
-            raise UsageError(f"schedule.milestones = {list(schedule.milestones)}: expected rising fractions of the run")
+        if (self.replay.kind == "buffer") != (self.replay.capacity > 0):
+            raise UsageError("replay.capacity is for replay.kind = buffer, which needs one: set both or neither")
         divergences = ("kl", "l1", "jensen_shannon")
         if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
             raise UsageError("student.loss has no term with a weight: set student.loss.kl")
@@ -194,9 +197,16 @@ class Config:
             "schedule.clock": (schedule.clock != "step" and schedule.kind == "constant", "another schedule.kind"),
             "schedule.factor": (schedule.factor != 0.1 and schedule.kind != "multistep", "schedule.kind = multistep"),
         }
-        for name, (nobody_reads_it, needed) in unread.items():
-            if nobody_reads_it:
+        for name, (is_unread, needed) in unread.items():
+            if is_unread:
                 raise UsageError(f"{name} is for {needed}, which is not set: drop one of them or set both")
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        **{name: f"machine.{name}" for name in ("device", "precision", "memory_format", "fused", "cuda_graph")},
+        **{f"memory.{name}": f"replay.{name}" for name in ("kind", "capacity")},
+        "student.mode_in_search": "student.mode_for_generator",
+    }
+    """names of format 1, and what they are called now"""
 
     def interval(self, what: Literal["log_every", "evaluate_every", "checkpoint_every"]) -> int:
         """The number of steps between two of these, with `auto` resolved."""
@@ -205,7 +215,11 @@ class Config:
         return -(-self.steps // times) if isinstance(value, str) else value
 
 
+FORMAT = 2
+OTHER_FORMAT = "finish or read that run with the version of zskt that wrote it, which student.json names"
+
 _POSITIVE = {
+    "machine.threads",
     "steps",
     "batch_size",
     "log_every",
@@ -226,5 +240,13 @@ _NOT_NEGATIVE = {
     "student.clip",
     "student.momentum",
     "student.weight_decay",
-    "memory.capacity",
+    "replay.capacity",
 }
+
+
+def read_config(path: Path) -> Config:
+    """The config.toml of a run; raises ZsktError for one of another format."""
+    text = read_text(path)
+    if not re.search(r"^format *=", text, re.MULTILINE):
+        raise ZsktError(f"{path} is of an earlier format than {FORMAT}; {OTHER_FORMAT}")
+    return from_toml(Config, text, str(path))

@@ -75,13 +75,13 @@ SAMPLES = 64
 """Pseudo images in a sample; the generator runs in train mode, so it needs a batch of this order."""
 
 
-def pseudo_images(generator: nn.Module, latent: int, seed: int = 0) -> Tensor:
-    """SAMPLES images (64, C, H, W) from latents fixed by `seed`, in the teacher's normalised space, leaving no trace.
+def pseudo_images(generator: nn.Module, latent: int, n: int = SAMPLES, seed: int = 0) -> Tensor:
+    """Images (n, C, H, W) from latents fixed by `seed`, in the teacher's normalised space, leaving no trace.
 
     The generator runs in train mode, as the student sees it; its buffers and all random numbers stay as they were.
     """
     like = next(generator.parameters())
-    z = torch.randn(SAMPLES, latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)  # (64, Z)
+    z = torch.randn(n, latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)  # (n, Z)
     before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
     training = generator.training
     generator.train()

@@ -1,27 +1,27 @@
-"""Recipes: a method or a published experiment as the differences from the defaults, and how one becomes objects."""
+"""Recipes, each a published experiment as differences from the defaults; and all that is chosen before a run begins."""
 
-import contextlib
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from zskt.errors import ZsktError, unknown
-from zskt.method import losses
-from zskt.method.config import Config, Schedule
-from zskt.method.generator import Generator, choose_width
-from zskt.method.matching import BeliefMatching, Beliefs, Term, Updates
-from zskt.method.replay import Bank, Fresh, Memory, Same
-from zskt.method.stage_pairs import stage_pairs
+from zskt.errors import UsageError, ZsktError, unknown
+from zskt.method.build import METHODS
+from zskt.method.config import Config
+from zskt.method.generator import choose_width
+from zskt.method.protocol import Make
+from zskt.method.stage_pairs import stage_pairs, stages_pair_up
 from zskt.networks.checks import check_pair
 from zskt.networks.classifier import Classifier
-from zskt.networks.observe import find_stages, forward_flops, memory_format
+from zskt.networks.observe import forward_flops, memory_format
 from zskt.runtime import pick_device
-from zskt.settings import from_toml
+from zskt.settings import from_toml, replace
 
 AUTO = "auto"
 BF16_COMPARED = ("zskt-prior", "zskt")
@@ -43,6 +43,78 @@ def load_recipe(name: str) -> Config:
     return from_toml(Config, texts[name], f"recipe {name}")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run with every choice made: nothing is decided, and no network tried, after it."""
+
+    config: Config
+    reason: str
+    """why this recipe"""
+    make: Make
+    """builds the method"""
+
+
+def plan(
+    teacher: Classifier,
+    student: nn.Module,
+    recipe: str | Config = AUTO,
+    settings: Mapping[str, Any] | None = None,
+    method: Make | None = None,
+) -> Plan:
+    """The complete config of a run, with every choice made, and why this recipe; the pair is checked.
+
+    `settings` changes values by dotted name. An own `method` reads of the config what it wants.
+    """
+    if not isinstance(teacher, Classifier):
+        raise UsageError(
+            f"expected a zskt.Classifier, found {type(teacher).__name__}: wrap it, as in zskt.Classifier(module, "
+            "input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
+        )
+    settings = dict(settings or {})
+    check_pair(teacher, student)
+    if method is not None:
+        config, reason = _own(method, recipe, settings), "an own method"
+    else:
+        config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
+        if config.method not in METHODS:
+            raise UsageError(
+                f"this run repeats a method of its own, {config.method}: give it, as in --method FILE:MAKE"
+            )
+        named = "student.loss.stages" in settings or "student.loss.attention" in settings
+        if recipe == AUTO and config.student.loss.attention and not named and not stages_pair_up(teacher, student):
+            config = replace(config, {"student.loss.attention": 0.0})
+            reason += "; without attention transfer, as the stages of teacher and student do not pair up"
+    config = settle_precision(replace(config, settings), teacher)
+    config, unable = settle_layout(config, teacher, student)
+    if unable:
+        problem = f"the {unable} cannot work in channels_last (a reshape by view, perhaps)"
+        if settings.get("machine.memory_format") == "channels_last":
+            raise ZsktError(f"{problem}; leave machine.memory_format out or set it to contiguous")
+        reason += f"; in contiguous memory, as {problem}"
+    if method is not None:
+        return Plan(config, reason, method)
+    config = settle_width(settle_stages(config, teacher, student), teacher, student)
+    return Plan(config, reason, METHODS[config.method])
+
+
+def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Config:
+    """The config that an own method starts from."""
+    if isinstance(recipe, Config):
+        return dataclasses.replace(recipe, method=describe_method(method))
+    if recipe != AUTO:
+        raise UsageError(f"recipe {recipe!r} names a method already: leave out the recipe or the method")
+    if "steps" not in settings:
+        raise UsageError("an own method does not say how long it takes: give steps")
+    return Config(recipe="own", method=describe_method(method))
+
+
+def describe_method(method: Make) -> str:
+    """An own method's file and function, so that a resumed run can tell whether it is the same."""
+    inner = getattr(method, "func", method)  # of a functools.partial
+    inner = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
+    return f"{Path(inspect.getfile(inner)).name}:{inner.__qualname__}"
+
+
 def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
     """The config of a recipe and why it was chosen; `auto` looks at the teacher."""
     if name != AUTO:
@@ -50,7 +122,7 @@ def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
     if teacher.has_batchnorm:
         return load_recipe("zskt-prior"), "auto: the teacher has BatchNorm, whose statistics hold the pseudo images"
     config = load_recipe("zskt-fresh")
-    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, width="auto"))
+    config = replace(config, {"generator.width": "auto"})
     return config, "auto: the teacher has no BatchNorm, so fresh pseudo batches are the best that is known"
 
 
@@ -61,17 +133,17 @@ def settle_width(config: Config, teacher: Classifier, student: nn.Module) -> Con
     size = teacher.input_size
     budget = forward_flops(teacher.module, size) + forward_flops(student, size)
     width = choose_width(config.generator.latent, size, budget)
-    return dataclasses.replace(config, generator=dataclasses.replace(config.generator, width=width))
+    return replace(config, {"generator.width": width})
 
 
 def settle_precision(config: Config, teacher: Classifier) -> Config:
     """The config with `auto` precision decided: bf16 on a CPU that computes in it, for recipes of BF16_COMPARED."""
-    if config.precision != "auto":
+    if config.machine.precision != "auto":
         return config
     like = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), torch.float32)
-    fast = pick_device(config.device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    fast = pick_device(config.machine.device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     known = config.recipe in BF16_COMPARED and like == torch.float32
-    return dataclasses.replace(config, precision="bf16" if fast and known else "fp32")
+    return replace(config, {"machine.precision": "bf16" if fast and known else "fp32"})
 
 
 def settle_stages(config: Config, teacher: Classifier, student: nn.Module) -> Config:
@@ -80,9 +152,7 @@ def settle_stages(config: Config, teacher: Classifier, student: nn.Module) -> Co
     if not loss.attention:
         return config
     pairs = tuple("=".join(pair) for pair in zip(*stage_pairs(teacher, student, loss.stages), strict=True))
-    return dataclasses.replace(
-        config, student=dataclasses.replace(config.student, loss=dataclasses.replace(loss, stages=pairs))
-    )
+    return replace(config, {"student.loss.stages": pairs})
 
 
 def settle_layout(config: Config, teacher: Classifier, student: nn.Module) -> tuple[Config, str]:
@@ -90,149 +160,11 @@ def settle_layout(config: Config, teacher: Classifier, student: nn.Module) -> tu
 
     Images pass from network to network, so that one which reshapes maps by `view` decides for all.
     """
-    if config.memory_format == "contiguous":
+    if config.machine.memory_format == "contiguous":
         return config, ""
     networks = {"teacher": teacher.module, "student": student}
     formats = {who: memory_format(module, teacher.input_size) for who, module in networks.items()}
     unable = [who for who, format in formats.items() if format == torch.contiguous_format]
     if not unable:
         return config, ""
-    return dataclasses.replace(config, memory_format="contiguous"), " and ".join(unable)
-
-
-def generator_terms(config: Config) -> dict[str, Term]:
-    """The generator's loss as weighted terms; a weight of 0 leaves the term out."""
-    w = config.generator.loss
-    terms: dict[str, tuple[float, Term]] = {
-        "kl": (w.kl, lambda b: losses.forward_kl(b.student.logits, b.teacher.logits, scale=w.kl_scale)),
-        "l1": (w.l1, lambda b: losses.l1_logits(b.student.logits, b.teacher.logits)),
-        "jensen_shannon": (w.jensen_shannon, lambda b: losses.jensen_shannon(b.student.logits, b.teacher.logits)),
-        "batchnorm": (w.batchnorm, lambda b: losses.batchnorm_prior(b.teacher.statistics)),
-        "one_hot": (w.one_hot, lambda b: losses.one_hot(b.teacher.logits, b.labels)),
-        "balance": (w.balance, lambda b: losses.class_balance(b.teacher.logits)),
-        "activation": (w.activation, lambda b: losses.activation(b.teacher.stages[-1])),
-        "total_variation": (w.total_variation, lambda b: losses.total_variation(b.images)),
-    }
-    return {name: _weighted(weight, term) for name, (weight, term) in terms.items() if weight}
-
-
-def student_terms(config: Config) -> dict[str, Term]:
-    """The student's loss as weighted terms; a weight of 0 leaves the term out."""
-    w = config.student.loss
-    kl = functools.partial(losses.forward_kl, temperature=w.temperature, scale=w.kl_scale)
-    terms: dict[str, tuple[float, Term]] = {
-        "kl": (w.kl, lambda b: kl(b.student.logits, b.teacher.logits)),
-        "l1": (w.l1, lambda b: losses.l1_logits(b.student.logits, b.teacher.logits)),
-        "jensen_shannon": (w.jensen_shannon, lambda b: losses.jensen_shannon(b.student.logits, b.teacher.logits)),
-        "attention": (w.attention, _attention),
-    }
-    return {name: _weighted(weight, term) for name, (weight, term) in terms.items() if weight}
-
-
-def _attention(beliefs: Beliefs) -> Tensor:
-    """Of the stages that are compared: the teacher's last one may be there beside them, for the activation prior."""
-    student, teacher = beliefs.student, beliefs.teacher
-    sizes = losses.common_sizes(student.stages, teacher.stages[: len(student.stages)])
-    return losses.attention_distance(losses.attention_maps(student, sizes), losses.attention_maps(teacher, sizes))
-
-
-def _weighted(weight: float, term: Term) -> Term:
-    def weighted(beliefs: Beliefs) -> Tensor:
-        return weight * term(beliefs)
-
-    return weighted
-
-
-def learning_rate(schedule: Schedule, initial: float, steps: int, updates: int) -> Callable[[int], float]:
-    """The rate at a player's t-th update, of `updates` per step in a run of `steps`."""
-    milestones = [max(1, math.floor(steps * fraction + 1e-9)) for fraction in schedule.milestones]
-
-    def rate(t: int) -> float:
-        step = t // updates if schedule.clock == "step" else t / updates
-        if schedule.kind == "cosine":
-            return initial * (1 + math.cos(math.pi * step / steps)) / 2
-        return initial * schedule.factor ** sum(step >= milestone for milestone in milestones)
-
-    return rate
-
-
-def arrange(module: nn.Module, config: Config) -> None:
-    """Lay a network's weights out, in place, as the config wants them; images follow the first convolution."""
-    formats = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-    module.to(memory_format=formats[config.memory_format])  # type: ignore[call-overload]
-
-
-def assemble(
-    config: Config, teacher: Classifier, student: nn.Module, rng: torch.Generator, bank_rng: torch.Generator
-) -> BeliefMatching:
-    """The step that `config` describes, for a teacher and a student on one device.
-
-    The generator is initialised from torch's global random numbers; on that device `rng` draws latents and `bank_rng`
-    from a bank. Raises ZsktError where teacher, student and config do not fit together.
-    """
-    check_pair(teacher, student)
-    side, learner = config.generator, config.student
-    if side.loss.batchnorm and not teacher.has_batchnorm:
-        raise ZsktError(
-            f"recipe {config.recipe} holds pseudo images to the teacher's BatchNorm statistics, and this teacher has "
-            "no BatchNorm; use --recipe zskt-fresh or --set generator.loss.batchnorm=0"
-        )
-    stages: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    if learner.loss.attention:
-        stages = stage_pairs(teacher, student, learner.loss.stages)
-    if side.loss.activation:
-        last = find_stages(teacher.module, teacher.input_size)[-1:]
-        if not last:
-            raise ZsktError("found no stage in the teacher to look at; use --set generator.loss.activation=0")
-        if stages[0][-1:] != last:  # not compared, or not last
-            stages = (stages[0] + last, stages[1])
-    like = next(p for p in student.parameters() if p.requires_grad)
-    assert isinstance(side.width, int), "settle_width first"
-    assert config.precision != "auto", "settle_precision first"
-    generator = Generator(side.latent, teacher.input_size, side.width).to(like.device, like.dtype)
-    arrange(generator, config)
-    memories: dict[str, Callable[[], Memory]] = {
-        "same": Same,
-        "fresh": Fresh,
-        "bank": lambda: Bank(config.memory.capacity, bank_rng),
-    }
-
-    generator_parameters = list(generator.parameters())
-    student_parameters = [p for p in student.parameters() if p.requires_grad]
-    student_optimizer: torch.optim.Optimizer
-    if learner.optimizer == "adam":
-        student_optimizer = torch.optim.Adam(student_parameters, weight_decay=learner.weight_decay, fused=config.fused)
-    else:
-        student_optimizer = torch.optim.SGD(
-            student_parameters, momentum=learner.momentum, weight_decay=learner.weight_decay, fused=config.fused
-        )
-    return BeliefMatching(
-        teacher,
-        student,
-        generator,
-        Updates(
-            side.updates,
-            torch.optim.Adam(generator_parameters, fused=config.fused),
-            generator_terms(config),
-            side.clip or None,
-            learning_rate(config.schedule, side.learning_rate, config.steps, side.updates),
-        ),
-        Updates(
-            learner.updates,
-            student_optimizer,
-            student_terms(config),
-            learner.clip or None,
-            learning_rate(config.schedule, learner.learning_rate, config.steps, learner.updates),
-        ),
-        latent=side.latent,
-        rng=rng,
-        batch_size=config.batch_size,
-        memory=memories[config.memory.kind](),
-        stages=stages,
-        statistics=bool(side.loss.batchnorm),
-        student_in_search=learner.mode_in_search,
-        generator_for_student=side.mode_for_student,
-        autocast=functools.partial(torch.autocast, like.device.type, torch.bfloat16)
-        if config.precision == "bf16"
-        else contextlib.nullcontext,
-    )
+    return replace(config, {"machine.memory_format": "contiguous"}), " and ".join(unable)

@@ -1,44 +1,35 @@
-"""Which pseudo batches the student sees after a search: the same one again, fresh ones, or a bank of past ones.
+"""Which pseudo batches the student sees after the generator's updates: the same one again, fresh ones, or past ones.
 
 N batch, K classes, C x H x W images.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from zskt.networks.observe import Observation
+from zskt.method.updates import Batch
+from zskt.runtime import restore_generator
 
-
-@dataclass(frozen=True)
-class PseudoBatch:
-    """Pseudo images (N, C, H, W) and what the teacher says of them; no gradients anywhere."""
-
-    images: Tensor
-    teacher: Observation
-
-
-Draw = Callable[[], Tensor]
+Draw = Callable[[], Batch]
 """A new batch of images (N, C, H, W) from a fresh latent, without graph."""
-Teach = Callable[[Tensor], PseudoBatch]
-"""Ask the teacher about images, without graph."""
+Ask = Callable[[Batch], Batch]
+"""The batch with what the teacher says of it, without graph."""
 
 
-class Memory(Protocol):
-    """Yields `updates` pseudo batches after each search."""
+class Replay(Protocol):
+    """Yields `updates` pseudo batches after the generator's updates."""
 
     needs_images: bool
-    """Whether `batches` wants the images that the search ended with."""
+    """Whether `batches` wants the images that the generator's updates ended with."""
 
     @property
     def steady(self) -> bool:
         """Whether its tensors have the shapes and places that they will keep."""
         ...
 
-    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]: ...
+    def batches(self, newest: Batch | None, updates: int, draw: Draw, ask: Ask) -> Iterator[Batch]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -56,13 +47,13 @@ class _Stateless:
 
 
 class Same(_Stateless):
-    """The searched batch itself, every time: the paper's Algorithm 1. The teacher is asked once."""
+    """The newest batch, every time: the paper's Algorithm 1. The teacher is asked once."""
 
     needs_images = True
 
-    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]:
-        assert images is not None
-        batch = teach(images)
+    def batches(self, newest: Batch | None, updates: int, draw: Draw, ask: Ask) -> Iterator[Batch]:
+        assert newest is not None
+        batch = ask(newest)
         for _ in range(updates):
             yield batch
 
@@ -72,13 +63,13 @@ class Fresh(_Stateless):
 
     needs_images = False
 
-    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]:
+    def batches(self, newest: Batch | None, updates: int, draw: Draw, ask: Ask) -> Iterator[Batch]:
         for _ in range(updates):
-            yield teach(draw())
+            yield ask(draw())
 
 
-class Bank:
-    """A ring of the last `capacity` searched batches; every update sees N images drawn from all of them.
+class ReplayBuffer:
+    """A ring of the last `capacity` batches; every update sees N images drawn from all of them, labels included.
 
     Kept in bfloat16: the generator's output is unbounded, so float16 or bytes would clip it.
     """
@@ -86,36 +77,44 @@ class Bank:
     needs_images = True
 
     def __init__(self, capacity: int, rng: torch.Generator) -> None:
-        """`capacity` in pseudo batches; `rng` on the images' device, its state is the caller's to save."""
+        """`capacity` in pseudo batches; `rng` on the images' device."""
         self.capacity = capacity
         self.rng = rng
         self.images: Tensor | None = None  # (filled, N, C, H, W) bfloat16
+        self.labels: Tensor | None = None  # (filled, N)
         self.slot = torch.zeros(1, dtype=torch.int64, device=rng.device)  # where the next batch goes
 
     @property
     def steady(self) -> bool:
         return self.images is not None and len(self.images) == self.capacity
 
-    def batches(self, images: Tensor | None, updates: int, draw: Draw, teach: Teach) -> Iterator[PseudoBatch]:
-        assert images is not None
-        stored = images.to(torch.bfloat16).unsqueeze(0)  # (1, N, C, H, W)
-        if self.images is None:
-            self.images = stored
-        elif len(self.images) < self.capacity:
-            self.images = torch.cat([self.images, stored])
-        else:
-            self.images.index_copy_(0, self.slot, stored)
+    def batches(self, newest: Batch | None, updates: int, draw: Draw, ask: Ask) -> Iterator[Batch]:
+        assert newest is not None
+        self.images = self._kept(self.images, newest.images.to(torch.bfloat16))
+        self.labels = None if newest.labels is None else self._kept(self.labels, newest.labels)
         self.slot.add_(1).remainder_(self.capacity)
-        everything = self.images.flatten(0, 1)  # (filled N, C, H, W)
+        images = self.images.flatten(0, 1)  # (filled N, C, H, W)
         for _ in range(updates):
-            size = (len(images),)
-            chosen = torch.randint(len(everything), size, generator=self.rng, device=everything.device)  # (N,)
-            yield teach(everything[chosen].to(images.dtype))
+            chosen = torch.randint(len(images), (len(newest.images),), generator=self.rng, device=images.device)  # (N,)
+            labels = None if self.labels is None else self.labels.flatten()[chosen]
+            yield ask(Batch(images[chosen].to(newest.images.dtype), labels))
+
+    def _kept(self, ring: Tensor | None, newest: Tensor) -> Tensor:
+        """The ring (filled, N, ...) with the newest entry (N, ...) in it."""
+        if ring is None:
+            return newest.unsqueeze(0)
+        if len(ring) < self.capacity:
+            return torch.cat([ring, newest.unsqueeze(0)])
+        return ring.index_copy_(0, self.slot, newest.unsqueeze(0))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.images is None else {"images": self.images, "slot": self.slot}
+        state = {"images": self.images, "labels": self.labels, "slot": self.slot, "rng": self.rng.get_state()}
+        return {name: tensor for name, tensor in state.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
+        restore_generator(self.rng, state["rng"])
+        self.slot.copy_(state["slot"])
+        if "images" in state:
             self.images = state["images"].to(self.rng.device)
-            self.slot.copy_(state["slot"])
+        if "labels" in state:
+            self.labels = state["labels"].to(self.rng.device)

@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +49,25 @@ def is_factory(spec: str) -> bool:
     return bool(place and colon) and all(part.isidentifier() for part in name.split("."))
 
 
-def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """The network that `package.module:factory` or `file.py:factory` returns for these keyword arguments.
+def find_function(spec: str) -> Callable[..., Any]:
+    """The function or class at `package.module:name` or `file.py:name`; finding it runs that code.
 
-    A module is looked for as Python does, and in the current folder; a file's own folder is importable from it.
-    Raises UsageError for a wrong spelling, ZsktError where the code fails or returns something else.
+    A module is looked for as Python does, and in the current folder; a file's own folder is importable from it. Raises
+    UsageError for a wrong specifier, ZsktError where the code fails.
     """
     place, _, name = spec.rpartition(":")
     if not is_factory(spec):
-        raise UsageError(f"factory {spec!r}: expected package.module:factory or file.py:factory")
-    path = Path(place) if place.endswith(".py") else None
+        raise UsageError(f"{spec!r}: expected package.module:function or file.py:function")
+    path = _file_of(spec)
     if path is not None and not path.is_file():
         raise ZsktError(f"expected a Python file at {path}, found none; check the path before the colon")
-    with _importable(path.resolve().parent if path is not None else Path.cwd()):
+    with _importable(spec):
         try:
-            module = _load_file(path) if path is not None else importlib.import_module(place)
-            factory: Any = module
+            found: Any = _load_file(path) if path is not None else importlib.import_module(place)
             for part in name.split("."):
-                if not hasattr(factory, part):
-                    raise unknown(f"factory in {place}", part, _callables(factory))
-                factory = getattr(factory, part)
+                if not hasattr(found, part):
+                    raise unknown(f"function in {place}", part, _callables(found))
+                found = getattr(found, part)
         except UsageError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may fail in any way
@@ -76,8 +75,19 @@ def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Mo
                 f"cannot import {place} for {spec} ({type(error).__name__}: {first_line(error)}); check the spelling, "
                 "the current folder and the file itself"
             ) from error
-        if not callable(factory):
-            raise ZsktError(f"expected a function or class at {spec}, found {type(factory).__name__}; name another")
+    if not callable(found):
+        raise ZsktError(f"expected a function or class at {spec}, found {type(found).__name__}; name another")
+    function: Callable[..., Any] = found
+    return function
+
+
+def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """The network that `package.module:factory` or `file.py:factory` returns for these keyword arguments.
+
+    Raises what `find_function` raises, and ZsktError where the factory fails or returns something else.
+    """
+    factory = find_function(spec)
+    with _importable(spec):
         try:
             network = factory(**(arguments or {}))
         except (Exception, SystemExit) as error:
@@ -89,7 +99,8 @@ def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Mo
             ) from error
     if not isinstance(network, nn.Module):
         raise ZsktError(f"expected {spec} to return a torch.nn.Module, found {type(network).__name__}; mend it")
-    absolute = spec if path is None else f"{path.resolve()}:{name}"
+    path = _file_of(spec)
+    absolute = spec if path is None else f"{path.resolve()}:{spec.rpartition(':')[2]}"
     vars(network)[_ORIGIN] = {"factory": absolute, "arguments": dict(arguments or {})}  # its __setattr__ may refuse
     return network
 
@@ -100,15 +111,22 @@ def factory_of(module: nn.Module) -> dict[str, Any] | None:
     return made
 
 
+def _file_of(spec: str) -> Path | None:
+    place = spec.rpartition(":")[0]
+    return Path(place) if place.endswith(".py") else None
+
+
 @contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """A folder's modules can be imported for a while, after everything that is installed."""
-    sys.path.append(str(folder))
+def _importable(spec: str) -> Iterator[None]:
+    """What lies beside a specifier's file, or here, can be imported for a while, after everything that is installed."""
+    path = _file_of(spec)
+    folder = str(path.resolve().parent if path is not None else Path.cwd())
+    sys.path.append(folder)
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):  # the code may have removed it
-            sys.path.remove(str(folder))
+            sys.path.remove(folder)
 
 
 def _load_file(path: Path) -> types.ModuleType:

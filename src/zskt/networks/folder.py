@@ -13,6 +13,7 @@ from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, checked_size, count_parameters
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
+from zskt.runtime import cpu_name, versions
 
 
 def save_network(folder: Path, stem: str, network: Classifier, **facts: Any) -> None:
@@ -21,7 +22,9 @@ def save_network(folder: Path, stem: str, network: Classifier, **facts: Any) -> 
     The JSON goes last: a folder without it does not count as a network.
     """
     write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
-    write_json(folder / f"{stem}.json", describe_network(network) | facts)
+    write_json(
+        folder / f"{stem}.json", {**describe_network(network), **facts, "versions": versions(), "hardware": cpu_name()}
+    )
 
 
 def describe_network(network: Classifier) -> dict[str, Any]:

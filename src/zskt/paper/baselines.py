@@ -23,7 +23,8 @@ from zskt.method.stage_pairs import stage_pairs
 from zskt.networks.checks import check_pair
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import Observer, at_least_float32, logits_of, memory_format
-from zskt.paper.training import Callback, Images, Objective, Training, TrainingResult, fit
+from zskt.paper.training import Images, Objective, Training, TrainingResult, fit
+from zskt.run.lifecycle import Callback
 from zskt.runtime import stream
 
 
@@ -54,7 +55,7 @@ def teach(
         test,
         training,
         cross_entropy(module),
-        facts={"how": "zskt teach"},
+        metadata={"how": "zskt teach"},
         out=out,
         resume=resume,
         stop_after=stop_after,
@@ -74,13 +75,13 @@ def train_student(
     resume: bool = False,
     stop_after: str | int | None = None,
     callbacks: Sequence[Callback] = (),
-    **facts: Any,
+    **metadata: Any,
 ) -> TrainingResult:
     """Train `module` in place, from the weights it has, on images that are read with the teacher's normalisation.
 
     `objective` is cross-entropy unless the teacher is to take part: then it is `kd_at` of this very module. Measured
     are accuracy and agreement with the teacher, which comes back exactly as it was. With `out` the student is written
-    there, `facts` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
+    there, `metadata` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
     `load_student` returns is frozen: train its `.module.requires_grad_()`.
     """
     check_pair(teacher, module)
@@ -93,7 +94,7 @@ def train_student(
         training,
         cross_entropy(module) if objective is None else objective,
         teacher=teacher,
-        facts=facts,
+        metadata=metadata,
         out=out,
         resume=resume,
         stop_after=stop_after,

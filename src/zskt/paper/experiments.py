@@ -16,16 +16,18 @@ from zskt.data.images import KNOWN, Dataset
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import average_curves, compare, transition_curves
 from zskt.files import write_json
-from zskt.method.recipe import arrange, assemble
+from zskt.method.build import arrange
+from zskt.method.recipe import plan
 from zskt.networks import models
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network, save_teacher
 from zskt.paper.baselines import cross_entropy, few_shot, kd_at, teach, train_student
 from zskt.paper.jobs import Part, Show
-from zskt.paper.training import Training, TrainingEvent, digest
+from zskt.paper.training import Training, digest
 from zskt.run.checkpoint import owning
-from zskt.run.distill import distill, plan
+from zskt.run.distill import distill
+from zskt.run.lifecycle import Event
 from zskt.runtime import pick_device, seeded
 
 PATHS = 128
@@ -97,8 +99,8 @@ class Study:
             updates=max(1, round(share * self.budget.updates)),
             learning_rate=share * self.budget.learning_rate,
             schedule="step",
-            shift=min(self.train.images.shape[2:]) // 8,
-            mirrored=known is not None and known.mirrored,
+            random_crop=min(self.train.images.shape[2:]) // 8,
+            horizontal_flip=known is not None and known.mirrored,
             seed=seed,
             device=self.device,
             precision=self.precision,
@@ -207,7 +209,7 @@ class Study:
     def zero_shot(self, seed: int, recipe: str) -> Part:
         """A student distilled without data."""
         teacher, steps = self.teacher(seed), self.budget.steps
-        settings = {"steps": steps, "seed": seed, "device": self.device, "precision": self.precision}
+        settings = {"steps": steps, "seed": seed, "machine.device": self.device, "machine.precision": self.precision}
 
         def make(folder: Path, stop_after: str | None, show: Show) -> bool:
             return distill(
@@ -298,10 +300,11 @@ class Study:
         """One step between untrained networks."""
         device = pick_device(self.device)
         teacher, student = self.blank_teacher(), self.build(self.student, 0).to(device)
-        config, _ = plan(teacher, student, recipe, settings)
+        planned = plan(teacher, student, recipe, settings)
+        config = planned.config
         arrange(teacher, config)
         arrange(student, config)
-        return assemble(config, teacher, student, torch.Generator(device), torch.Generator(device)).step
+        return planned.make(teacher, student, config).step
 
     def try_following(self) -> Callable[[], Any]:
         """One gradient step of a batch of paths from noise."""
@@ -315,8 +318,8 @@ class Study:
 def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]:
     """How a training is kept in its part's folder, resumed there, left early and shown."""
 
-    def callback(event: TrainingEvent) -> None:
-        show(event.update, event.updates, percent(event.accuracy))
+    def callback(event: Event) -> None:
+        show(event.step, event.steps, percent((event.line or {}).get("accuracy")))
 
     return {"out": folder, "resume": started(folder), "stop_after": stop_after, "callbacks": [callback]}
 

@@ -1,7 +1,6 @@
 """State on disk that a run can be continued from, exactly: tensors, random numbers, log positions. No pickle."""
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -17,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from torch import Tensor
 
 from zskt.errors import UsageError, ZsktError, cannot, first_line
-from zskt.files import read_tensors, read_text, write_tensors
-from zskt.method.config import Config
-from zskt.settings import flat, from_toml
+from zskt.files import TEMPORARY, read_tensors, read_text, write_tensors
+from zskt.method.config import Config, read_config
+from zskt.settings import flat
 
 KEPT = 2
 """Checkpoints kept: the newest and the one before it."""
@@ -37,24 +37,24 @@ class Interrupted(ZsktError):
         self.status = 128 + signum
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write one checkpoint as one file, so that it is whole or absent, and drop all but the last two."""
-    write_tensors(folder / f"{step:08d}.safetensors", tensors, {"facts": json.dumps({"step": step, **facts})})
+    write_tensors(folder / f"{step:08d}.safetensors", tensors, {"metadata": json.dumps({"step": step, **metadata})})
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
         old.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of the newest readable checkpoint; raises ZsktError if there is none."""
+    """Tensors and metadata of the newest readable checkpoint; raises ZsktError if there is none."""
     problem: ZsktError | None = None
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             tensors, metadata = read_tensors(path)
-            return tensors, json.loads(metadata["facts"])
+            return tensors, json.loads(metadata["metadata"])
         except ZsktError as error:
             problem = problem or error
         except (KeyError, ValueError):
-            problem = problem or ZsktError(f"{path} is no checkpoint of ours; remove it and resume")
+            problem = problem or ZsktError(f"{path} is no checkpoint of this version; remove it and resume")
     raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start anew")
 
 
@@ -173,28 +173,55 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+FREE = ("log_every", "evaluate_every", "checkpoint_every")
+"""Settings, beside those of the machine, that a resumed run may have other values of."""
+
+
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raise unless a new run may begin in `folder` or, with `resume`, this very run may go on there."""
-    path = folder / "config.toml"
+    """Raise unless a new run may begin in `folder` or, with `resume`, this very run may go on there.
+
+    What was stopped before its first checkpoint counts as nothing: it begins anew either way.
+    """
     try:
-        there = path.exists()
-        if not resume and there:
-            raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
-        if not resume:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ZsktError(f"expected a new or empty folder at {folder}, found other things; choose another --out")
-            return
+        if folder.exists() and not folder.is_dir():
+            raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
+        begun = exists(folder / "checkpoint") or (folder / "student.json").exists()
+        if not begun and (other := [path.name for path in _content(folder) if path.name not in _OURS]):
+            raise ZsktError(
+                f"expected a new or empty folder at {folder}, found other things ({other[0]}); choose another --out"
+            )
     except OSError as error:
         raise cannot("use", folder, error) from error
-    if not there:
-        raise ZsktError(f"expected a run to resume in {folder}, found no config.toml; start it without --resume")
-    recorded = from_toml(Config, read_text(path), str(path))
-    if recorded != config:
-        ours, theirs = flat(config), flat(recorded)
-        different = [f"{name} = {theirs[name]!r}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    if begun and not resume:
+        raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
+    if not begun:
+        return
+    recorded = flat(read_config(folder / "config.toml"))
+    different = [
+        f"{name} = {recorded[name]!r}, now {value!r}"
+        for name, value in flat(config).items()
+        if recorded[name] != value and name not in FREE and not name.startswith("machine.")
+    ]
+    if different:
         raise ZsktError(
             f"{folder} was begun with other settings ({'; '.join(different)}); resume it with the same ones"
         )
+
+
+_OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint"}
+"""What a run writes before it has a checkpoint, or with it."""
+
+
+def _content(folder: Path) -> list[Path]:
+    """What is in a folder, less locks and files that were never finished."""
+    if not folder.exists():
+        return []
+    return [path for path in folder.iterdir() if path.name != ".lock" and not path.match(TEMPORARY)]
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a checkpoint, damaged or not."""
+    return any(folder.glob("[0-9]*.safetensors"))
 
 
 @contextlib.contextmanager
@@ -206,26 +233,27 @@ def owning(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    lock = folder / ".lock"
     try:
-        fresh = not folder.exists() or not any(folder.iterdir())
+        fresh = not _content(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise ZsktError(f"another process is at work in {folder}; wait for it or choose another --out") from error
     except OSError as error:
         raise cannot("write", folder, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ZsktError(f"another process is at work in {folder}; wait for it or choose another --out") from error
-        try:
-            yield
-        except BaseException:
-            if fresh and not any((folder / "checkpoint").glob("*.safetensors")):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            lock.unlink(missing_ok=True)
+    try:
+        for path in folder.rglob(TEMPORARY):  # of a process that was killed: nobody else is at work here
+            path.unlink(missing_ok=True)
+        yield
+    except BaseException:
+        if fresh and not exists(folder / "checkpoint"):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # a system that does not remove open files
+            (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 @dataclass

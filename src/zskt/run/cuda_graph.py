@@ -7,20 +7,21 @@ that they read: learning rates are fed, random generators advance with the graph
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, first_line
-from zskt.method.matching import BeliefMatching, Losses, StepLosses
+from zskt.method.matching import BeliefMatching
+from zskt.method.replay import ReplayBuffer
 from zskt.run.checkpoint import optimizer_state
 from zskt.runtime import seeded
 
 WARM_UP = 3
 """Steps before the recording, in which libraries choose their algorithms; their effect is undone."""
 
-Step = Callable[[], StepLosses]
+Step = Callable[[], Mapping[str, Tensor]]
 Record = Callable[[Step, Sequence[torch.Generator]], Step]
 """Runs a step WARM_UP times and records it; returns what repeats it, always into the same tensors."""
 
@@ -40,7 +41,7 @@ def record_cuda(step: Step, generators: Sequence[torch.Generator]) -> Step:
     with torch.cuda.graph(graph):
         losses = step()
 
-    def repeat() -> StepLosses:
+    def repeat() -> Mapping[str, Tensor]:
         graph.replay()
         return losses
 
@@ -54,21 +55,19 @@ class CapturedStep:
     device or otherwise cannot be recorded.
     """
 
-    def __init__(
-        self, matching: BeliefMatching, generators: Sequence[torch.Generator], record: Record = record_cuda
-    ) -> None:
-        """`generators` are all that the step draws from, beside torch's global one."""
+    def __init__(self, matching: BeliefMatching, record: Record = record_cuda) -> None:
         self.matching = matching
-        self.generators = generators
+        replay = matching.replay
+        self.generators = [matching.rng, *([replay.rng] if isinstance(replay, ReplayBuffer) else [])]
         self.record = record
         self.players = [matching.generator_updates, matching.student_updates]
         device = next(matching.generator.parameters()).device
         self.rates = [torch.zeros(player.count, device=device) for player in self.players]
         self.repeat: Step | None = None
 
-    def __call__(self) -> StepLosses:
+    def __call__(self) -> Mapping[str, Tensor]:
         """One outer iteration."""
-        if self.repeat is None and self.matching.memory.steady:
+        if self.repeat is None and self.matching.replay.steady:
             self.repeat = self._recorded()
         if self.repeat is None:
             return self.matching.step()
@@ -77,10 +76,10 @@ class CapturedStep:
                 values = torch.tensor([player.rate(player.done + i) for i in range(player.count)])
                 rates.copy_(values, non_blocking=True)  # else the host would wait for the step before
             player.done += player.count
-        return _copied(self.repeat())
+        return {name: value.clone() for name, value in self.repeat().items()}
 
     def _recorded(self) -> Step:
-        """The recorded step; networks, optimisers, memory and random numbers are left as they were found."""
+        """The recorded step; networks, optimisers, replay buffer and random numbers are left as they were found."""
         for player in self.players:
             for group in player.optimizer.param_groups:
                 group["capturable"] = True
@@ -102,7 +101,7 @@ class CapturedStep:
             generator.set_state(state)
         return repeat
 
-    def _step_fed(self) -> StepLosses:
+    def _step_fed(self) -> Mapping[str, Tensor]:
         """A step whose learning rates are read from tensors; the counts of updates stay."""
         kept = [(player, player.rate, player.done) for player in self.players]
         try:
@@ -116,12 +115,10 @@ class CapturedStep:
 
     def _state(self) -> dict[str, Tensor]:
         """All tensors that a step changes, by name."""
-        matching = self.matching
         parts = {
-            "student": matching.student.module.state_dict(),
-            "generator": matching.generator.state_dict(),
-            "memory": matching.memory.state_dict(),
-            **{str(i): optimizer_state(player.optimizer) for i, player in enumerate(self.players)},
+            **{name: module.state_dict() for name, module in self.matching.modules().items()},
+            "replay": self.matching.replay.state_dict(),
+            **{f"{i}": optimizer_state(player.optimizer) for i, player in enumerate(self.players)},
         }
         return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
@@ -129,15 +126,3 @@ class CapturedStep:
 def _fed(rates: Tensor, done: int, update: int) -> Tensor:
     """The rate of an update, as a view of what is fed."""
     return rates[update - done]
-
-
-def _copied(losses: StepLosses) -> StepLosses:
-    def copied(player: Sequence[Losses]) -> list[Losses]:
-        return [Losses(u.total.clone(), {name: value.clone() for name, value in u.terms.items()}) for u in player]
-
-    return StepLosses(
-        copied(losses.generator),
-        copied(losses.student),
-        losses.teacher_logits.clone(),
-        losses.student_logits.clone(),
-    )
