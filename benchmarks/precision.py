@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-from zskt.cli.demo import BATCH, EPOCHS, SHIFT, STEPS, STUDENT, TEACHER
+from zskt.cli.demo import BATCH, EPOCHS, STEPS, STUDENT, TEACHER
 from zskt.cli.progress import distilling, teaching
 from zskt.data.images import KNOWN, digits
 from zskt.networks import models
@@ -32,7 +32,7 @@ def make_teacher(seed: int) -> Classifier:
     known, (train, test) = KNOWN["digits"], digits(0)
     with seeded(seed):
         module = models.build(TEACHER, len(known.class_names), known.size)
-    training = Training(updates_in(EPOCHS, len(train.images), BATCH), batch_size=BATCH, shift=SHIFT, seed=seed)
+    training = Training(updates_in(EPOCHS, len(train.images), BATCH), batch_size=BATCH, random_crop=0, seed=seed)
     with tempfile.TemporaryDirectory() as folder, teaching() as callback:
         out = Path(folder) / "teacher"
         data = (train.images, train.labels), (test.images, test.labels)

@@ -149,7 +149,8 @@ def test_teach_and_resume(capsys: pytest.CaptureFixture[str], data: str, tmp_pat
     assert facts["class_names"] == [f"class{label}" for label in range(10)]
     assert facts["measured"]["accuracy"] == whole["accuracy"]
     assert (facts["updates"], facts["schedule"]) == (9, "step")
-    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"teacher.json", "teacher.safetensors"}
+    written = {"teacher.json", "teacher.safetensors", "metrics.jsonl", "timing.jsonl"}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == written
     part = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "4")
     assert (part["finished"], part["update"]) == (False, 4)
     assert "--resume" in refused(capsys, 1, *command, "--out", tmp_path / "parts")
@@ -212,7 +213,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], teacher: str,
 def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path) -> None:
     command = ["distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", *TINY]
     assert "--set is given twice" in refused(capsys, 2, *command, "--set", "student.updates=3")
-    assert "use --seed" in refused(capsys, 2, *command, "seed=3")  # a value of the --set before it
+    assert "seed is given twice" in refused(capsys, 2, *command, "seed=3", "--seed", "4")  # a value of the --set before
     assert not (tmp_path / "run").exists()
 
 

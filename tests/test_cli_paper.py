@@ -64,7 +64,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = models.convnet(4, num_classes=3, channels=1)
-    settings = Training(12, shift=0)
+    settings = Training(12, random_crop=0)
     teach(module, (train.images, train.labels), (test.images, test.labels), settings, mean=[0.4], std=[0.3])
     save(root / "teacher", module)
     with torch.no_grad():

@@ -155,7 +155,7 @@ def test_no_file_names_of_this_machine_travel_with_a_file(exports: dict[str, Pat
 def test_a_run_is_compared_on_its_generators_images(finished: Path, tmp_path: Path) -> None:
     exported = zskt.export(finished / "run", tmp_path / "student.onnx")
     assert (exported.format, exported.input, exported.int8) == ("onnx", "fraction", False)
-    assert exported.images_from == "the run's generator"
+    assert exported.images_from == "the run's pseudo images"
     assert exported.max_difference <= 1e-4 * exported.largest_logit
     student = zskt.load_student(finished / "run")
     images = pixels(student, 5)
@@ -169,7 +169,7 @@ def test_a_result_is_exported_without_a_folder(tmp_path: Path) -> None:
     student = models.convnet(2, num_classes=10, channels=3)
     result = zskt.distill(make_teacher(), student, "zskt-prior", settings=TINY)
     exported = zskt.export(result, tmp_path / "student.pt2")
-    assert exported.images_from == "the run's generator"
+    assert exported.images_from == "the run's pseudo images"
     assert exported.agreement == 1
     card = tmp_path / "student"
     zskt.export(result, card)

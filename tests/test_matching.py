@@ -27,9 +27,7 @@ def test_only_the_player_at_work_gets_gradients(recipe: str) -> None:
     teacher, student = make_teacher(), models.wide_resnet(10, 1)
     teacher.module.requires_grad_(True)  # even where somebody unfreezes the teacher
     for parameter in student.parameters():
-        parameter.grad = torch.full_like(
-            parameter, 7.0
-        )  # left by somebody else: neither used nor changed by a generator update
+        parameter.grad = torch.full_like(parameter, 7.0)  # somebody else's: no generator update may change it
     matching, _ = make_matching(recipe, teacher, student)
     before = gradients(student)
     matching.update_generator(matching.sample_latent())

@@ -136,7 +136,7 @@ def eval_mode_for_generator(matching: BeliefMatching) -> None:
 
 
 def teacher_before_the_generator(matching: BeliefMatching) -> None:
-    """The student learns on the new images, but with the teacher's answer to those from before the generator's update."""
+    """The student learns on the new images, but with the teacher's answer to those of before its update."""
     update_generator, ask = matching.update_generator, matching.ask
     before: list[Batch] = []
 

@@ -234,7 +234,7 @@ def test_the_published_schedule_reaches_the_parts() -> None:
         assert (part.units, part.settings["updates"]) == (78_200, 78_200)
         assert (part.settings["learning_rate"], part.settings["schedule"]) == (0.1, "step")
         assert (part.settings["batch_size"], part.settings["weight_decay"]) == (128, 5e-4)
-        assert part.settings["mirrored"]
+        assert part.settings["horizontal_flip"]
     assert by_name["zskt-wrn-40-2-to-wrn-16-1-seed-1"].settings["steps"] == 80_000
     belief = by_name["belief-of-zskt-wrn-40-2-to-wrn-16-1-seed-0"]
     assert (belief.settings["images"], belief.settings["steps"]) == (1_000, 100)

@@ -26,11 +26,11 @@ def tiny(recipe: str = "zskt", **changes: Any) -> BeliefMatching:
 def test_operations_are_those_that_a_count_by_hand_gives() -> None:
     matching = tiny()
     works = roofline.count(matching)
-    teacher, student = matching.teacher.module, matching.student.module
+    teacher, student = matching.ask_teacher.module, matching.student
     t, s = (forward_flops(module, (3, 16, 16)) for module in (teacher, student))
     g = forward_flops(matching.generator, (12,))
     assert works["draw"].operations == 8 * g
-    assert works["teach"].operations == 8 * t
+    assert works["ask"].operations == 8 * t
     stem = 2 * student.conv1.weight.numel() * 16 * 16  # images want no gradient
     assert works["student_step"].operations == 8 * 10 * (3 * s - stem)
     assert set(works) == set(roofline.PHASES)
@@ -69,15 +69,15 @@ def test_best_time_takes_the_scarcer_of_both_product_by_product() -> None:
 
 def test_the_clock_sees_each_phase_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     matching = tiny("zskt-fresh", **{"student.updates": 3})
-    inner = BeliefMatching.teach
+    inner = BeliefMatching.ask
 
     def slow(self: BeliefMatching, images: torch.Tensor) -> Any:
         time.sleep(0.02)
         return inner(self, images)
 
-    monkeypatch.setattr(BeliefMatching, "teach", slow)
+    monkeypatch.setattr(BeliefMatching, "ask", slow)
     seconds = roofline.clock(matching, CPU, steps=2)
-    assert seconds["teach"] >= 3 * 0.02
+    assert seconds["ask"] >= 3 * 0.02
     assert sum(seconds[name] for name in roofline.PHASES) <= seconds["step"]
     assert not set(roofline.PHASES) & set(vars(matching))
 

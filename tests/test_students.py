@@ -90,7 +90,7 @@ def test_a_factory_of_the_users(place: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "arguments", "words"),
     [
-        ("mynets:netwrk", {}, "unknown factory in mynets 'netwrk': did you mean network"),
+        ("mynets:netwrk", {}, "unknown function in mynets 'netwrk': did you mean network"),
         ("mynets:number", {}, "expected a function or class at mynets:number, found int"),
         ("mynets:nothing", {}, "expected mynets:nothing to return a torch.nn.Module, found int"),
         ("mynets:broken", {}, "mynets:broken failed with KeyError: 'lost'"),

@@ -365,7 +365,7 @@ def test_what_is_known_of_an_image_set_is_used(tmp_path: Path) -> None:
         size = (1, 28, 28) if "mnist" in name else (3, 32, 32)
         study = make_study(tmp_path, train=coloured(6, size=size, name=name))
         training = study.training(0)
-        assert (training.mirrored, training.shift) == (mirrored, 28 // 8 if "mnist" in name else 4)
+        assert (training.horizontal_flip, training.random_crop) == (mirrored, 28 // 8 if "mnist" in name else 4)
         assert (training.schedule, training.batch_size, training.weight_decay) == ("step", 128, 5e-4)
     assert normalisation(coloured(6, size=(3, 32, 32), name="cifar10")) == (
         (0.4914, 0.4822, 0.4465),

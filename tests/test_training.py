@@ -123,7 +123,7 @@ def test_other_settings_are_refused_on_resume(changed: dict[str, Any], tmp_path:
 
 def test_other_data_are_refused_on_resume(tmp_path: Path) -> None:
     train(tmp_path / "parts", stop_after="1")
-    with pytest.raises(zskt.ZsktError, match="another data .*: resume"):
+    with pytest.raises(zskt.ZsktError, match=r"another data .*: resume"):
         train(tmp_path / "parts", resume=True, images=94)
     with pytest.raises(zskt.ZsktError, match="unfinished training"):
         train(tmp_path / "parts")
@@ -291,9 +291,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         train(None, images=1)
     with pytest.raises(zskt.UsageError, match="epochs = 0"):
         updates_in(0, 10, 16)
-    with pytest.raises(
-        zskt.ZsktError, match="the loss of the teacher is nan at step 5: the run has diverged; lower --learning-rate"
-    ):
+    with pytest.raises(zskt.ZsktError, match=r"the loss of the teacher is nan at step 5: .*lower --learning-rate"):
         train(tmp_path / "b", updates=100, learning_rate=1e30, schedule="step")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.toml").touch()

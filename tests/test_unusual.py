@@ -132,18 +132,18 @@ def test_a_network_that_reshapes_by_view_decides_the_memory_format_of_all(
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
     result = distill(teacher, student, recipe, settings=TINY, out=tmp_path / "run", evaluate=images)
     assert result.finished
-    assert result.config.memory_format == "contiguous"
+    assert result.config.machine.memory_format == "contiguous"
     whom = "teacher and student" if who == "both" else who
     assert f"in contiguous memory, as the {whom} cannot work in channels_last" in result.reason
     assert 'memory_format = "contiguous"' in (tmp_path / "run" / "config.toml").read_text()
-    with pytest.raises(zskt.ZsktError, match="leave memory_format out"):
-        plan(teacher, student, recipe, {"memory_format": "channels_last"})
+    with pytest.raises(zskt.ZsktError, match=r"leave machine\.memory_format out"):
+        plan(teacher, student, recipe, {"machine.memory_format": "channels_last"})
 
 
 def test_others_stay_in_channels_last() -> None:
-    config, reason = plan(make_teacher(), models.wide_resnet(10, 1))
-    assert config.memory_format == "channels_last"
-    assert "memory" not in reason
+    planned = plan(make_teacher(), models.wide_resnet(10, 1))
+    assert planned.config.machine.memory_format == "channels_last"
+    assert "memory" not in planned.reason
 
 
 @pytest.mark.parametrize("teacher", [*KINDS, "wrn"])
@@ -180,7 +180,7 @@ def test_channels_sizes_and_classes(kind: str, size: Size, classes: int, tmp_pat
 @pytest.mark.parametrize("kind", ["groups", "tokens", "peculiar"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_unusual_students_resume_bit_for_bit(kind: str, fused: bool, tmp_path: Path) -> None:
-    settings = TINY | {"steps": 4, "checkpoint_every": 2, "fused": fused, "student.loss.attention": 0.0}
+    settings = TINY | {"steps": 4, "checkpoint_every": 2, "machine.fused": fused, "student.loss.attention": 0.0}
     whole, parts = built(kind), built(kind)
     distill(make_teacher(), whole, "zskt", settings=settings, out=tmp_path / "whole")
     distill(make_teacher(), parts, "zskt", settings=settings, out=tmp_path / "parts", stop_after=2)
@@ -209,7 +209,7 @@ from torch import nn
 sys.path.insert(0, {tests!r})
 from small import make_teacher
 from zskt import models
-from zskt.distill import distill
+from zskt.run.distill import distill
 
 def resnet18():  # as for ImageNet: 7x7 stem and pooling
     module = models.resnet(18, num_classes=1000)

@@ -25,12 +25,12 @@ from zskt.method.matching import BeliefMatching
 from zskt.runtime import arithmetic, seeded, synchronise
 
 PHASES = {
-    "generator_step": "search",
+    "generator_step": "generator update",
     "draw": "draw images",
-    "teach": "ask the teacher",
+    "ask": "ask the teacher",
     "student_step": "student updates",
 }
-"""Methods of the step, in order, and what they do; the search runs all three networks forwards and backwards."""
+"""Methods of the step, in order, and what they do; a generator update runs all networks forwards and backwards."""
 
 MATRIX = {"cpu": 3072, "cuda": 8192}
 """Side of the matrices whose product gives the peak rate."""

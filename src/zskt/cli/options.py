@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -33,10 +34,12 @@ def documentation(kind: type) -> dict[str, str]:
     """The text below each field of a dataclass, on one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(tree, ast.ClassDef)
+    names = {field.name for field in dataclasses.fields(kind)}
     texts: dict[str, str] = {}
-    for before, node in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and isinstance(node, ast.Expr):
-            texts[before.target.id] = " ".join(str(ast.literal_eval(node.value)).split())
+    for before, node in itertools.pairwise(tree.body):
+        name = before.target.id if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) else ""
+        if name in names and isinstance(node, ast.Expr):
+            texts[name] = " ".join(str(ast.literal_eval(node.value)).split())
     return texts
 
 

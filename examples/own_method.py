@@ -1,0 +1,107 @@
+"""A method of one's own in one file: rounds of synthesis fill a bank of images, from which the student learns.
+
+Of the kind of CMI and Fast: the generator is told which class to make, its latents are optimised anew in each round, and
+random crops go between it and the networks. Without arguments it shows what every run can do, on the digits:
+
+    python examples/own_method.py FOLDER    # taught, distilled, stopped half-way, resumed, sampled, reported, exported
+    zskt distill TEACHER --student convnet-8 --method examples/own_method.py:make --trust --steps 80 --out runs/own
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zskt
+from zskt.cli.main import main
+
+LATENT, BATCH, ROUND, UPDATES, CAPACITY = 32, 64, 8, 10, 2_048
+SYNTHESIS = {
+    "batchnorm": lambda b: zskt.losses.batchnorm_prior(b.teacher.statistics),
+    "one_hot": lambda b: zskt.losses.one_hot(b.teacher.logits, b.labels),
+    "adversary": lambda b: -zskt.losses.jensen_shannon(b.student.logits, b.teacher.logits),
+}
+DISTILLATION = {"kl": lambda b: 16 * zskt.losses.forward_kl(b.student.logits / 4, b.teacher.logits / 4)}
+
+
+def crop(images: Tensor) -> Tensor:
+    """A random crop of images (N, C, H, W) with one pixel of padding."""
+    top, left = torch.randint(0, 3, (2,)).tolist()
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")  # (N, C, H + 2, W + 2)
+    return padded[:, :, top : top + images.shape[2], left : left + images.shape[3]]
+
+
+class ImageBank:
+    """A step is one round of synthesis, then updates of the student from the bank."""
+
+    def __init__(self, teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> None:
+        self.student, self.steps, self.classes = student, config.steps, teacher.num_classes
+        self.ask_teacher = zskt.Observer(teacher.module, statistics=True)
+        self.ask_student = zskt.Observer(student)
+        self.generator = zskt.Generator(LATENT + self.classes, teacher.input_size, width=32)
+        adam, updates = torch.optim.Adam(student.parameters()), UPDATES * self.steps
+        self.learn = zskt.Updates(UPDATES, adam, DISTILLATION, rate=lambda t: 1e-2 * (1 - t / updates))
+        self.images = torch.empty(0, *teacher.input_size)  # (M, C, H, W)
+
+    def step(self) -> dict[str, Tensor]:
+        synthesis = self.synthesise()
+        return zskt.by_name("generator", synthesis) | zskt.by_name("student", [self.distil() for _ in range(UPDATES)])
+
+    def synthesise(self) -> list[zskt.Losses]:
+        """One round: latents and an optimiser of its own; the images of the lowest loss go into the bank."""
+        labels = torch.randint(self.classes, (BATCH,))  # (N,)
+        z = torch.randn(BATCH, LATENT, requires_grad=True)  # (N, Z)
+        groups = [{"params": [z], "lr": 1e-2}, {"params": self.generator.parameters(), "lr": 4e-3}]
+        synthesis, losses, best = zskt.Updates(ROUND, torch.optim.Adam(groups), SYNTHESIS), [], torch.empty(0)
+        self.student.eval()
+        for _ in range(ROUND):
+            images = self.generator(torch.cat([z, F.one_hot(labels, self.classes)], dim=1))  # (N, C, H, W)
+            seen = crop(images)
+            losses.append(synthesis.update(zskt.Beliefs(seen, labels, self.ask_teacher(seen), self.ask_student(seen))))
+            if losses[-1].total <= min(loss.total for loss in losses):
+                best = images.detach()
+        self.images = torch.cat([self.images, best])[-CAPACITY:]
+        return losses
+
+    def distil(self) -> zskt.Losses:
+        """One update of the student on a batch from the bank."""
+        images = crop(self.images[torch.randint(len(self.images), (BATCH,))])  # (N, C, H, W)
+        with torch.no_grad():
+            answers = self.ask_teacher(images)
+        self.student.train()
+        return self.learn.update(zskt.Beliefs(images, None, answers, self.ask_student(images)))
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        return self.images[torch.randint(len(self.images), (n,), generator=torch.Generator().manual_seed(seed))]
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "generator": self.generator}
+
+    def optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"student": self.learn.optimizer}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"images": self.images, "done": torch.tensor(self.learn.done)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.images, self.learn.done = state["images"], int(state["done"])
+
+    def close(self) -> None:
+        self.ask_teacher.close()
+        self.ask_student.close()
+
+
+make = ImageBank
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own-method")
+    teacher, run, own = str(folder / "teacher"), str(folder / "run"), ["--method", f"{__file__}:make", "--trust"]
+    distil = ["distill", teacher, "--student", "convnet-8", *own, "--steps", "80", "--eval", "digits", "--out", run]
+    commands = [["teach", "--model", "convnet-32", "--data", "digits", "--epochs", "40", "--out", teacher]]
+    commands += [[*distil, "--stop-after", "40"], [*distil, "--resume"], ["report", run]]
+    commands += [["sample", run, *own, "--teacher", teacher, "--out", str(folder / "samples.png")]]
+    commands += [["export", run, *own, "--teacher", teacher, "--out", str(folder / "student.onnx")]]
+    sys.exit(next((status for command in commands if (status := main(command))), 0))

@@ -1,0 +1,232 @@
+"""The subcommands around a run of distillation. Their docstrings are the help texts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import tyro
+
+from zskt.cli.options import Assignments, File, Text, Time, options, typed
+from zskt.cli.progress import distilling, notice
+from zskt.cli.teachers import (
+    FOREIGN,
+    Data,
+    Network,
+    Options,
+    Result,
+    open_method,
+    open_network,
+    open_networks,
+    test_images,
+)
+from zskt.errors import UsageError
+from zskt.evaluate.measures import measure
+from zskt.evaluate.transitions import check_networks, renormalised
+from zskt.files import read_text
+from zskt.method.config import Config
+from zskt.method.generator import SAMPLES
+from zskt.method.recipe import AUTO, plan
+from zskt.method.stage_pairs import describe_pairs, stage_pairs
+from zskt.networks.classifier import count_parameters
+from zskt.networks.factories import is_factory, parse_arguments
+from zskt.networks.folder import load_student
+from zskt.networks.students import describe_student, make_student
+from zskt.run.distill import distill
+from zskt.run.finished import sampler
+from zskt.run.plots import believed_grid, save_image
+from zskt.run.report import write_report
+from zskt.runtime import pick_device
+from zskt.settings import changes_of, from_text
+
+SHORTCUTS = {"device": "machine.device", "threads": "machine.threads", "precision": "machine.precision"}
+if TYPE_CHECKING:
+    Overrides = Any
+else:
+    Overrides = options(Config, "as the recipe says", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
+    """Every setting of a run as an option, for tyro."""
+AS_THE_RECIPE_SAYS = Overrides()
+
+
+def run_distill(
+    teacher: tyro.conf.Positional[Network],
+    /,
+    *,
+    student: str,
+    student_args: Assignments = (),
+    out: Path,
+    recipe: Text = None,
+    config: File = None,
+    method: Text = None,
+    evaluate: Annotated[Data, tyro.conf.arg(name="eval")] = (),
+    stop_after: Time = None,
+    resume: bool = False,
+    settings: Annotated[Assignments, tyro.conf.arg(name="set")] = (),
+    overrides: Annotated[Overrides, tyro.conf.arg(name="")] = AS_THE_RECIPE_SAYS,
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Distil a teacher into a smaller student without any data: the main job.
+
+    Example: zskt distill teacher --student wrn-16-1 --out runs/a --steps 2000 --eval cifar10-test.zip
+
+    Args:
+        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        student: auto:0.25 for the teacher's family at about that fraction of its parameters; wrn-DEPTH-WIDTH,
+            resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half, convnet-WIDTH;
+            package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
+        student_args: arguments of the student's factory, as in depth=20 classes=37.
+        out: folder of the run: log, checkpoints, sample images, student, report.
+        recipe: a name from `zskt recipes`, or auto, the default.
+        config: a TOML file of settings, such as the config.toml of another run, which go before the recipe's.
+        method: file.py:function or package.module:function that builds an own method; runs that code, with --trust.
+        evaluate: labelled test images, to measure on and never to train on.
+        stop_after: leave early, after a time (90s, 9m, 2h) or a number of steps, to go on with --resume.
+        resume: go on with the run in --out, exactly where its last checkpoint is.
+        settings: short for the options below, by the names that `zskt recipes NAME` prints.
+        overrides: settings.
+    """
+    network = open_network(teacher, foreign).teacher
+    make = None if method is None else open_method(method, foreign.trust)
+    base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS))
+    if is_factory(student):
+        notice(f"{student} runs the code of that file or package")
+    seed = changes.get("seed", 0)
+    module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
+    notice(f"student {describe_student(module, network)}")
+    planned = plan(network, module, base, changes, make)
+    chosen = planned.config
+    notice(
+        f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps, generator width {chosen.generator.width}"
+    )
+    if pairs := chosen.student.loss.stages:
+        notice(f"attention compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
+    images = test_images(evaluate, network) if evaluate else None
+    with distilling() as callback:
+        result = distill(
+            network,
+            module,
+            planned,
+            out=out,
+            evaluate=images,
+            callbacks=[callback],
+            stop_after=stop_after,
+            resume=resume,
+        )
+    for line in result.warnings:
+        notice(f"warning: {line}")
+    if result.finished:
+        write_report([out], out / "report.html")
+        notice(f"look at {out / 'report.html'}")
+    else:
+        notice(f"stopped at step {result.step:,} of {chosen.steps:,}; continue with --resume")
+    return {
+        "finished": result.finished,
+        "step": result.step,
+        "recipe": chosen.recipe,
+        "student": str(out),
+        "student_parameters": count_parameters(module),
+        "teacher_parameters": count_parameters(network.module),
+        **result.measured,
+        "warnings": result.warnings,
+    }
+
+
+def read_settings(
+    recipe: str | None, config: Path | None, assignments: Sequence[str], given: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The recipe, and what is changed of it: by a TOML file first, then by options and `--set`."""
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, value = from_text(assignment)
+        if name in ("recipe", "method", "format"):
+            raise UsageError(f"--set {name}: use --{'recipe' if name == 'format' else name}")
+        if name in given or name in changes:
+            raise UsageError(f"{name} is given twice; keep one")
+        changes[name] = value
+    if config is None:
+        return recipe or AUTO, given | changes
+    file = changes_of(read_text(config), str(config))
+    base = file.pop("recipe", AUTO)
+    method = file.pop("method", "belief_matching")
+    file.pop("format", None)
+    own = method != "belief_matching"
+    return recipe or (AUTO if own else str(base)), file | given | changes
+
+
+def run_evaluate(
+    model: tyro.conf.Positional[Network],
+    /,
+    *,
+    data: Data,
+    teacher: Text = None,
+    device: str = "auto",
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Measure a teacher or a student on labelled test images and, beside a teacher, how far they agree.
+
+    Example: zskt evaluate runs/a --data cifar10-test.zip --teacher teacher
+
+    Args:
+        model: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        data: labelled images, as in zskt teach; their test split is used.
+        teacher: also measure agreement and divergence from this one, spelled likewise.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    where = pick_device(device)
+    model_found, teacher_found = open_networks([model, teacher], foreign)
+    assert model_found is not None
+    network = model_found.teacher.to(where)
+    other = None if teacher_found is None else teacher_found.teacher.to(where)
+    return measure(network, *test_images(data, network), other)
+
+
+def run_sample(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    out: Path,
+    teacher: Text = None,
+    method: Text = None,
+    seed: int = 0,
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Draw 64 pseudo images from the generator of a finished run, with what the student takes them for.
+
+    Example: zskt sample runs/a --teacher teacher --out samples.png
+
+    Args:
+        run: a run folder.
+        out: the PNG to write.
+        teacher: also say what this network, specified as in zskt distill, takes them for.
+        method: of a run with an own method, as in zskt distill; needs --teacher and --trust.
+        seed: of the latents.
+    """
+    student = load_student(run, trust=foreign.trust)
+    network = None if teacher is None else open_network(teacher, foreign).teacher
+    make = None if method is None else open_method(method, foreign.trust)
+    x = sampler(run, student, method=make, teacher=network)(SAMPLES, seed)  # (64, C, H, W)
+    with torch.no_grad():
+        beliefs = {"S": student(x)}  # (64, K)
+    if network is not None:
+        check_networks(student, network)
+        beliefs = {"T": network(renormalised(x, student, network))} | beliefs
+    save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
+    return {"images": len(x), "out": str(out)}
+
+
+def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = None) -> Result:
+    """Write one HTML page about a run, or about several with mean and standard deviation.
+
+    Example: zskt report runs/seed-0 runs/seed-1 runs/seed-2 --out report.html
+
+    Args:
+        runs: one or more run folders.
+        out: the page; by default report.html in the run folder, or here for several.
+    """
+    if not runs:
+        raise UsageError("expected at least one run folder, found none")
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    measured = write_report(runs, path)
+    return {"report": str(path), **measured}
