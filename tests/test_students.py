@@ -301,7 +301,7 @@ def test_a_factorys_student_is_rebuilt_where_its_code_is_trusted(
     spec = "mynets:network" if place == "mynets" else f"{folder / 'mynets.py'}:network"
     assert how == {"factory": spec, "arguments": {"width": 5}}
     with pytest.raises(
-        zskt.ZsktError, match=r"says that .*:network makes this network, which runs that code: .*--trust"
+        zskt.ZsktError, match=r"says that .*:network makes this network, and calling it runs that code: .*--trust"
     ):
         zskt.load_student(folder / "run")
     capsys.readouterr()
