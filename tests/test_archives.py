@@ -4,8 +4,10 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
 import stat
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from zskt.errors import ZsktError
 from zskt.networks import archives
 from zskt.networks.archives import kind_of, open_archive
+from zskt.networks.foreign import quiet
 from zskt.networks.loading import load_teacher
 from zskt.networks.weights_file import read_weights
 
@@ -110,22 +113,27 @@ def test_a_program_takes_trust_and_runs_nothing_without(
     assert trace.exists()  # so it would have run
 
 
-def storage_ends(config: dict[str, Any]) -> None:
-    config["config"]["conv.weight"]["tensor_meta"]["storage_offset"] = {"as_int": 10**9}
+def test_torch_says_nothing_beside_our_line(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def storage_ends(config: dict[str, Any]) -> None:
+        config["config"]["conv.weight"]["tensor_meta"]["storage_offset"] = {"as_int": 10**9}
+
+    said: list[logging.LogRecord] = []
+    (handler := logging.Handler()).emit = said.append  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger("torch.export"), "handlers", [handler])
+    path = rewritten(program, tmp_path / "broken.pt2", {WEIGHTS: storage_ends})
+    assert "cannot load" in refused(lambda: load_teacher(path, trust=True, **GREY))
+    assert not said
 
 
-def other_shape(model: dict[str, Any]) -> None:
-    (linear,) = (node for node in model["graph_module"]["graph"]["nodes"] if "linear" in node["target"])
-    linear["inputs"][1]["arg"]["as_tensor"]["name"] = "p_conv_weight"
-
-
-@pytest.mark.parametrize("change", [{WEIGHTS: storage_ends}, {MODEL: other_shape}], ids=["loading", "calling"])
-def test_torch_says_nothing_beside_our_line(
-    change: dict[str, Any], program: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = rewritten(program, tmp_path / "broken.pt2", change)
-    refused(lambda: load_teacher(path, trust=True, **GREY))
+def test_quiet_keeps_the_terminal_clean_and_puts_everything_back(capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(KeyError), quiet():
+        warnings.warn("a warning", stacklevel=1)
+        print("a print")
+        raise KeyError
     assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("elsewhere").isEnabledFor(logging.CRITICAL)
+    with pytest.warns(UserWarning, match="another"):
+        warnings.warn("another", stacklevel=1)
 
 
 @pytest.mark.parametrize("name", ["evil.pt", "evil.pth", "evil.bin"])
@@ -202,6 +210,11 @@ def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_program_is_refused(length: int, program: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.pt2").write_bytes(program.read_bytes()[:-length])
     assert "cut.pt2" in refused(lambda: load_teacher(tmp_path / "cut.pt2", trust=True, **GREY))
-    for content in (b"{", b"{}"):
-        broken = rewritten(program, tmp_path / "broken.pt2", {MODEL: content})
-        assert "cannot load" in refused(lambda path=broken: load_teacher(path, trust=True, **GREY))
+
+    def other_shape(model: dict[str, Any]) -> None:
+        (linear,) = (node for node in model["graph_module"]["graph"]["nodes"] if "linear" in node["target"])
+        linear["inputs"][1]["arg"]["as_tensor"]["name"] = "p_conv_weight"
+
+    for change, words in ((b"{", "cannot load"), (b"{}", "cannot load"), (other_shape, "does not take images")):
+        broken = rewritten(program, tmp_path / "broken.pt2", {MODEL: change})
+        assert words in refused(lambda path=broken: load_teacher(path, trust=True, **GREY))
