@@ -390,6 +390,46 @@ def test_an_untrained_head_is_refused(transformers: Any, tmp_path: Path) -> None
     assert "no trained classifier: classifier.bias" in refused(lambda: load_teacher(tmp_path))
 
 
+def test_from_pretrained_takes_a_folder_or_downloads_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    zskt.save_teacher(tmp_path / "teacher", make_teacher())
+    asked: list[Any] = []
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.append((repository, options))
+        return str(tmp_path / "teacher")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    expected = make_teacher().fingerprint()
+    assert zskt.Classifier.from_pretrained(tmp_path / "teacher").fingerprint() == expected
+    assert asked == []
+    assert zskt.Classifier.from_pretrained("owner/a.name-1", revision="v1").fingerprint() == expected
+    ((repository, options),) = asked
+    assert (repository, options.pop("revision")) == ("owner/a.name-1", "v1")
+    files = ["README.md", "config.json", "model.safetensors", "code.py", "pytorch_model.bin", "onnx/config.json"]
+    assert list(hub.utils.filter_repo_objects(files, **options)) == files[:3]
+
+
+def test_from_pretrained_says_what_it_could_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    (tmp_path / "net.pt").touch()
+    for what in ("nowhere", tmp_path / "nowhere", tmp_path / "net.pt", "owner/name:factory"):
+        assert "which is neither" in refused(lambda what=what: zskt.Classifier.from_pretrained(what))
+    (tmp_path / "teacher").mkdir()
+    revised = refused(lambda: zskt.Classifier.from_pretrained(tmp_path / "teacher", revision="v1"), UsageError)
+    assert "revision has no use" in revised
+
+    def offline(repository: str, **options: Any) -> str:
+        raise hub.errors.LocalEntryNotFoundError("offline, and nothing in the cache\nTraceback")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    message = refused(lambda: zskt.Classifier.from_pretrained("owner/name"))
+    assert "found no folder owner/name" in message
+    assert "LocalEntryNotFoundError: offline, and nothing in the cache" in message
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert 'pip install "zskt[hub]"' in refused(lambda: zskt.Classifier.from_pretrained("owner/name"))
+
+
 # Model libraries: neither can be imported beside every torch, so stand-ins play them
 
 

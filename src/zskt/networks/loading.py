@@ -85,7 +85,8 @@ def load_pretrained(what: str | Path, *, trust: bool = False, revision: str | No
     """
     folder = expanded(what)
     if folder.is_dir():
-        _refuse_unused({"revision": revision}, f"{folder}, a folder on this machine")
+        if revision is not None:
+            raise UsageError(f"revision has no use beside {folder}, a folder on this machine; leave it out")
     elif folder.exists() or not hugging_face.REPOSITORY.fullmatch(str(what)):
         raise ZsktError(
             f"expected a folder or a Hugging Face repository as owner/name, found {short(what)}, which is neither; "
