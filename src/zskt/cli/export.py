@@ -37,7 +37,7 @@ def run_export(
         run: a run folder (its student), or any network as in zskt distill, which is compared on noise.
         out: the file, or for hub the folder, to write; must not exist.
         format: onnx, pt2 or hub; by default by the ending of --out.
-        input: what the network will be fed: fraction is images in [0, 1], the default, uint8 bytes, normalised neither.
+        input: fraction: images in [0, 1] (the default); uint8: images as bytes; normalised: images already normalised.
         int8: quantise the ONNX file, calibrated on other pseudo images: no data needed.
         teacher: also time this network, spelled as in zskt distill, and the student in onnxruntime, side by side.
         tolerance: largest difference of a logit that is let pass, as a fraction of the largest logit.

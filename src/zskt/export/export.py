@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, first_line, unknown
 from zskt.evaluate.measures import agreement
-from zskt.export.formats import Input, feed, need, open_onnx, quantise, quiet, write_onnx, write_pt2
+from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
 from zskt.export.hub import write_hub
 from zskt.files import appearing, read_json
 from zskt.method.generator import Generator, pseudo_images
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import load_network, load_student
+from zskt.networks.foreign import quiet
+from zskt.networks.loading import load_teacher
 from zskt.networks.observe import evaluating
 from zskt.networks.rebuild import describe_module
 from zskt.run.distill import DistillResult, load_generator
@@ -131,7 +133,7 @@ def export(
             write_pt2(plain, network, fed)
         else:
             plain.mkdir()
-            write_hub(plain, network, origin.facts)
+            write_hub(plain, network, origin.metadata)
         found = deviation(read_back(plain, form, network), network, images, fed)
         check(found, form, tolerance)
         if int8:
@@ -155,8 +157,8 @@ def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agre
             raise unknown(what, name, valid)
     if form == "hub" and fed != "normalised":
         raise UsageError(
-            f"input {fed}: a hub folder holds the plain network and says in preprocessor_config.json how images are "
-            "normalised; leave --input out, or export to onnx or pt2"
+            f"input {fed}: a hub folder holds the network alone, its preprocessor_config.json the normalisation; leave "
+            "--input out, or export to onnx or pt2"
         )
     if int8 and form != "onnx":
         raise UsageError(f"int8 is for ONNX files, found format {form}: use --format onnx")
@@ -174,7 +176,7 @@ class Source:
     """A network, what is known of its making, and the generator of its run, if there is one."""
 
     network: Classifier
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     generator: Generator | None
 
     @property
@@ -200,7 +202,7 @@ def read_source(
         if not source.finished:
             raise ZsktError(f"expected a finished run, found one at step {source.step:,}; resume it first")
         teacher = source.teacher
-        facts = {
+        metadata = {
             "recipe": source.config.recipe,
             "steps": source.config.steps,
             "seed": source.config.seed,
@@ -211,7 +213,7 @@ def read_source(
             "measured": source.measured,
             "warnings": source.warnings,
         }
-        return Source(source.network, facts, source.generator)
+        return Source(source.network, metadata, source.generator)
     if isinstance(source, Classifier):
         return Source(source, {}, None)
     if not isinstance(source, str | Path):
@@ -225,9 +227,9 @@ def read_source(
 def from_folder(folder: Path, network: Classifier) -> Source:
     """A network that was loaded from a run, teacher or hub folder, with what else is there."""
     paths = [folder / f"{name}.json" for name in ("student", "teacher", "config")]
-    facts: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
+    metadata: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
     has_generator = (folder / "generator.safetensors").exists()
-    return Source(network, facts, load_generator(folder, network) if has_generator else None)
+    return Source(network, metadata, load_generator(folder, network) if has_generator else None)
 
 
 # Reading back, comparing, timing.
@@ -240,14 +242,17 @@ def read_back(path: Path, form: Format, network: Classifier) -> Answer:
             session = open_onnx(path)
             return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         if form == "pt2":
-            with quiet():
+            with quiet():  # a program, but we have just written it
                 return torch.export.load(path).module()
         how = describe_module(network.module, network.num_classes, network.input_size)
-        by_itself = "spec" in how or "transformers" in how
-        return load_student(path, module=None if by_itself else network.module).float()
+        if "transformers" in how:
+            return load_teacher(path, notice=lambda line: None).float()  # what there is to note is known already
+        return load_student(path, module=None if "spec" in how else network.module).float()
     except Exception as error:  # a damaged file fails in every way that a parser can
         reason = first_line(error)
-        raise ZsktError(f"the exported {form} cannot be read back ({reason}); nothing was written") from error
+        raise ZsktError(
+            f"the exported {form} cannot be read back ({reason}); nothing was written; use another --format"
+        ) from error
 
 
 def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -> dict[str, float]:
@@ -260,7 +265,8 @@ def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -
                 theirs.append(answer(batch).detach())  # (N, K)
             except Exception as error:
                 raise ZsktError(
-                    f"the exported network refuses a batch of {len(batch)} ({first_line(error)}); nothing was written"
+                    f"the exported network fails on a batch of {len(batch)} ({first_line(error)}); nothing was "
+                    "written; use another --format"
                 ) from error
             ours.append(network(batch if fed == "normalised" else network.normalise(batch)))
     found, expected = torch.cat(theirs).double(), torch.cat(ours).double()  # (N, K) each
@@ -276,10 +282,9 @@ def check(found: Mapping[str, float], form: str, tolerance: float) -> None:
     allowed = tolerance * found["largest_logit"]
     if not found["max_difference"] <= allowed:  # NaN neither
         raise ZsktError(
-            f"the exported {form} answers otherwise than the network: logits differ by up to "
-            f"{found['max_difference']:.3g}, allowed are {allowed:.3g} ({tolerance:g} of the largest), and "
-            f"{found['agreement']:.4f} of {IMAGES} images keep their class; nothing was written; use another --format "
-            "or --tolerance"
+            f"the exported {form} disagrees with the network: logits differ by up to {found['max_difference']:.3g}, "
+            f"allowed are {allowed:.3g} ({tolerance:g} of the largest), and {found['agreement']:.4f} of {IMAGES} "
+            "images keep their class; nothing was written; use another --format or a larger --tolerance"
         )
 
 
@@ -287,9 +292,9 @@ def check_agreement(found: Mapping[str, float], least: float) -> None:
     """Raise ZsktError unless quantisation has left enough images their class."""
     if not found["agreement"] >= least or math.isnan(found["max_difference"]):
         raise ZsktError(
-            f"after quantisation the classes of only {found['agreement']:.4f} of {IMAGES} pseudo images are the "
-            f"student's, expected {least:g} (logits differ by up to {found['max_difference']:.3g}); nothing was "
-            "written; leave --int8 out or lower --least-agreement"
+            f"after quantisation only {found['agreement']:.4f} of {IMAGES} pseudo images keep the student's class, "
+            f"expected at least {least:g} (logits differ by up to {found['max_difference']:.3g}); nothing was written; "
+            "leave --int8 out or lower --least-agreement"
         )
 
 
@@ -304,7 +309,7 @@ def time_networks(networks: Mapping[str, tuple[Classifier, Path]], fed: Input, t
                 write_onnx(path, network, fed)
                 check(deviation(read_back(path, "onnx", network), network, images, fed), "onnx", tolerance)
             except ZsktError as error:
-                raise ZsktError(f"cannot time the {name} in onnxruntime, so leave --teacher out: {error}") from error
+                raise ZsktError(f"cannot time the {name} in onnxruntime ({error}); leave --teacher out") from error
         sessions[name] = open_onnx(path)
     clock, processor = ({name: dict[int, float]() for name in networks} for _ in range(2))
     for batch in TIMED:

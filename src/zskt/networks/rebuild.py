@@ -90,7 +90,7 @@ def rebuild_module(
     package, _, name = str(how.get("python", "your.Network")).rpartition(".")
     folder = where.parent
     raise ZsktError(
-        f"{where} describes a Python object, which only its own code makes again: from {package} import {name}; "
+        f"{where} describes a Python object that only its own code can rebuild: from {package} import {name}; "
         f"module = {name}(...); student = zskt.load_student({str(folder)!r}, module=module)"
     )
 
