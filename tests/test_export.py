@@ -541,7 +541,7 @@ def test_the_commands_errors(capsys: pytest.CaptureFixture[str], finished: Path,
     unfinished = tmp_path / "unfinished"
     settings = {**TINY, "steps": 4}
     zskt.distill(make_teacher(), models.convnet(2), "zskt-prior", settings=settings, out=unfinished, stop_after=1)
-    assert "has not finished? resume it" in refused_command(capsys, 1, "export", unfinished, "--out", out)
+    assert "has not finished, resume it" in refused_command(capsys, 1, "export", unfinished, "--out", out)
     assert "found nothing" in refused_command(capsys, 1, "export", tmp_path / "nowhere", "--out", out)
     assert "is there already" in refused_command(capsys, 1, "export", run, "--out", unfinished, "--format", "hub")
     assert "int8 is for ONNX" in refused_command(capsys, 2, "export", run, "--out", tmp_path / "a.pt2", "--int8")

@@ -144,7 +144,7 @@ def model_card(name: str, network: Classifier, described: Mapping[str, Any]) -> 
         "",
         *_usage(name, kind, size.replace(" x ", ", ")),
         "",
-        f"Written by zskt {__version__}. The licence is for whoever trained the teacher to say.",
+        f"Written by zskt {__version__}. Its licence is up to whoever trained the teacher.",
     ]
     return "\n".join(lines) + "\n"
 

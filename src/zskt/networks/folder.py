@@ -75,13 +75,13 @@ def _load(folder: Path, stem: str, module: nn.Module | None = None, trust: bool 
     if not path.exists() and is_hub_folder(folder):
         return read_network(folder / "config.json", folder / "model.safetensors", module, trust=trust)
     if not path.exists():
-        what = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        what = "a folder without it" if folder.is_dir() else "a file" if folder.exists() else "nothing"
         near = (
-            "a run that has not finished? resume it with --resume"
+            "if this run has not finished, resume it with --resume"
             if (folder / "config.toml").exists()
             else ("make one with zskt teach, zskt import or zskt distill")
         )
-        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what} without it; {near}")
+        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what}; {near}")
     return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
 
 

@@ -112,7 +112,7 @@ def load(
     specifier, path = str(what), expanded(what)
     if is_own_folder(path):
         given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
-        _refuse_unused(given, f"{path}, a folder that says everything")
+        _refuse_unused(given, f"{path}, a folder that has all of this in it")
         return Loaded(load_network(path, trust=trust), "folder of zskt", "the folder")
     if path.exists():
         _refuse_unused({"weights": weights, "args": arguments}, str(path))
