@@ -103,7 +103,7 @@ def test_a_program_takes_trust_and_runs_nothing_without(
         with monkeypatch.context() as patch:
             patch.setattr(zipfile.ZipFile, "open", None)  # no member is read
             message = refused(lambda path=path: load_teacher(path, **GREY))
-        assert "(exported program) is a program" in message
+        assert "is an exported program, and loading it can run any code" in message
         assert "--trust" in message
     assert not trace.exists()
     x = torch.randn(3, 3, 8, 8)

@@ -23,7 +23,7 @@ Input = Literal["fraction", "uint8", "normalised"]
 INPUTS: dict[str, str] = {
     "fraction": "images in [0, 1]",
     "uint8": "images as bytes, 0..255",
-    "normalised": "images already normalised, (x - mean) / std",
+    "normalised": "images in [0, 1] after (x - mean) / std",
 }
 CALIBRATED = 16
 """Images per calibration batch."""

@@ -182,9 +182,10 @@ def _recorded(path: Path, trust: bool) -> Found:
             "make a teacher folder of it with zskt import"
         )
     if not trust:
+        name = "TorchScript" if kind == "TorchScript" else "an exported program"
         raise UsageError(
-            f"{path} ({kind}) is a program, and loading it can run any code that it holds: give --trust, in Python "
-            "trust=True, if you trust whoever made it"
+            f"{path} is {name}, and loading it can run any code that its maker put there: give --trust, in Python "
+            "trust=True, if you trust them"
         )
     return read_exported(path) if kind == "exported program" else read_torchscript(path)
 
