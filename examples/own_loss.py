@@ -30,6 +30,6 @@ def make(teacher: zskt.Classifier, student: torch.nn.Module, config: zskt.Config
 if __name__ == "__main__":
     teacher = zskt.load_teacher(sys.argv[1])
     student = zskt.make_student("auto:0.25", teacher)
-    config = zskt.load_recipe("zskt-prior", {"steps": 200, "generator.width": 32})
+    config = zskt.load_recipe("zskt-prior", {"steps": 200, "student.learning_rate": 5e-3})
     result = zskt.distill(teacher, student, config, method=make, out="runs/own-loss")
     print(result)

@@ -1,15 +1,12 @@
 """A method of one's own in one file: rounds of synthesis fill a bank of images, from which the student learns.
 
-Of the kind of CMI and Fast: the generator is told which class to make, its latents are optimised anew in each round, and
-random crops go between it and the networks. Without arguments it shows what every run can do, on the digits:
+Of the kind of CMI and Fast: the generator is told which class to make, its latents are optimised anew in each round,
+and random crops go between it and the networks. Run on its own it shows, on the digits, what every run can do:
 
-    python examples/own_method.py FOLDER    # taught, distilled, stopped half-way, resumed, sampled, reported, exported
-    zskt distill TEACHER --student convnet-8 --method examples/own_method.py:make --trust --steps 80 --out runs/own
+    python examples/own_method.py FOLDER    # taught, distilled, stopped half-way, resumed, reported, sampled, exported
 """
 
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -51,19 +48,17 @@ class ImageBank:
         return zskt.by_name("generator", synthesis) | zskt.by_name("student", [self.distil() for _ in range(UPDATES)])
 
     def synthesise(self) -> list[zskt.Losses]:
-        """One round: latents and an optimiser of its own; the images of the lowest loss go into the bank."""
+        """One round: latents and an optimiser of its own; what it ends with goes into the bank."""
         labels = torch.randint(self.classes, (BATCH,))  # (N,)
         z = torch.randn(BATCH, LATENT, requires_grad=True)  # (N, Z)
         groups = [{"params": [z], "lr": 1e-2}, {"params": self.generator.parameters(), "lr": 4e-3}]
-        synthesis, losses, best = zskt.Updates(ROUND, torch.optim.Adam(groups), SYNTHESIS), [], torch.empty(0)
+        synthesis, losses = zskt.Updates(ROUND, torch.optim.Adam(groups), SYNTHESIS), list[zskt.Losses]()
         self.student.eval()
         for _ in range(ROUND):
             images = self.generator(torch.cat([z, F.one_hot(labels, self.classes)], dim=1))  # (N, C, H, W)
             seen = crop(images)
             losses.append(synthesis.update(zskt.Beliefs(seen, labels, self.ask_teacher(seen), self.ask_student(seen))))
-            if losses[-1].total <= min(loss.total for loss in losses):
-                best = images.detach()
-        self.images = torch.cat([self.images, best])[-CAPACITY:]
+        self.images = torch.cat([self.images, images.detach()])[-CAPACITY:]
         return losses
 
     def distil(self) -> zskt.Losses:
@@ -86,7 +81,7 @@ class ImageBank:
     def state_dict(self) -> dict[str, Tensor]:
         return {"images": self.images, "done": torch.tensor(self.learn.done)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.images, self.learn.done = state["images"], int(state["done"])
 
     def close(self) -> None:
@@ -94,14 +89,12 @@ class ImageBank:
         self.ask_student.close()
 
 
-make = ImageBank
-
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own-method")
-    teacher, run, own = str(folder / "teacher"), str(folder / "run"), ["--method", f"{__file__}:make", "--trust"]
+    folder = sys.argv[1] if len(sys.argv) > 1 else "runs/own-method"
+    teacher, run, own = f"{folder}/teacher", f"{folder}/run", ["--method", f"{__file__}:ImageBank", "--trust"]
+    main(["teach", "--model", "convnet-32", "--data", "digits", "--epochs", "40", "--out", teacher])
     distil = ["distill", teacher, "--student", "convnet-8", *own, "--steps", "80", "--eval", "digits", "--out", run]
-    commands = [["teach", "--model", "convnet-32", "--data", "digits", "--epochs", "40", "--out", teacher]]
-    commands += [[*distil, "--stop-after", "40"], [*distil, "--resume"], ["report", run]]
-    commands += [["sample", run, *own, "--teacher", teacher, "--out", str(folder / "samples.png")]]
-    commands += [["export", run, *own, "--teacher", teacher, "--out", str(folder / "student.onnx")]]
-    sys.exit(next((status for command in commands if (status := main(command))), 0))
+    main([*distil, "--stop-after", "40"])
+    main([*distil, "--resume"])
+    main(["sample", run, *own, "--teacher", teacher, "--out", f"{folder}/samples.png"])
+    sys.exit(main(["export", run, *own, "--teacher", teacher, "--out", f"{folder}/student.onnx"]))

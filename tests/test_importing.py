@@ -21,7 +21,8 @@ from zskt.errors import UsageError, ZsktError
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network, save_teacher
-from zskt.networks.weights import find_renaming, find_state_dict, import_weights, parse_renames, unit_normalisation
+from zskt.networks.normalisation import unit_normalisation
+from zskt.networks.weights import find_renaming, find_state_dict, import_weights, parse_renames
 
 SIZE, CLASSES = (3, 32, 32), 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -461,6 +462,14 @@ def test_values_above_one_mean_0_to_255() -> None:
 def test_mixed_or_impossible_scales_are_usage_errors(mean: tuple[float], std: tuple[float]) -> None:
     with pytest.raises(UsageError, match=r"expected all in \[0, 1\] or all in 0..255"):
         unit_normalisation(mean, std)
+
+
+def test_where_the_scale_is_known_nothing_is_guessed() -> None:
+    assert unit_normalisation([127.5], [51], white=255, where="file") == ([0.5], [0.2], ())
+    for mean, std, white in (([0.0], [1.0], 0.99), ([127.5], [51], 1), ([0.5], [0.0], 1), ([0.5], [float("nan")], 1)):
+        with pytest.raises(ZsktError, match=r"^file: mean .* and std .*: expected") as error:
+            unit_normalisation(mean, std, white=white, where="file")
+        assert not isinstance(error.value, UsageError)  # nobody gave an option
 
 
 class Renamed:

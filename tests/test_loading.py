@@ -179,7 +179,7 @@ def test_weights_alone_are_no_network(tmp_path: Path) -> None:
 def test_an_exported_program(tmp_path: Path) -> None:
     module = trained(Net())
     lines: list[str] = []
-    found = load(exported(module, tmp_path / "net.pt2"), notice=lines.append, **GREY)
+    found = load(exported(module, tmp_path / "net.pt2"), trust=True, notice=lines.append, **GREY)
     teacher, x = found.teacher, torch.randn(5, *SIZE)
     assert (found.kind, teacher.input_size, teacher.num_classes) == ("exported program", SIZE, 5)
     torch.testing.assert_close(teacher(x), module(x))
@@ -200,11 +200,11 @@ def test_an_exported_program(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, while it decomposes
 def test_an_exported_program_may_return_a_dictionary_or_be_decomposed(tmp_path: Path) -> None:
     module, x = trained(Named()), torch.randn(5, *SIZE)
-    teacher = load_teacher(exported(module, tmp_path / "named.pt2"), **GREY)
+    teacher = load_teacher(exported(module, tmp_path / "named.pt2"), trust=True, **GREY)
     torch.testing.assert_close(teacher(x), module(x)["logits"])
     program = torch.export.load(tmp_path / "named.pt2").run_decompositions()
     torch.export.save(program, tmp_path / "core.pt2")
-    found = load(tmp_path / "core.pt2", **GREY)
+    found = load(tmp_path / "core.pt2", trust=True, **GREY)
     torch.testing.assert_close(found.teacher(x), module(x)["logits"])
     assert len(batchnorm_layers(found.teacher.module)) == 2
 
@@ -221,15 +221,15 @@ class Two(Net):
 
 def test_exported_programs_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     path = exported(trained(Net()), tmp_path / "fixed.pt2", dynamic=False)
-    assert "batches of exactly 2" in (message := refused(lambda: load_teacher(path, **GREY)))
+    assert "batches of exactly 2" in (message := refused(lambda: load_teacher(path, trust=True, **GREY)))
     assert "dynamic_shapes" in message
     path = exported(Net().train(), tmp_path / "training.pt2")
-    assert "training mode" in refused(lambda: load_teacher(path, **GREY))
+    assert "training mode" in refused(lambda: load_teacher(path, trust=True, **GREY))
     images = torch.randint(256, (2, *SIZE), dtype=torch.uint8)
     path = exported(trained(Integers()), tmp_path / "bytes.pt2", like=images)
-    assert "integer images" in refused(lambda: load_teacher(path, **GREY))
+    assert "integer images" in refused(lambda: load_teacher(path, trust=True, **GREY))
     path = exported(trained(Two()), tmp_path / "single.pt2", dynamic=False, like=torch.randn(*SIZE))
-    assert "one input of shape (N, C, H, W)" in refused(lambda: load_teacher(path, **GREY))
+    assert "one input of shape (N, C, H, W)" in refused(lambda: load_teacher(path, trust=True, **GREY))
 
 
 def test_torchscript(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_what_a_hugging_face_folder_does_not_say_is_asked_for(transformers: Any,
     assert lines == ["--mean 127.5 --std 51 read as 0..255 and divided by 255"]
     assert found.teacher.mean.item() == 0.5
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 16}}')
-    assert "not understood" in refused(lambda: load_teacher(tmp_path))
+    assert "cannot make sense of" in refused(lambda: load_teacher(tmp_path))
 
 
 class Payload:
@@ -372,7 +372,7 @@ def test_hugging_face_folders_run_nothing(transformers: Any, tmp_path: Path) -> 
     (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(trace)!r})\n")
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForImageClassification": "code.M"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "its own code is not run" in refused(lambda: load_teacher(tmp_path, trust=True))
+    assert "code that comes with a folder is never run" in refused(lambda: load_teacher(tmp_path, trust=True))
     torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
     config |= {"model_type": "convnext", "_attn_implementation": "someone/kernels"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -388,6 +388,46 @@ def test_an_untrained_head_is_refused(transformers: Any, tmp_path: Path) -> None
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["ConvNextModel"]
     assert "no trained classifier: classifier.bias" in refused(lambda: load_teacher(tmp_path))
+
+
+def test_from_pretrained_takes_a_folder_or_downloads_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    zskt.save_teacher(tmp_path / "teacher", make_teacher())
+    asked: list[Any] = []
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.append((repository, options))
+        return str(tmp_path / "teacher")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    expected = make_teacher().fingerprint()
+    assert zskt.Classifier.from_pretrained(tmp_path / "teacher").fingerprint() == expected
+    assert asked == []
+    assert zskt.Classifier.from_pretrained("owner/a.name-1", revision="v1").fingerprint() == expected
+    ((repository, options),) = asked
+    assert (repository, options.pop("revision")) == ("owner/a.name-1", "v1")
+    files = ["README.md", "config.json", "model.safetensors", "code.py", "pytorch_model.bin", "onnx/config.json"]
+    assert list(hub.utils.filter_repo_objects(files, **options)) == files[:3]
+
+
+def test_from_pretrained_says_what_it_could_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    (tmp_path / "net.pt").touch()
+    for what in ("nowhere", tmp_path / "nowhere", tmp_path / "net.pt", "owner/name:factory"):
+        assert "which is neither" in refused(lambda what=what: zskt.Classifier.from_pretrained(what))
+    (tmp_path / "teacher").mkdir()
+    revised = refused(lambda: zskt.Classifier.from_pretrained(tmp_path / "teacher", revision="v1"), UsageError)
+    assert "revision has no use" in revised
+
+    def offline(repository: str, **options: Any) -> str:
+        raise hub.errors.LocalEntryNotFoundError("offline, and nothing in the cache\nTraceback")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    message = refused(lambda: zskt.Classifier.from_pretrained("owner/name"))
+    assert "found no folder owner/name" in message
+    assert "LocalEntryNotFoundError: offline, and nothing in the cache" in message
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert 'pip install "zskt[hub]"' in refused(lambda: zskt.Classifier.from_pretrained("owner/name"))
 
 
 # Model libraries: neither can be imported beside every torch, so stand-ins play them
@@ -425,7 +465,7 @@ def test_names_of_model_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for what in ("timm:resnet18.a1_in1k", "torchvision:resnet18"):
         lines: list[str] = []
         found = load(what, notice=lines.append)
-        assert "fetches" in lines[0]
+        assert "downloads" in lines[0]
         assert found.teacher.input_size == SIZE
         assert found.teacher.mean.flatten().tolist() == [0.4, 0.5, 0.6]
         load(what, weights=tmp_path / "net.pt", arguments={"num_classes": 5}, notice=lines.append)
@@ -506,7 +546,7 @@ def test_a_preprocessor_of_odd_values_is_not_understood(transformers: Any, facts
     save_hugging_face(transformers, "vit", tmp_path, None)
     text = json.dumps(facts if isinstance(facts, list) else PREPROCESSOR | facts)
     (tmp_path / "preprocessor_config.json").write_text(text)
-    assert "not understood" in refused(lambda: load_teacher(tmp_path))
+    assert "cannot make sense of" in refused(lambda: load_teacher(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -514,7 +554,7 @@ def test_a_preprocessor_of_odd_values_is_not_understood(transformers: Any, facts
     [
         ({"num_labels": 10**9}, "at most 100,000 classes"),
         ({"id2label": {str(i): "x" for i in range(100_001)}}, "at most 100,000 classes"),
-        ({"hidden_size": 2**15, "intermediate_size": 2**15, "num_hidden_layers": 2}, "numbers; save the network anew"),
+        ({"hidden_size": 2**15, "intermediate_size": 2**15, "num_hidden_layers": 2}, "numbers; save the network again"),
         ({"model_type": "timm_wrapper", "architecture": "x"}, "timm"),
         ({"backbone_config": [{"model_type": "timm_backbone"}]}, "timm"),
     ],
@@ -547,7 +587,9 @@ def test_configs_lose_what_fetches_code_at_any_depth(transformers: Any) -> None:
     config = {"a": 1, "b": [evil | {"c": 2}], "d": {"e": evil}, **evil}
     assert without_code(config, Path("here")) == {"a": 1, "b": [{"c": 2}], "d": {"e": {}}}
     how = {"transformers": "TimmWrapperForImageClassification", "config": {}}
-    assert "no image classifier" in refused(lambda: rebuild_module(how, Path("here"), 3, SIZE, trust=True))
+    assert "does not have as an image classifier" in refused(
+        lambda: rebuild_module(how, Path("here"), 3, SIZE, trust=True)
+    )
     how = {"transformers": "ViTForImageClassification", "config": {"num_labels": 4}}
     assert "expected 3 classes" in refused(lambda: rebuild_module(how, Path("here"), 3, SIZE, trust=True))
 

@@ -53,6 +53,7 @@ def test_no_module_imports_in_a_circle() -> None:
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         known = {node.module for node in nodes} | {f"{node.module}.{a.name}" for node in nodes for a in node.names}
         order[name] = {str(module) for module in known} & set(names)
+    order["zskt.networks.classifier"].remove("zskt.networks.loading")  # within Classifier.from_pretrained, when called
     list(graphlib.TopologicalSorter(order).static_order())
 
 

@@ -301,7 +301,7 @@ def test_a_factorys_student_is_rebuilt_where_its_code_is_trusted(
     spec = "mynets:network" if place == "mynets" else f"{folder / 'mynets.py'}:network"
     assert how == {"factory": spec, "arguments": {"width": 5}}
     with pytest.raises(
-        zskt.ZsktError, match=r"says that .*:network makes this network, which runs that code: .*--trust"
+        zskt.ZsktError, match=r"says that .*:network makes this network, and calling it runs that code: .*--trust"
     ):
         zskt.load_student(folder / "run")
     capsys.readouterr()
@@ -334,7 +334,7 @@ def test_nothing_that_a_folder_names_runs_unasked(tmp_path: Path) -> None:
 def test_a_python_object_says_what_to_write_and_is_filled(tmp_path: Path) -> None:
     student = finished(FourStages(4), tmp_path / "run")
     with pytest.raises(
-        zskt.ZsktError, match="only its own code makes again: from small import FourStages; module"
+        zskt.ZsktError, match="only its own code can rebuild: from small import FourStages; module"
     ) as e:
         zskt.load_student(tmp_path / "run")
     assert f"student = zskt.load_student({str(tmp_path / 'run')!r}, module=module)" in str(e.value)

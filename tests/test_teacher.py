@@ -172,7 +172,7 @@ def edit(path: Path, **changes: Any) -> None:
         (lambda f: shorten(f / "teacher.json"), "not valid JSON"),
         (lambda f: (f / "teacher.json").write_text("[]"), "expected an object"),
         (lambda f: (f / "teacher.json").write_text("3"), "teacher.json"),
-        (lambda f: edit(f / "teacher.json", format=2), "lacks format or holds a wrong value"),
+        (lambda f: edit(f / "teacher.json", format=2), "format missing or of the wrong kind"),
         (lambda f: edit(f / "teacher.json", model="wrn-16-1"), "does not fit the wrn-16-1"),
         (lambda f: edit(f / "teacher.json", num_classes=9), "does not fit the wrn-10-1"),
         (lambda f: edit(f / "teacher.json", num_classes="ten"), "teacher.json"),

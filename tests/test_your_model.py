@@ -139,13 +139,17 @@ def test_a_hugging_face_folder(folder: Path, capsys: pytest.CaptureFixture[str])
         "image_std": [0.247, 0.2435, 0.2616],
     }
     Path("classifier/preprocessor_config.json").write_text(json.dumps(facts))
-    inspected, distilled, evaluated, exported = follow(2, capsys)
+    inspected, distilled, evaluated, exported, folder_of_student = follow(2, capsys)
     assert inspected["input_size"] == [3, 32, 32]
     assert inspected["normalisation_from"] == "preprocessor_config.json"
     assert 0.12 < inspected["student_fraction"] < 0.5
     assert distilled["finished"]
     assert 0 <= evaluated["agreement"] <= 1
     assert [row["network"] for row in exported["timings"]] == ["teacher", "student"]
+    assert folder_of_student["agreement"] == 1
+    alone = transformers.AutoModelForImageClassification.from_pretrained("student-hub")  # without zskt
+    student, images = zskt.load_student("runs/hub"), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(alone(images).logits, student(images))
 
 
 def test_a_name_in_timm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

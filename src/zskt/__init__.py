@@ -9,10 +9,12 @@ from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.transitions import Comparison, compare
 from zskt.export.export import Exported, export
 from zskt.method import losses
+from zskt.method.build import belief_matching
 from zskt.method.config import Config
 from zskt.method.generator import Generator
 from zskt.method.matching import BeliefMatching, Latent
 from zskt.method.protocol import Method
+from zskt.method.recipe import load_recipe
 from zskt.method.replay import Fresh, ReplayBuffer, Same
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
 from zskt.networks import models
@@ -48,10 +50,12 @@ __all__ = [
     "UsageError",
     "ZsktError",
     "__version__",
+    "belief_matching",
     "by_name",
     "compare",
     "distill",
     "export",
+    "load_recipe",
     "load_student",
     "load_teacher",
     "losses",

@@ -6,8 +6,9 @@ from typing import Any
 import tyro
 from rich.table import Table
 
+from zskt.cli.options import Text
 from zskt.cli.progress import console, notice
-from zskt.cli.teachers import FOREIGN, Network, Options, open_networks
+from zskt.cli.teachers import FOREIGN, Network, Options, open_method, open_networks
 from zskt.export.export import TIMED, Exported, Format, as_json, export, from_folder
 from zskt.export.formats import INPUTS, Input
 from zskt.networks.loading import is_own_folder
@@ -21,7 +22,8 @@ def run_export(
     format: Format | None = None,
     input: Input | None = None,
     int8: bool = False,
-    teacher: str | None = None,
+    teacher: Text = None,
+    method: Text = None,
     tolerance: float = 1e-3,
     least_agreement: float = 0.9,
     foreign: Options = FOREIGN,
@@ -37,22 +39,25 @@ def run_export(
         run: a run folder (its student), or any network as in zskt distill, which is compared on noise.
         out: the file, or for hub the folder, to write; must not exist.
         format: onnx, pt2 or hub; by default by the ending of --out.
-        input: what the network will be fed: fraction is images in [0, 1], the default, uint8 bytes, normalised neither.
+        input: fraction: images in [0, 1] (the default); uint8: images as bytes; normalised: images already normalised.
         int8: quantise the ONNX file, calibrated on other pseudo images: no data needed.
-        teacher: also time this network, spelled as in zskt distill, and the student in onnxruntime, side by side.
+        teacher: also time this network, specified as in zskt distill, and the student in onnxruntime, side by side.
+        method: of a run with an own method, as in zskt distill; needs --teacher and --trust.
         tolerance: largest difference of a logit that is let pass, as a fraction of the largest logit.
         least_agreement: fraction of the images that must keep their most probable class under --int8.
     """
     found, beside = open_networks([run, teacher], foreign)
     assert found is not None
+    make = None if method is None else open_method(method, foreign.trust)
+    other = None if beside is None else beside.teacher
     own = is_own_folder(Path(run))
     exported = export(
-        from_folder(Path(run), found.teacher) if own else found.teacher,
+        from_folder(Path(run), found.teacher, make, other) if own else found.teacher,
         out,
         format,
         input=input,
         int8=int8,
-        teacher=None if beside is None else beside.teacher,
+        teacher=other,
         tolerance=tolerance,
         least_agreement=least_agreement,
     )

@@ -96,9 +96,7 @@ def run_distill(
     notice(f"student {describe_student(module, network)}")
     planned = plan(network, module, base, changes, make)
     chosen = planned.config
-    notice(
-        f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps, generator width {chosen.generator.width}"
-    )
+    notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps")
     if pairs := chosen.student.loss.stages:
         notice(f"attention compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None

@@ -26,9 +26,10 @@ from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
 from zskt.networks.loading import Loaded, is_own_folder, load
 from zskt.networks.models import Size
+from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.networks.students import describe_student, make_student
-from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames, unit_normalisation
+from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
@@ -59,7 +60,7 @@ class Foreign:
     std: Reals = ()
     """standard deviation per channel, on the same scale as the mean, as in .2023 .1994 .2010."""
     trust: bool = False
-    """load TorchScript, .pt2 files and folders that can run code, because you know who made them."""
+    """load .pt2 and TorchScript files, and folders that name a factory: they can run code; you trust their makers."""
 
 
 Options = tyro.conf.OmitArgPrefixes[Foreign]

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, first_line, unknown
 from zskt.evaluate.measures import agreement
-from zskt.export.formats import Input, feed, need, open_onnx, quantise, quiet, write_onnx, write_pt2
+from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
 from zskt.export.hub import write_hub
 from zskt.files import appearing, read_json
+from zskt.method.protocol import Make
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import load_network, load_student
+from zskt.networks.foreign import quiet
+from zskt.networks.loading import load_teacher
 from zskt.networks.observe import evaluating
 from zskt.networks.rebuild import describe_module
 from zskt.run.distill import DistillResult
@@ -92,12 +95,14 @@ def export(
     tolerance: float = 1e-3,
     least_agreement: float = 0.9,
     module: nn.Module | None = None,
+    method: Make | None = None,
     trust: bool = False,
 ) -> Exported:
     """Write a finished run's student, or any network, to `path`; read it back; compare; remove it if it is wrong.
 
     `source` is a result, a run or teacher folder, or a network with its normalisation; `module` and `trust` are for a
-    folder whose network only its own code makes, as in `load_student`. `format` follows from the path's ending where
+    folder whose network only its own code makes, as in `load_student`; a run of an own method needs that `method` and
+    its `teacher`. `format` follows from the path's ending where
     it is None: .onnx, .pt2, else a hub folder. `input` is what the exported network is fed:
     `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a hub folder has the plain network,
     fed normalised images. Input "images" (N, C, H, W), any N; output "logits" (N, K). `int8` quantises an ONNX file,
@@ -110,8 +115,8 @@ def export(
     form: Format = format or {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix, "hub")  # type: ignore[assignment]
     fed: Input = input or ("normalised" if form == "hub" else "fraction")
     _check_request(form, fed, int8, tolerance, least_agreement)
-    origin = read_source(source, module, trust)
     other = teacher if isinstance(teacher, Classifier | None) else load_network(teacher, trust=trust)
+    origin = read_source(source, module, trust, method, other)
     if int8 and origin.sample is None:
         raise ZsktError(
             "int8 is calibrated on pseudo images, and this network comes without a generator; export a run folder"
@@ -131,7 +136,7 @@ def export(
             write_pt2(plain, network, fed)
         else:
             plain.mkdir()
-            write_hub(plain, network, origin.facts)
+            write_hub(plain, network, origin.metadata)
         found = deviation(read_back(plain, form, network), network, images, fed)
         check(found, form, tolerance)
         if int8:
@@ -155,8 +160,8 @@ def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agre
             raise unknown(what, name, valid)
     if form == "hub" and fed != "normalised":
         raise UsageError(
-            f"input {fed}: a hub folder holds the plain network and says in preprocessor_config.json how images are "
-            "normalised; leave --input out, or export to onnx or pt2"
+            f"input {fed}: a hub folder holds the network alone, its preprocessor_config.json the normalisation; leave "
+            "--input out, or export to onnx or pt2"
         )
     if int8 and form != "onnx":
         raise UsageError(f"int8 is for ONNX files, found format {form}: use --format onnx")
@@ -174,7 +179,7 @@ class Source:
     """A network, what is known of its making, and what draws its run's pseudo images, if there is a run."""
 
     network: Classifier
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     sample: Sample | None
 
     @property
@@ -191,7 +196,11 @@ class Source:
 
 
 def read_source(
-    source: DistillResult | Classifier | Source | str | Path, module: nn.Module | None = None, trust: bool = False
+    source: DistillResult | Classifier | Source | str | Path,
+    module: nn.Module | None = None,
+    trust: bool = False,
+    method: Make | None = None,
+    teacher: Classifier | None = None,
 ) -> Source:
     """What `export` was given, made uniform; raises ZsktError for an unfinished run."""
     if isinstance(source, Source):
@@ -207,15 +216,21 @@ def read_source(
             f"expected a result, a folder or a zskt.Classifier to export, found {type(source).__name__}: wrap it, as "
             "in zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
         )
-    return from_folder(Path(source), load_network(source, module=module, trust=trust))
+    return from_folder(Path(source), load_network(source, module=module, trust=trust), method, teacher)
 
 
-def from_folder(folder: Path, network: Classifier) -> Source:
-    """A network that was loaded from a run, teacher or hub folder, with what else is there."""
+def from_folder(
+    folder: Path, network: Classifier, method: Make | None = None, teacher: Classifier | None = None
+) -> Source:
+    """A network that was loaded from a run, teacher or hub folder, with what else is there.
+
+    A run of an own method needs that `method` and its `teacher` again, for pseudo images to compare on.
+    """
     paths = [folder / f"{name}.json" for name in ("student", "teacher", "config")]
-    facts: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
+    metadata: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
     is_run = (folder / "config.toml").exists() and (folder / "student.json").exists()
-    return Source(network, facts, sampler(folder, network) if is_run else None)
+    sample = sampler(folder, network, method=method, teacher=teacher) if is_run else None
+    return Source(network, metadata, sample)
 
 
 # Reading back, comparing, timing.
@@ -228,14 +243,17 @@ def read_back(path: Path, form: Format, network: Classifier) -> Answer:
             session = open_onnx(path)
             return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         if form == "pt2":
-            with quiet():
+            with quiet():  # a program, but we have just written it
                 return torch.export.load(path).module()
         how = describe_module(network.module, network.num_classes, network.input_size)
-        by_itself = "spec" in how or "transformers" in how
-        return load_student(path, module=None if by_itself else network.module).float()
+        if "transformers" in how:
+            return load_teacher(path, notice=lambda line: None).float()  # what there is to note is known already
+        return load_student(path, module=None if "spec" in how else network.module).float()
     except Exception as error:  # a damaged file fails in every way that a parser can
         reason = first_line(error)
-        raise ZsktError(f"the exported {form} cannot be read back ({reason}); nothing was written") from error
+        raise ZsktError(
+            f"the exported {form} cannot be read back ({reason}); nothing was written; use another --format"
+        ) from error
 
 
 def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -> dict[str, float]:
@@ -248,7 +266,8 @@ def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -
                 theirs.append(answer(batch).detach())  # (N, K)
             except Exception as error:
                 raise ZsktError(
-                    f"the exported network refuses a batch of {len(batch)} ({first_line(error)}); nothing was written"
+                    f"the exported network fails on a batch of {len(batch)} ({first_line(error)}); nothing was "
+                    "written; use another --format"
                 ) from error
             ours.append(network(batch if fed == "normalised" else network.normalise(batch)))
     found, expected = torch.cat(theirs).double(), torch.cat(ours).double()  # (N, K) each
@@ -264,10 +283,9 @@ def check(found: Mapping[str, float], form: str, tolerance: float) -> None:
     allowed = tolerance * found["largest_logit"]
     if not found["max_difference"] <= allowed:  # NaN neither
         raise ZsktError(
-            f"the exported {form} answers otherwise than the network: logits differ by up to "
-            f"{found['max_difference']:.3g}, allowed are {allowed:.3g} ({tolerance:g} of the largest), and "
-            f"{found['agreement']:.4f} of {IMAGES} images keep their class; nothing was written; use another --format "
-            "or --tolerance"
+            f"the exported {form} disagrees with the network: logits differ by up to {found['max_difference']:.3g}, "
+            f"allowed are {allowed:.3g} ({tolerance:g} of the largest), and {found['agreement']:.4f} of {IMAGES} "
+            "images keep their class; nothing was written; use another --format or a larger --tolerance"
         )
 
 
@@ -275,9 +293,9 @@ def check_agreement(found: Mapping[str, float], least: float) -> None:
     """Raise ZsktError unless quantisation has left enough images their class."""
     if not found["agreement"] >= least or math.isnan(found["max_difference"]):
         raise ZsktError(
-            f"after quantisation the classes of only {found['agreement']:.4f} of {IMAGES} pseudo images are the "
-            f"student's, expected {least:g} (logits differ by up to {found['max_difference']:.3g}); nothing was "
-            "written; leave --int8 out or lower --least-agreement"
+            f"after quantisation only {found['agreement']:.4f} of {IMAGES} pseudo images keep the student's class, "
+            f"expected at least {least:g} (logits differ by up to {found['max_difference']:.3g}); nothing was written; "
+            "leave --int8 out or lower --least-agreement"
         )
 
 
@@ -292,7 +310,7 @@ def time_networks(networks: Mapping[str, tuple[Classifier, Path]], fed: Input, t
                 write_onnx(path, network, fed)
                 check(deviation(read_back(path, "onnx", network), network, images, fed), "onnx", tolerance)
             except ZsktError as error:
-                raise ZsktError(f"cannot time the {name} in onnxruntime, so leave --teacher out: {error}") from error
+                raise ZsktError(f"cannot time the {name} in onnxruntime ({error}); leave --teacher out") from error
         sessions[name] = open_onnx(path)
     clock, processor = ({name: dict[int, float]() for name in networks} for _ in range(2))
     for batch in TIMED:

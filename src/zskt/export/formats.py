@@ -4,14 +4,9 @@ N images of shape (C, H, W), K classes; any N. The packages of the `export` extr
 them. Whether a file is right is for `export.py` to say.
 """
 
-import contextlib
 import copy
-import importlib
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,26 +15,24 @@ from torch import Tensor, nn
 
 from zskt.errors import ZsktError, first_line
 from zskt.networks.classifier import Classifier
+from zskt.networks.foreign import optional, quiet
 from zskt.runtime import __version__
 
 Input = Literal["fraction", "uint8", "normalised"]
 
 INPUTS: dict[str, str] = {
     "fraction": "images in [0, 1]",
-    "uint8": "bytes 0..255",
-    "normalised": "images less the mean, over the standard deviation",
+    "uint8": "images as bytes, 0..255",
+    "normalised": "images in [0, 1] after (x - mean) / std",
 }
 CALIBRATED = 16
-"""Images that are calibrated on at a time."""
+"""Images per calibration batch."""
 
 
 def need(package: str) -> Any:
     """A package of the `export` extra, imported now; onnxruntime only after its telemetry is off."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else it leaves files in the home folder
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ZsktError(f'this export needs {package}, which is missing: pip install "zskt[export]"') from error
+    return optional(package, "export")
 
 
 def feed(network: Classifier, x: Tensor, fed: Input) -> Tensor:
@@ -51,7 +44,7 @@ def feed(network: Classifier, x: Tensor, fed: Input) -> Tensor:
 
 
 class Deployed(nn.Module):
-    """A network in float32 that normalises its own input, for the exporters."""
+    """A network in float32 that normalises its own input, as it is exported."""
 
     mean: Tensor
     std: Tensor
@@ -84,7 +77,7 @@ def trace(network: Classifier, fed: Input) -> torch.export.ExportedProgram:
             )
     except Exception as error:  # what cannot be traced fails in every way
         raise ZsktError(
-            f"torch.export cannot trace this network for any batch size ({first_line(error)}); use --format hub"
+            f"torch.export cannot trace this network for arbitrary batch sizes ({first_line(error)}); use --format hub"
         ) from error
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -93,7 +86,7 @@ def trace(network: Classifier, fed: Input) -> torch.export.ExportedProgram:
 
 
 def describe(network: Classifier, fed: Input) -> dict[str, str]:
-    """What travels inside an exported file; lists are JSON."""
+    """The metadata inside an exported file; lists are JSON."""
     return {
         "zskt_version": __version__,
         "input": f"{fed}: {INPUTS[fed]}",
@@ -105,13 +98,13 @@ def describe(network: Classifier, fed: Input) -> dict[str, str]:
 
 
 def write_pt2(path: Path, network: Classifier, fed: Input) -> None:
-    """A torch.export archive; `zskt.json` in it says what `describe` says."""
+    """A torch.export archive; `zskt.json` in it holds what `describe` returns."""
     with quiet():
         torch.export.save(trace(network, fed), path, extra_files={"zskt.json": json.dumps(describe(network, fed))})
 
 
 def write_onnx(path: Path, network: Classifier, fed: Input) -> None:
-    """An ONNX file with input "images" and output "logits"; its metadata say what `describe` says."""
+    """An ONNX file with input "images" and output "logits"; its metadata hold what `describe` returns."""
     program = trace(network, fed)
     try:
         with quiet():
@@ -175,20 +168,6 @@ def quantise(plain: Path, path: Path, images: Tensor) -> None:
             onnx.save(model, path)
     except Exception as error:
         raise ZsktError(f"onnxruntime cannot quantise this network ({first_line(error)}); leave --int8 out") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporters print, log and warn about themselves; stdout is kept for the result."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.11, on loading
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def open_onnx(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """A network as a folder in the Hugging Face layout: weights, config, preprocessing and model card. Nothing pickled.
 
-Written without a network connection, and read by `load_student` and `load_network`.
+A network of the transformers library becomes a folder that transformers loads by itself; any other is read by zskt
+(`Classifier.from_pretrained`, `load_student`). Written without a network connection.
 """
 
 import html
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from zskt.errors import printable
-from zskt.files import write_json, write_tensors, write_text
+from zskt.files import read_json, write_json, write_tensors, write_text
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import HUB_TYPE, describe_network
+from zskt.networks.foreign import quiet
+from zskt.networks.rebuild import without_code
 from zskt.run.report import MEASURES
 from zskt.runtime import __version__
 
@@ -20,24 +23,30 @@ _TEXTS = ("recipe", "reason", "teacher_fingerprint", "teacher_model", "imported_
 _NUMBERS = ("steps", "seed", "seconds", "teacher_parameters")
 
 
-def write_hub(folder: Path, network: Classifier, facts: Mapping[str, Any]) -> None:
+def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and README.md.
 
-    `facts` are those of a student.json or teacher.json (recipe, steps, measured, ...), or fewer; what is not among
-    them is called not recorded or not measured.
+    `metadata` is that of a student.json or teacher.json (recipe, steps, measured, ...), or less; what is missing is
+    called not recorded or not measured.
     """
-    names = network.class_names or [str(k) for k in range(network.num_classes)]
-    described = describe_network(network)
+    described = {**known_metadata(metadata), **describe_network(network)}
     described["rebuild"] = _without_folder(described["rebuild"])
-    config = {
-        **known_facts(facts),
-        "model_type": HUB_TYPE,
-        "architectures": [printable(type(network.module).__name__)],
+    names = network.class_names or [str(k) for k in range(network.num_classes)]
+    labels: dict[str, Any] = {
         "id2label": {str(k): name for k, name in enumerate(names)},
         "label2id": {name: k for k, name in enumerate(names)},
-        **described,
-        "zskt_version": __version__,
     }
+    path = folder / "config.json"
+    if "transformers" in described["rebuild"]:
+        module: Any = network.module
+        with quiet():
+            module.save_pretrained(folder)
+        config = without_code(read_json(path), path) | (labels if network.class_names else {})
+    else:
+        write_tensors(folder / "model.safetensors", network.module.state_dict(), {"format": "pt"})
+        architecture = printable(type(network.module).__name__)
+        config = {"model_type": HUB_TYPE, "architectures": [architecture], **labels, **described}
+        config["zskt_version"] = __version__
     channels, height, width = network.input_size
     preprocessing = {
         "image_processor_type": "ViTImageProcessor",  # the plain one: resize, rescale, normalise
@@ -51,17 +60,16 @@ def write_hub(folder: Path, network: Classifier, facts: Mapping[str, Any]) -> No
         "image_std": network.std.flatten().tolist(),
         "do_convert_rgb": channels == 3,
     }
-    write_tensors(folder / "model.safetensors", network.module.state_dict(), {"format": "pt"})
     write_json(folder / "preprocessor_config.json", preprocessing)
-    write_text(folder / "README.md", model_card(folder.name, network, config))
-    write_json(folder / "config.json", config)
+    write_text(folder / "README.md", model_card(folder.name, network, described))
+    write_json(path, config)
 
 
-def known_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run's facts that we write ourselves, if they are of their kind: a folder may come from anywhere."""
-    known: dict[str, Any] = {name: printable(facts[name]) for name in _TEXTS if isinstance(facts.get(name), str)}
-    known |= {name: value for name in _NUMBERS if _finite(value := facts.get(name))}
-    measured, warnings, versions = (facts.get(name) for name in ("measured", "warnings", "versions"))
+def known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that zskt writes, if they are of their kind: a folder may come from anywhere."""
+    known: dict[str, Any] = {name: printable(metadata[name]) for name in _TEXTS if isinstance(metadata.get(name), str)}
+    known |= {name: value for name in _NUMBERS if _finite(value := metadata.get(name))}
+    measured, warnings, versions = (metadata.get(name) for name in ("measured", "warnings", "versions"))
     if isinstance(measured, dict):
         known["measured"] = {name: measured[name] for name in MEASURES if _finite(measured.get(name))}
     if isinstance(warnings, list):
@@ -77,40 +85,39 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e18
 
 
-def model_card(name: str, network: Classifier, config: Mapping[str, Any]) -> str:
+def model_card(name: str, network: Classifier, described: Mapping[str, Any]) -> str:
     """README.md: what the network is, where it comes from, what was measured and what was not, how to load it."""
-    header = {
-        "library_name": "zskt",
-        "pipeline_tag": "image-classification",
-        "tags": ["zskt", "image-classification", *(["data-free-distillation"] if config.get("recipe") else [])],
-    }
-    size = " x ".join(map(str, network.input_size))
-    how: Mapping[str, Any] = config["rebuild"]
+    how: Mapping[str, Any] = described["rebuild"]
     kind, what = next(iter(how.items()))
+    header = {
+        "library_name": "transformers" if kind == "transformers" else "zskt",
+        "pipeline_tag": "image-classification",
+        "tags": ["zskt", "image-classification", *(["data-free-distillation"] if described.get("recipe") else [])],
+    }
+    size, names = " x ".join(map(str, network.input_size)), network.class_names
     model = what if kind == "spec" else f"{what} ({'Python object' if kind == 'python' else kind})"
     rows = {
         "network": model,
-        "parameters": f"{config['parameters']:,}",
+        "parameters": f"{described['parameters']:,}",
         "images": f"{size} (channels, height, width)",
-        "classes": ", ".join(config["id2label"].values()) if network.num_classes <= 20 else f"{network.num_classes:,}",
+        "classes": f"{network.num_classes:,}" + (f": {', '.join(names)}" if names and len(names) <= 20 else ""),
         "mean, for pixels in [0, 1]": ", ".join(f"{m:g}" for m in network.mean.flatten().tolist()),
         "standard deviation": ", ".join(f"{s:g}" for s in network.std.flatten().tolist()),
     }
-    parameters = config.get("teacher_parameters")
+    parameters = described.get("teacher_parameters")
     origin = {
-        "teacher": config.get("teacher_model"),
+        "teacher": described.get("teacher_model"),
         "teacher parameters": None if parameters is None else f"{parameters:,}",
-        "teacher fingerprint (SHA-256)": config.get("teacher_fingerprint"),
-        "recipe": config.get("recipe"),
-        "why this recipe": config.get("reason"),
-        "steps": None if config.get("steps") is None else f"{config['steps']:,}",
-        "seed": config.get("seed"),
+        "teacher fingerprint (SHA-256)": described.get("teacher_fingerprint"),
+        "recipe": described.get("recipe"),
+        "why this recipe": described.get("reason"),
+        "steps": None if described.get("steps") is None else f"{described['steps']:,}",
+        "seed": described.get("seed"),
     }
-    found = config.get("measured") or {}
+    found = described.get("measured") or {}
     measures = MEASURES if origin["recipe"] else {"accuracy": "accuracy", "calibration_error": "calibration error"}
     measured = {label: f"{found[key]:.4f}" if key in found else "not measured" for key, label in measures.items()}
     distilled = "Distilled from its teacher without any data, by zero-shot knowledge transfer."
-    more = {"factory": ", trust=True)  # runs that code", "python": ", module=module)  # the network, made by its code"}
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
@@ -126,7 +133,7 @@ def model_card(name: str, network: Classifier, config: Mapping[str, Any]) -> str
         "",
         *_table("origin", {key: "not recorded" if value is None else value for key, value in origin.items()}),
         "",
-        *(f"Warning of the run: {html.escape(light)}\n" for light in config.get("warnings") or []),
+        *(f"Warning of the run: {html.escape(light)}\n" for light in described.get("warnings") or []),
         "## What was measured",
         "",
         "On the test images given to the command that made it; accuracies and agreement are fractions in [0, 1].",
@@ -135,16 +142,42 @@ def model_card(name: str, network: Classifier, config: Mapping[str, Any]) -> str
         "",
         "## How to use it",
         "",
+        *_usage(name, kind, size.replace(" x ", ", ")),
+        "",
+        f"Written by zskt {__version__}. Its licence is up to whoever trained the teacher.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(name: str, kind: str, size: str) -> list[str]:
+    """How to load the folder, by what rebuilds the network."""
+    if kind == "transformers":
+        classes = ("AutoImageProcessor", "AutoModelForImageClassification")
+        return [
+            "With transformers; zskt is not needed:",
+            "",
+            "```python",
+            f"from transformers import {', '.join(classes)}",
+            "",
+            f'processor = {classes[0]}.from_pretrained("{name}")',
+            f'model = {classes[1]}.from_pretrained("{name}")',
+            'logits = model(**processor(images, return_tensors="pt")).logits',
+            "```",
+        ]
+    load = {
+        "factory": f'Classifier.from_pretrained("{name}", trust=True)  # runs the code that makes the network',
+        "python": f'load_student("{name}", module=module)  # the network, made by its own code',
+    }.get(kind, f'Classifier.from_pretrained("{name}")')
+    return [
+        "Loading it needs zskt (`pip install zskt`), as its architecture is not one of transformers:",
+        "",
         "```python",
         "import zskt",
         "",
-        f'network = zskt.load_student("{name}"{more.get(kind, ")")}',
-        f"logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size.replace(' x ', ', ')})",
+        f"network = zskt.{load}",
+        f"logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size})",
         "```",
-        "",
-        f"Written by zskt {__version__}. The licence is for whoever trained the teacher to say.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,12 +35,12 @@ def recipe_texts() -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
-def load_recipe(name: str) -> Config:
-    """A recipe by name; raises UsageError naming the nearest ones. `auto` is resolved by `choose` first."""
+def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Config:
+    """A recipe by name, with values changed by dotted name; raises UsageError naming the nearest ones."""
     texts = recipe_texts()
     if name not in texts:
         raise unknown("recipe", name, [AUTO, *texts])
-    return from_toml(Config, texts[name], f"recipe {name}")
+    return replace(from_toml(Config, texts[name], f"recipe {name}"), settings or {})
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,9 @@ def plan(
         if settings.get("machine.memory_format") == "channels_last":
             raise ZsktError(f"{problem}; leave machine.memory_format out or set it to contiguous")
         reason += f"; in contiguous memory, as {problem}"
-    if method is not None:
-        return Plan(config, reason, method)
-    config = settle_width(settle_stages(config, teacher, student), teacher, student)
-    return Plan(config, reason, METHODS[config.method])
+    if method is None or isinstance(recipe, Config):
+        config = settle_width(settle_stages(config, teacher, student), teacher, student)
+    return Plan(config, reason, method or METHODS[config.method])
 
 
 def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Config:

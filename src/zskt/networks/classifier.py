@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -67,6 +68,19 @@ class Classifier(nn.Module):
         self.notes: tuple[str, ...] = ()
         """what else the probe found that a user should know"""
         self.probed = False
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_repository: str | Path, *, trust: bool = False, revision: str | None = None
+    ) -> "Classifier":
+        """The trained classifier in a folder of ours or of transformers, or in a Hugging Face repository "owner/name".
+
+        Of a repository only JSON and safetensors are downloaded. `trust` lets a folder of ours run the factory that it
+        names. Raises ZsktError for what cannot be found or read.
+        """
+        from zskt.networks.loading import load_pretrained  # here, as everything that reads networks makes Classifiers
+
+        return load_pretrained(folder_or_repository, trust=trust, revision=revision)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""

@@ -12,19 +12,19 @@ from zskt.errors import ZsktError, short
 from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write_tensors
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, checked_size, count_parameters
+from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
 from zskt.runtime import cpu_name, versions
 
 
-def save_network(folder: Path, stem: str, network: Classifier, **facts: Any) -> None:
-    """Write `stem`.safetensors and `stem`.json; `facts` (how trained, measured accuracy, ...) go into the JSON.
+def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) -> None:
+    """Write `stem`.safetensors and `stem`.json; `metadata` (how trained, measured accuracy, ...) goes into the JSON.
 
     The JSON goes last: a folder without it does not count as a network.
     """
     write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
-    write_json(
-        folder / f"{stem}.json", {**describe_network(network), **facts, "versions": versions(), "hardware": cpu_name()}
-    )
+    made = {"versions": versions(), "hardware": cpu_name()}
+    write_json(folder / f"{stem}.json", describe_network(network) | metadata | made)
 
 
 def describe_network(network: Classifier) -> dict[str, Any]:
@@ -52,10 +52,10 @@ def check_teacher_folder(folder: Path) -> None:
             raise ZsktError(f"{folder} already holds {what}; choose another --out or remove it")
 
 
-def save_teacher(folder: Path, teacher: Classifier, **facts: Any) -> None:
+def save_teacher(folder: Path, teacher: Classifier, **metadata: Any) -> None:
     """Write a teacher folder; refuses one that already holds a teacher or a run."""
     check_teacher_folder(folder)
-    save_network(folder, "teacher", teacher, **facts)
+    save_network(folder, "teacher", teacher, **metadata)
 
 
 def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
@@ -77,21 +77,21 @@ def _load(folder: Path, stem: str, module: nn.Module | None = None, trust: bool 
     if not path.exists() and is_hub_folder(folder):
         return read_network(folder / "config.json", folder / "model.safetensors", module, trust=trust)
     if not path.exists():
-        what = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        what = "a folder without it" if folder.is_dir() else "a file" if folder.exists() else "nothing"
         near = (
-            "a run that has not finished? resume it with --resume"
+            "if this run has not finished, resume it with --resume"
             if (folder / "config.toml").exists()
             else ("make one with zskt teach, zskt import or zskt distill")
         )
-        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what} without it; {near}")
+        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what}; {near}")
     return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
 
 
 def is_hub_folder(folder: Path) -> bool:
     """Whether `zskt export --format hub` wrote this folder, or another of the same layout."""
     path = folder / "config.json"
-    facts = read_json(path) if path.is_file() else None
-    return isinstance(facts, dict) and facts.get("model_type") == HUB_TYPE
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and config.get("model_type") == HUB_TYPE
 
 
 def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, trust: bool = False) -> Classifier:
@@ -100,24 +100,25 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
     `module` is a network rebuilt by the caller: its weights are replaced in a copy. `trust` lets a factory that the
     JSON names run.
     """
-    facts = _checked_facts(path)
+    metadata = _checked_metadata(path)
+    mean, std, _ = unit_normalisation(metadata["mean"], metadata["std"], white=1, where=path)
 
     def fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise ZsktError(
-                f"{weights} does not fit the {short(facts['model'] or type(network).__name__)} that {path.name} "
-                f"describes ({' '.join(str(error).split())[:200]}); write the folder anew"
+                f"{weights} does not fit the {short(metadata['model'] or type(network).__name__)} that {path.name} "
+                f"describes ({' '.join(str(error).split())[:200]}); write the folder again"
             ) from error
 
     if module is not None:
         module = copy.deepcopy(module)
     else:
-        how = {"spec": facts["model"]} if facts["model"] is not None else facts.get("rebuild")
+        how = {"spec": metadata["model"]} if metadata["model"] is not None else metadata.get("rebuild")
         how = how if isinstance(how, dict) else {}
-        size = checked_size(facts["input_size"])
-        make = functools.partial(rebuild_module, how, path, facts["num_classes"], size, trust=trust)
+        size = checked_size(metadata["input_size"])
+        make = functools.partial(rebuild_module, how, path, metadata["num_classes"], size, trust=trust)
         if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
             with unallocated():  # a short file can describe a network that no memory holds
                 fill(make(), {name: torch.empty(shape) for name, shape in tensor_shapes(weights).items()})
@@ -130,41 +131,41 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
     own = module.state_dict()
     for name, tensor in tensors.items():
         if name in own and (tensor.is_floating_point(), tensor.is_complex()) != (own[name].is_floating_point(), False):
-            raise ZsktError(f"expected {own[name].dtype} for {name} in {weights}, found {tensor.dtype}; write it anew")
+            raise ZsktError(f"expected {own[name].dtype} for {name} in {weights}, found {tensor.dtype}; write it again")
     fill(module, tensors)
     network = Classifier(
         module,
-        input_size=facts["input_size"],
-        mean=facts["mean"],
-        std=facts["std"],
-        num_classes=facts["num_classes"],
-        class_names=facts.get("class_names"),
+        input_size=metadata["input_size"],
+        mean=mean,
+        std=std,
+        num_classes=metadata["num_classes"],
+        class_names=metadata.get("class_names"),
     )
     return as_teacher(network, copied=False)
 
 
-def _checked_facts(path: Path) -> dict[str, Any]:
+def _checked_metadata(path: Path) -> dict[str, Any]:
     """The JSON beside a network's weights, after a look at whether it says what a network needs."""
-    facts: Any = read_json(path)
-    if not isinstance(facts, dict):
-        raise ZsktError(f"expected an object in {path}, found {type(facts).__name__}; write the folder anew")
+    metadata: Any = read_json(path)
+    if not isinstance(metadata, dict):
+        raise ZsktError(f"expected an object in {path}, found {type(metadata).__name__}; write the folder again")
 
     def numbers(value: Any, *kinds: type) -> bool:
         return isinstance(value, list) and bool(value) and all(type(item) in kinds for item in value)
 
     right = {
-        "format": facts.get("format") == FORMAT,
-        "model": "model" in facts and isinstance(facts["model"], str | None),
-        "num_classes": type(facts.get("num_classes")) is int,
-        "input_size": numbers(facts.get("input_size"), int),
-        "mean": numbers(facts.get("mean"), int, float),
-        "std": numbers(facts.get("std"), int, float),
-        "class_names": facts.get("class_names") is None or numbers(facts["class_names"], str),
+        "format": metadata.get("format") == FORMAT,
+        "model": "model" in metadata and isinstance(metadata["model"], str | None),
+        "num_classes": type(metadata.get("num_classes")) is int,
+        "input_size": numbers(metadata.get("input_size"), int),
+        "mean": numbers(metadata.get("mean"), int, float),
+        "std": numbers(metadata.get("std"), int, float),
+        "class_names": metadata.get("class_names") is None or numbers(metadata["class_names"], str),
     }
     wrong = [name for name, fine in right.items() if not fine]
     if wrong:
-        raise ZsktError(f"{path} lacks {', '.join(wrong)} or holds a wrong value there; write the folder anew")
-    return facts
+        raise ZsktError(f"{path}: {', '.join(wrong)} missing or of the wrong kind; write the folder again")
+    return metadata
 
 
 HUB_TYPE = "zskt"

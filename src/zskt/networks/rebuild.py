@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from zskt.errors import ZsktError, first_line, short, to_stderr
 from zskt.networks import models
 from zskt.networks.factories import call_factory, factory_of
+from zskt.networks.foreign import optional, quiet
 from zskt.networks.models import Size
 
 _RUNS_CODE = {
@@ -81,38 +82,35 @@ def rebuild_module(
     if isinstance(spec := how.get("factory"), str) and isinstance(how.get("arguments"), dict):
         if not trust:
             raise ZsktError(
-                f"{where} says that {spec} makes this network, which runs that code: load it with trust=True or "
-                "--trust if you trust the folder, or hand the network in, as in load_student(folder, module=...)"
+                f"{where} says that {spec} makes this network, and calling it runs that code: give --trust, in Python "
+                "trust=True, if you trust the folder, or hand the network in, as in load_student(folder, module=...)"
             )
         to_stderr(f"running {spec}, as {where} says, to rebuild the network")
         return call_factory(spec, how["arguments"])
     package, _, name = str(how.get("python", "your.Network")).rpartition(".")
     folder = where.parent
     raise ZsktError(
-        f"{where} describes a Python object, which only its own code makes again: from {package} import {name}; "
+        f"{where} describes a Python object that only its own code can rebuild: from {package} import {name}; "
         f"module = {name}(...); student = zskt.load_student({str(folder)!r}, module=module)"
     )
 
 
 def _from_transformers(name: str, config: dict[str, Any], where: Path, num_classes: int) -> nn.Module:
     """A network of the transformers library from its config, which is kept from naming code to fetch."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ZsktError(f"{where} describes a network of transformers; install it: pip install transformers") from error
+    transformers = optional("transformers", "hub")
     kind = _classifier(transformers, name)
     if kind is None:
         raise ZsktError(
-            f"{where} wants {short(name)} of transformers, which is no image classifier of this version that stands by "
-            "itself; install another version, or hand the network in"
+            f"{where} asks for {short(name)}, which this version of transformers does not have as an image classifier "
+            "of its own; install another version, or make the network yourself and hand it in"
         )
     config = without_code(config, where, num_classes)
     try:
-        with quiet(transformers):
+        with quiet():
             module: nn.Module = kind(kind.config_class.from_dict(config))
     except Exception as error:  # a config of another version may fail in any way
         raise ZsktError(
-            f"{where} holds a config that {name} does not take ({first_line(error)}); write the folder anew"
+            f"{where} holds a config that {name} does not accept ({first_line(error)}); save the network again"
         ) from error
     return module
 
@@ -128,7 +126,7 @@ def without_code(config: Any, where: Path, num_classes: int | None = None) -> An
         return config
     if (kind := str(config.get("model_type"))).startswith(FETCHES):
         raise ZsktError(
-            f"{where} names model type {short(kind)}, by which timm fetches and unpickles files: not loaded; give "
+            f"{where} has model type {short(kind)}, by which timm downloads and unpickles files: not loaded; give "
             "timm:NAME with a weights file"
         )
     names = config.get("id2label")
@@ -137,23 +135,8 @@ def without_code(config: Any, where: Path, num_classes: int | None = None) -> An
             continue
         if type(count) is not int or not 1 <= count <= models.MOST or num_classes not in (None, count):
             expected = f"{num_classes:,}" if num_classes else f"at most {models.MOST:,}"
-            raise ZsktError(f"expected {expected} classes in {where}, found {short(count)}; write the folder anew")
+            raise ZsktError(f"expected {expected} classes in {where}, found {short(count)}; save the network again")
     return {name: without_code(item, where) for name, item in config.items() if name not in _RUNS_CODE}
-
-
-@contextlib.contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar and no advice of transformers' for a while, which quotes what a config holds."""
-    logging = transformers.utils.logging
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _classifier(transformers: Any, name: str) -> Any:

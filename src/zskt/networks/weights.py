@@ -21,6 +21,7 @@ from zskt.errors import UsageError, ZsktError, short, unknown
 from zskt.networks import models
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
+from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.weights_file import read_weights
 
 NOT_VERIFIED = "mapping not verified: names and shapes fit, nothing was measured; give --data to measure the accuracy"
@@ -160,20 +161,6 @@ def fill(
     weights |= {name: _checked(key, foreign[key], own[name]) for key, name in keys.items()}
     module.load_state_dict(weights, strict=True)
     return keys
-
-
-def unit_normalisation(mean: _Values, std: _Values) -> tuple[_Values, _Values, tuple[str, ...]]:
-    """Mean and deviation of pixels in [0, 1], and notice lines; values above 1 say that 0..255 is meant.
-
-    Raises UsageError for values of both scales or of neither; `Classifier` checks the rest.
-    """
-    values = (*mean, *std)
-    if max(values, default=0) <= 1:
-        return mean, std, ()
-    given = f"--mean {' '.join(f'{value:g}' for value in mean)} --std {' '.join(f'{value:g}' for value in std)}"
-    if any(0 < value < 1 or not 0 <= value <= 255 for value in values):
-        raise UsageError(f"{given}: expected all in [0, 1] or all in 0..255, found both or neither")
-    return [v / 255 for v in mean], [v / 255 for v in std], (f"{given} read as 0..255 and divided by 255",)
 
 
 def _some(items: Iterable[object], separator: str = ", ") -> str:

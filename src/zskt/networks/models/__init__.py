@@ -12,11 +12,9 @@ from zskt.errors import UsageError, unknown
 from zskt.networks.models.convnet import ConvNet, convnet
 from zskt.networks.models.lenet import LeNet5, lenet5
 from zskt.networks.models.resnet import WIDTH, ResNet, resnet
+from zskt.networks.models.size import Size
 from zskt.networks.models.vgg import VGG, vgg11
 from zskt.networks.models.wide_resnet import WideResNet, wide_resnet
-
-Size = tuple[int, int, int]
-"""(C, H, W) of an image"""
 
 MOST = 100_000
 """classes, channels or pixels: more than any network here could mean"""

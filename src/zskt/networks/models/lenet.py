@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zskt.errors import UsageError
+from zskt.networks.models.size import Size
 
 
 class LeNet5(nn.Module):
@@ -11,7 +12,7 @@ class LeNet5(nn.Module):
 
     stages = ("conv1", "conv2")
 
-    def __init__(self, *, half: bool = False, num_classes: int = 10, input_size: tuple[int, int, int]) -> None:
+    def __init__(self, *, half: bool = False, num_classes: int = 10, input_size: Size) -> None:
         super().__init__()
         self.spec = "lenet-5-half" if half else "lenet-5"
         channels, height, width = input_size
@@ -35,6 +36,6 @@ class LeNet5(nn.Module):
         return logits
 
 
-def lenet5(*, half: bool = False, num_classes: int = 10, input_size: tuple[int, int, int] = (1, 28, 28)) -> LeNet5:
+def lenet5(*, half: bool = False, num_classes: int = 10, input_size: Size = (1, 28, 28)) -> LeNet5:
     """LeNet-5 for images of `input_size` = (C, H, W), or its half: every layer half as wide."""
     return LeNet5(half=half, num_classes=num_classes, input_size=input_size)

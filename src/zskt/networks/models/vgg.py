@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError
 from zskt.networks.models.resnet import WIDTH
+from zskt.networks.models.size import Size
 
 
 class VGG(nn.Module):
@@ -15,7 +16,7 @@ class VGG(nn.Module):
 
     stages = ("stage1", "stage2", "stage3", "stage4", "stage5")
 
-    def __init__(self, width: int = WIDTH, *, num_classes: int = 10, input_size: tuple[int, int, int]) -> None:
+    def __init__(self, width: int = WIDTH, *, num_classes: int = 10, input_size: Size) -> None:
         super().__init__()
         self.spec = "vgg-11" if width == WIDTH else f"vgg-11-{width}"
         if width < 1:
@@ -53,6 +54,6 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg11(width: int = WIDTH, *, num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32)) -> VGG:
+def vgg11(width: int = WIDTH, *, num_classes: int = 10, input_size: Size = (3, 32, 32)) -> VGG:
     """VGG-11 with BatchNorm for images of `input_size` = (C, H, W), its first stage `width` channels wide."""
     return VGG(width, num_classes=num_classes, input_size=input_size)

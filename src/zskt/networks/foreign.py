@@ -1,0 +1,75 @@
+"""Other people's libraries: imported when asked for, kept quiet, their errors as one line."""
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from zskt.errors import ZsktError, first_line
+from zskt.networks.models import Size
+
+
+@dataclass
+class Found:
+    """A network from elsewhere, and what was found beside it; `mean` and `std` are for pixels in [0, 1]."""
+
+    module: nn.Module
+    kind: str
+    input_size: Size | None = None
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    source: str = ""
+    class_names: Sequence[str] | None = None
+    lost: str = ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries do not log, warn or print here: stdout is kept for the result, and an error says what matters.
+
+    stderr stays open, as a handler that a library creates meanwhile would hold on to whatever took its place.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    transformers = sys.modules.get("transformers.utils.logging")
+    bars = transformers is not None and transformers.is_progress_bar_enabled()
+    if transformers is not None and bars:
+        transformers.disable_progress_bar()
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if transformers is not None and bars:
+            transformers.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Quiet, and whatever goes wrong with `what` is one line."""
+    try:
+        with quiet():
+            yield
+    except ZsktError:
+        raise
+    except Exception as error:  # a parser of foreign files fails in every way
+        raise ZsktError(f"cannot load {what} ({type(error).__name__}: {first_line(error)}); check it") from error
+
+
+def optional(package: str, extra: str) -> Any:
+    """A package that one of our extras installs, imported now."""
+    try:
+        with quiet():
+            return importlib.import_module(package)
+    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
+        raise ZsktError(
+            f'this needs {package}, which cannot be imported ({first_line(error)}): pip install "zskt[{extra}]"'
+        ) from error

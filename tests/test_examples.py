@@ -1,0 +1,104 @@
+"""The examples run as they stand, and a method of one's own has all that a run has."""
+
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import zskt
+from small import make_teacher
+from zskt.cli.main import main
+from zskt.networks import models
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def command(*arguments: object) -> int:
+    return main(list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python examples/own_method.py FOLDER` leaves."""
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["own_method.py", str(folder)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(EXAMPLES / "own_method.py"), run_name="__main__")
+    assert end.value.code == 0
+    return folder
+
+
+def test_examples_are_short() -> None:
+    assert len((EXAMPLES / "own_method.py").read_text().splitlines()) <= 100
+    assert len((EXAMPLES / "own_loss.py").read_text().splitlines()) <= 40
+
+
+def test_a_method_of_ones_own_learns_and_leaves_a_whole_run(digits: Path) -> None:
+    student = json.loads((digits / "run" / "student.json").read_text())
+    assert student["method"] == "own_method.py:ImageBank"
+    assert student["measured"]["accuracy"] > 0.95
+    written = {path.name for path in (digits / "run").iterdir()}
+    assert {"report.html", "samples", "config.toml", "metrics.jsonl", "student.safetensors"} <= written
+    assert (digits / "samples.png").exists()
+    assert (digits / "student.onnx").exists()
+    assert (digits / "run" / "report.html").read_text().count("<img") >= 3
+
+
+def test_stopped_half_way_it_ends_bit_for_bit_as_if_it_had_not_been(digits: Path, tmp_path: Path) -> None:
+    """The example was stopped after half of its steps and resumed."""
+    own = ["--method", f"{EXAMPLES / 'own_method.py'}:ImageBank", "--trust", "--steps", "80", "--eval", "digits"]
+    assert command("distill", digits / "teacher", "--student", "convnet-8", *own, "--out", tmp_path / "run") == 0
+    for name in ("student", "generator", "method"):
+        whole, parts = (load_file(folder / "run" / f"{name}.safetensors") for folder in (tmp_path, digits))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(tensor, parts[key]) for key, tensor in whole.items())
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (digits / "run" / "metrics.jsonl").read_text()
+
+
+def test_what_an_own_method_needs_is_said(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = f"{EXAMPLES / 'own_method.py'}:ImageBank"
+    head = ["distill", digits / "teacher", "--student", "convnet-8", "--out", tmp_path / "run"]
+    for arguments, words, status in (
+        ([*head, "--method", own, "--steps", 5], "runs that code: give --trust", 2),
+        ([*head, "--method", own, "--trust"], "does not say how long it takes: give steps", 2),
+        (
+            [*head, "--method", own, "--trust", "--recipe", "zskt", "--steps", 5],
+            "leave out the recipe or the method",
+            2,
+        ),
+        (["sample", digits / "run", "--out", tmp_path / "s.png"], "give --method FILE:MAKE --trust, and --teacher", 1),
+        (["export", digits / "run", "--out", tmp_path / "s.onnx"], "give --method FILE:MAKE --trust, and --teacher", 1),
+    ):
+        assert command(*arguments) == status
+        assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_loss_is_one_function() -> None:
+    own = example("own_loss")
+    teacher, student = make_teacher(), models.wide_resnet(10, 1)
+    config = zskt.load_recipe("zskt-prior", {"steps": 2, "batch_size": 8, "generator.width": 8, "log_every": 1})
+    lines = []
+    zskt.distill(teacher, student, config, method=own.make, callbacks=[lambda event: lines.append(event.line)])
+    assert set(lines[0]["generator_terms"]) == {"kl", "batchnorm", "one_hot"}
+    statistics = [tuple(torch.rand(4, 3).double())]
+    mean, variance, running_mean, running_variance = statistics[0]
+    beliefs = zskt.Beliefs(torch.empty(0), None, type("Seen", (), {"statistics": statistics}), None)
+    expected = 10 * (((mean - running_mean) ** 2).sum() + ((variance - running_variance) ** 2).sum()) / 3
+    assert float(own.mean_square_prior(beliefs)) == pytest.approx(float(expected))
