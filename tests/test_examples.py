@@ -52,7 +52,7 @@ def test_examples_are_short() -> None:
 def test_a_method_of_ones_own_learns_and_leaves_a_whole_run(digits: Path) -> None:
     student = json.loads((digits / "run" / "student.json").read_text())
     assert student["method"] == "own_method.py:ImageBank"
-    assert student["measured"]["accuracy"] > 0.95
+    assert student["measured"]["accuracy"] > 0.9
     written = {path.name for path in (digits / "run").iterdir()}
     assert {"report.html", "samples", "config.toml", "metrics.jsonl", "student.safetensors"} <= written
     assert (digits / "samples.png").exists()

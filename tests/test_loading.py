@@ -503,7 +503,7 @@ def test_commands_take_every_spelling(
     assert "runs the code" in err
     tiny = ["--steps", 2, "--batch-size", 4, "--set", "generator.width=8", "generator.latent=8", "student.updates=2"]
     run(capsys, 0, "distill", *factory, *options, "--student", "convnet-4", "--out", tmp_path / "run", *tiny)
-    monkeypatch.setattr("zskt.cli.main.test_images", lambda data, network: stripes(16, 3))
+    monkeypatch.setattr("zskt.cli.runs.test_images", lambda data, network: stripes(16, 3))
     measured, _ = run(capsys, 0, "evaluate", tmp_path / "run", "--data", "x", "--teacher", *factory, *options)
     assert measured == measure(zskt.load_student(tmp_path / "run"), *stripes(16, 3), made)
     monkeypatch.setattr("zskt.cli.paper.test_images", lambda data, network: stripes(64, 3))
