@@ -17,6 +17,8 @@ import zskt
 from small import make_teacher
 from zskt.cli import demo
 from zskt.cli.main import COMMANDS, main
+from zskt.method.config import Config, read_config
+from zskt.settings import flat
 
 TINY = ["--steps", "4", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=2"]
 
@@ -362,3 +364,60 @@ def test_the_home_of_nobody_is_a_path_that_is_not_there(
 ) -> None:
     refused(capsys, 1, "inspect", path, *GREY)
     refused(capsys, 1, "evaluate", teacher, "--data", path)
+
+
+def test_every_setting_is_an_option_and_only_what_was_typed_counts(
+    capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path
+) -> None:
+    """Precedence: the recipe, then --config, then options and --set."""
+    file = tmp_path / "mine.toml"
+    file.write_text("steps = 3\nbatch_size = 12\n[generator]\nlatent = 7\n[student]\nupdates = 1\n")
+    options = ["--config", file, "--steps", "2", "--generator.loss.one_hot", "0.25", "--generator.width", "8"]
+    options += ["--schedule.kind", "constant", "--threads", "1", "--set", "student.learning_rate=0.5"]
+    head = ["distill", teacher, "--student", "wrn-10-1", "--recipe", "zskt-prior"]
+    run(capsys, *head, *options, "--out", tmp_path / "run")
+    config = read_config(tmp_path / "run" / "config.toml")
+    expected = {
+        "recipe": "zskt-prior",  # as the recipe says
+        "generator.loss.batchnorm": 1.0,
+        "batch_size": 12,  # as the file says
+        "generator.latent": 7,
+        "student.updates": 1,
+        "steps": 2,  # as was typed
+        "generator.loss.one_hot": 0.25,
+        "schedule.kind": "constant",
+        "machine.threads": 1,
+        "student.learning_rate": 0.5,
+    }
+    assert {name: flat(config)[name] for name in expected} == expected
+    again = ["--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again"]  # the run's own, complete
+    run(capsys, "distill", teacher, "--student", "wrn-10-1", *again)
+    assert read_config(tmp_path / "again" / "config.toml") == config
+
+
+def test_every_setting_of_a_run_has_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    text = capsys.readouterr().out
+    for name in flat(Config()).keys() - {"format", "recipe", "method"}:
+        assert f"--{name.removeprefix('machine.').replace('_', '-')} " in text or f"--{name.replace('_', '-')} " in text
+    assert text.index("--out ") < text.index("--generator.width")  # the common ones first
+    assert "as the recipe says" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["teach", "--shift", "2"], "--shift is called --random-crop now"),
+        (["teach", "--mirrored", "True"], "--mirrored is called --horizontal-flip now"),
+        (
+            ["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "memory.kind=bank"],
+            "called replay.kind now",
+        ),
+        (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "precision=bf16"], "machine.precision now"),
+    ],
+)
+def test_names_of_before_are_refused_with_their_new_ones(
+    command: list[str], words: str, capsys: pytest.CaptureFixture[str], teacher: str
+) -> None:
+    assert words in refused(capsys, 2, *[teacher if word == "t" else word for word in command])

@@ -146,12 +146,18 @@ COMMANDS: dict[str, Callable[..., Result]] = {
 }
 
 
+RENAMED = {"--shift": "--random-crop", "--mirrored": "--horizontal-flip"}
+"""Options of earlier versions, and what they are called now."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
         for option in options:
+            if option in RENAMED:
+                raise UsageError(f"{option} is called {RENAMED[option]} now")
             if options.count(option) > 1:
                 raise UsageError(f"{option} is given twice: give all its values after one, as in {option} A B")
         result = tyro.extras.subcommand_cli_from_dict(
