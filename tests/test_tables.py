@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from zskt.files import write_json
-from zskt.paper.jobs import Part
+from zskt.paper.jobs import Job
 from zskt.paper.tables import Cell, Reproduction, markdown_table, measured, write_result
 
 CIRCUMSTANCES: dict[str, Any] = {
@@ -25,19 +25,19 @@ CIRCUMSTANCES: dict[str, Any] = {
 }
 
 
-def part(name: str, *needs: Part, units: int = 1_234) -> Part:
-    return Part(name, {}, units, "updates", "cross-entropy", lambda: lambda: None, lambda *call: True, needs)
+def job(name: str, *needs: Job, units: int = 1_234) -> Job:
+    return Job(name, {}, units, "updates", "cross-entropy", lambda: lambda: None, lambda *call: True, needs)
 
 
 def cell(row: str, column: str, seeds: int = 3, **more: Any) -> Cell:
-    """A cell of so many parts that read their accuracy."""
-    parts = tuple(part(f"{row}-{column}-{seed}".replace(" ", "-")) for seed in range(seeds))
-    return Cell(row, column, parts, measured("accuracy"), **more)
+    """A cell of so many jobs that read their accuracy."""
+    jobs = tuple(job(f"{row}-{column}-{seed}".replace(" ", "-")) for seed in range(seeds))
+    return Cell(row, column, jobs, measured("accuracy"), **more)
 
 
 def finish(root: Path, cell: Cell, *values: float) -> list[float]:
-    """Measure as many of a cell's parts as there are values."""
-    for each, value in zip(cell.parts, values, strict=False):
+    """Measure as many of a cell's jobs as there are values."""
+    for each, value in zip(cell.jobs, values, strict=False):
         write_json(each.folder(root) / "belief.json", {"accuracy": value})
     return list(values)
 
@@ -58,24 +58,24 @@ def test_a_cell_is_the_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> N
             mean, std = np.mean(values), np.std(values, ddof=1)
             scale = 100 if percent else 1
             assert found.text(tmp_path) == f"{scale * mean:.{digits}f} ± {scale * std:.{digits}f}"
-            facts = found.facts(tmp_path)
-            assert facts["values"] == values  # fractions, as everywhere in JSON
-            assert facts["mean"] == pytest.approx(mean)
-            assert facts["std"] == pytest.approx(std)
-            assert facts["paper"] == "0.5"
+            entry = found.to_json(tmp_path)
+            assert entry["values"] == values  # fractions, as everywhere in JSON
+            assert entry["mean"] == pytest.approx(mean)
+            assert entry["std"] == pytest.approx(std)
+            assert entry["paper"] == "0.5"
 
 
 def test_what_is_missing_is_said_and_nothing_is_estimated(tmp_path: Path) -> None:
     found = cell("row", "column")
     assert found.text(tmp_path) == "not run"
-    assert found.text(tmp_path, {found.parts[1].name: "it diverged"}) == "failed"
-    assert found.text(tmp_path, {"another part": "it diverged"}) == "not run"
-    facts = found.facts(tmp_path)
-    assert (facts["values"], facts["mean"], facts["std"]) == ([], None, None)
+    assert found.text(tmp_path, {found.jobs[1].name: "it diverged"}) == "failed"
+    assert found.text(tmp_path, {"another job": "it diverged"}) == "not run"
+    entry = found.to_json(tmp_path)
+    assert (entry["values"], entry["mean"], entry["std"]) == ([], None, None)
     finish(tmp_path, found, 0.5)
     assert found.text(tmp_path) == "50.00 (1 of 3 seeds)"
-    assert found.text(tmp_path, {found.parts[2].name: "it diverged"}) == "50.00 (1 of 3 seeds)"
-    assert found.facts(tmp_path)["std"] is None
+    assert found.text(tmp_path, {found.jobs[2].name: "it diverged"}) == "50.00 (1 of 3 seeds)"
+    assert found.to_json(tmp_path)["std"] is None
     finish(tmp_path, found, 0.5, 0.7)
     assert found.text(tmp_path) == "60.00 ± 14.14 (2 of 3 seeds)"
     finish(tmp_path, found, 0.5, 0.7, 0.6)
@@ -125,9 +125,9 @@ def test_shortened_work_is_stamped_everywhere(scale: float, tmp_path: Path) -> N
 
 
 def test_a_result_says_what_it_is_made_of(tmp_path: Path) -> None:
-    teacher = part("teacher", units=5)
-    student = Part("student", {}, 70, "pseudo batches", "zskt", lambda: lambda: None, lambda *call: True, (teacher,))
-    given = part("given", units=0)
+    teacher = job("teacher", units=5)
+    student = Job("student", {}, 70, "pseudo batches", "zskt", lambda: lambda: None, lambda *call: True, (teacher,))
+    given = job("given", units=0)
     cells = [Cell("A", "B", (student,), measured("accuracy")), Cell("A", "C", (given,), measured("accuracy"))]
     finish(tmp_path, cells[0], 0.5)
     page = write(tmp_path, *cells)
@@ -164,7 +164,7 @@ def test_a_picture_is_written_only_where_there_is_one(tmp_path: Path) -> None:
 
 def test_what_failed_is_in_every_output(tmp_path: Path) -> None:
     found = cell("A", "B", 1)
-    page = write(tmp_path, found, failed={found.parts[0].name: "the loss is nan"})
+    page = write(tmp_path, found, failed={found.jobs[0].name: "the loss is nan"})
     assert "Failed: A-B-0: the loss is nan" in page
     assert "| A | failed |" in page
     assert json.loads((tmp_path / "table-9.json").read_text())["failed"] == {"A-B-0": "the loss is nan"}
@@ -177,7 +177,7 @@ def test_numbers_that_json_has_not_are_refused_and_the_old_result_stands(tmp_pat
     finish(tmp_path, found, 0.5)
     write(tmp_path, found)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    (found.parts[0].folder(tmp_path) / "belief.json").write_text(json.dumps({"accuracy": math.nan}))
+    (found.jobs[0].folder(tmp_path) / "belief.json").write_text(json.dumps({"accuracy": math.nan}))
     with pytest.raises(ValueError, match="not JSON compliant"):
         write(tmp_path, found)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
