@@ -196,7 +196,7 @@ def run_teach(
         schedule=schedule,
         weight_decay=weight_decay,
         shift=min(size[1:]) // 8 if shift is None else shift,
-        mirrored=bool(known and known.mirrored) if mirrored is None else mirrored,
+        mirrored=bool(known and known.horizontal_flip) if mirrored is None else mirrored,
         seed=seed,
         device=device,
         precision=precision,

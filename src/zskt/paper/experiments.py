@@ -98,7 +98,7 @@ class Study:
             learning_rate=share * self.budget.learning_rate,
             schedule="step",
             shift=min(self.train.images.shape[2:]) // 8,
-            mirrored=known is not None and known.mirrored,
+            mirrored=known is not None and known.horizontal_flip,
             seed=seed,
             device=self.device,
             precision=self.precision,
