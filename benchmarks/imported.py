@@ -27,7 +27,7 @@ def main() -> None:
     for path in arguments.weights:
         teacher, report = import_weights(path, "wrn-16-1", known.size, 10, known.mean, known.std)
         measured = measure(teacher, test.images, test.labels)
-        renamed = report.facts["renamed"]
+        renamed = report.metadata["renamed"]
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         results[path.name] = {"renamed": renamed, "sha256": sha256, **measured}
         rows.append([path.name, str(renamed), f"{measured['accuracy']:.4f}", f"{measured['calibration_error']:.4f}"])

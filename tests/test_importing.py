@@ -89,7 +89,7 @@ def test_state_dict_is_found_at_the_top_and_nested() -> None:
 
 def test_several_state_dicts_of_one_size_are_refused_by_name() -> None:
     weights = {"a.weight": torch.ones(2)}
-    with pytest.raises(ZsktError, match=r"found 2 of 1 tensors: ema.state_dict, model; save one alone"):
+    with pytest.raises(ZsktError, match=r"found 2 of 1 tensors: ema.state_dict, model; save only one"):
         find_state_dict({"model": weights, "ema": {"state_dict": dict(weights)}})
 
 
@@ -301,9 +301,9 @@ def test_a_training_checkpoint_becomes_a_teacher_folder(tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "model.pth.tar")
     teacher, report = import_weights(tmp_path / "model.pth.tar", "wrn-10-1", SIZE, CLASSES, MEAN, STD)
     assert same_outputs(teacher, source)
-    assert report.facts["renamed"] == {"module": "", "convShortcut": "shortcut"}
+    assert report.metadata["renamed"] == {"module": "", "convShortcut": "shortcut"}
     assert report.notices == ("46 tensors mapped by name: module dropped, convShortcut -> shortcut",)
-    save_teacher(tmp_path / "teacher", teacher, **report.facts)
+    save_teacher(tmp_path / "teacher", teacher, **report.metadata)
     assert same_outputs(load_network(tmp_path / "teacher"), source)
 
 
@@ -340,7 +340,7 @@ def test_mmclassification_resnet18(tmp_path: Path) -> None:
     assert same_outputs(teacher, source)
     assert teacher.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)
     assert teacher.std.flatten().tolist() == pytest.approx([0.2023, 0.1994, 0.2010], abs=1e-4)
-    assert report.facts["renamed"] == {"backbone": "", "head": ""}
+    assert report.metadata["renamed"] == {"backbone": "", "head": ""}
     assert "read as 0..255 and divided by 255" in report.notices[0]
     assert "backbone dropped, head dropped" in report.notices[1]
 

@@ -111,7 +111,7 @@ def test_a_factory_of_the_users(place: str, folder: Path) -> None:
         ("auto:half", {}, "auto:half: expected a fraction"),
         ("auto:0", {}, "expected a fraction"),
         ("auto:1", {}, "expected a fraction"),
-        ("wrn-17-1", {}, "the depth must be 6 n + 4"),
+        ("wrn-17-1", {}, "expected a depth of 6 n + 4"),
     ],
 )
 def test_what_cannot_be_made_is_refused_in_one_line(

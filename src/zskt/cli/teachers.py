@@ -259,8 +259,8 @@ def run_import(
         notice(f"accuracy {measured['accuracy']:.4f}")
     else:
         notice(NOT_VERIFIED)
-    save_teacher(out, teacher, **report.facts, measured=measured)
-    return {"teacher": str(out), "renamed": report.facts["renamed"], "verified": bool(data), **measured}
+    save_teacher(out, teacher, **report.metadata, measured=measured)
+    return {"teacher": str(out), "renamed": report.metadata["renamed"], "verified": bool(data), **measured}
 
 
 def run_inspect(
