@@ -32,14 +32,12 @@ def parse_arguments(assignments: Sequence[str], option: str) -> dict[str, Any]:
             raise UsageError(f"{option} {short(assignment)!r}: expected key=value, as in {option} depth=20")
         name, value = from_text(assignment, option)
         if not name.isidentifier() or name in arguments:
-            raise UsageError(
-                f"{option} {short(assignment)!r}: expected an argument's name before =, each once"
-            )
+            raise UsageError(f"{option} {short(assignment)!r}: expected an argument's name before =, each once")
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"{option} {short(assignment)!r}: expected a value that JSON can hold, as student.json stores it, found "
+                f"{option} {short(assignment)!r}: expected a value that student.json can hold, found "
                 f"{short(repr(value))}; quote it or give another value"
             ) from error
         arguments[name] = value
