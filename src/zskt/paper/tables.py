@@ -115,14 +115,20 @@ def write_result(
     seeds = ", ".join(map(str, circumstances["seeds"]))
     lines += [f"Mean ± sample standard deviation over seeds {seeds}; last iterate, measured on test images.", ""]
     lines += ["Work per job: " + "; ".join(work) + ".", ""]
-    versions = ", ".join(f"{name} {version}" for name, version in circumstances["versions"].items())
-    lines += [
-        f"{circumstances['date']}, `{circumstances['command']}`, commit {circumstances.get('commit', 'unknown')},"
-    ]
-    threads = "one thread" if circumstances["threads"] == 1 else f"{circumstances['threads']} threads"
-    lines += [f"{circumstances['precision']}, {circumstances['hardware']}, {threads}, {versions}."]
+    lines += provenance(circumstances)
     write_text(root / f"{made.name}.md", "\n".join(lines) + "\n")
     return result
+
+
+def provenance(circumstances: Mapping[str, Any]) -> list[str]:
+    """Two lines of Markdown: date, command and commit; precision if given, hardware, threads and versions."""
+    threads = "one thread" if circumstances["threads"] == 1 else f"{circumstances['threads']} threads"
+    how = [*([circumstances["precision"]] if "precision" in circumstances else []), circumstances["hardware"], threads]
+    versions = [f"{name} {version}" for name, version in circumstances["versions"].items()]
+    return [
+        f"{circumstances['date']}, `{circumstances['command']}`, commit {circumstances.get('commit', 'unknown')},",
+        ", ".join(how + versions) + ".",
+    ]
 
 
 def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] | None = None) -> list[str]:
