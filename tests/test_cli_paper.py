@@ -346,7 +346,7 @@ def test_reproduce_of_what_diverges_at_once(capsys: Capture, data: Path, tmp_pat
         (2, "--images 0: expected a positive number", ["table-2", "--images", 0]),
         (2, "--learning-rate nan: expected a positive number", ["table-1", "--learning-rate", "nan"]),
         (2, "--images-per-class 0: expected a positive number", ["table-1", "--images-per-class", 3, 0]),
-        (2, "expected at least one, each once", ["table-1", "--seeds", 1, 1]),
+        (2, "expected at least one, without repetition", ["table-1", "--seeds", 1, 1]),
         (2, "expected 0 or more", ["table-1", "--seeds", -1]),
         (2, "unknown recipe 'zskd': did you mean zskt", ["table-1", "--recipe", "zskd"]),
         (2, "did you mean wrn-16-1", ["table-1", "--model", "wnr-16-1"]),
