@@ -1,4 +1,4 @@
-"""`zskt bench --explain`, recorded: how much of this machine each phase of a step uses.
+"""Records `zskt bench --explain`: the roofline of each phase of a step on this machine.
 
 python benchmarks/roofline.py [--pairs wrn lenet] [--device cuda]
 """
@@ -37,9 +37,9 @@ def main() -> None:
                         f"{row['fraction']:.0%}",
                     ]
                 )
-    head = ["pair", "precision", "phase", "GFLOP", "GB at least", "s at best", "s measured", "attained"]
+    head = ["pair", "precision", "phase", "GFLOP", "least GB", "least s", "measured s", "attained"]
     name = "-".join(["roofline", *arguments.pairs, pick_device(arguments.device).type])
-    record.write(name, "Each phase of a step beside what this machine could do", results, head, rows)
+    record.write(name, "Each phase of a step and the roofline of this machine", results, head, rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""`zskt bench`, recorded: the time of one step against the released loop, fp32 and bf16, and peak memory.
+"""Records `zskt bench`: the time of a step against the released loop, in fp32 and bf16, and peak memory.
 
 python benchmarks/step_time.py [--pairs wrn lenet digits] [--device cuda]
 
-Run it on a machine with nothing else to do: the ratios come from interleaved timings, but a busy machine slows the arms
-unequally.
+Run it on an idle machine: the timings are interleaved, but other load still slows the arms unequally.
 """
 
 import argparse

@@ -139,7 +139,7 @@ def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] 
     head = [""]
     for column in columns:
         head += [column, "paper"] if column in published else [column]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
         texts = [row]
         for column in columns:
@@ -147,5 +147,10 @@ def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] 
             texts.append("" if cell is None else cell.text(root, failed))
             if column in published:
                 texts.append("" if cell is None else cell.paper or "")
-        lines.append("| " + " | ".join(texts) + " |")
-    return lines
+        lines.append(texts)
+    return markdown(head, lines)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]

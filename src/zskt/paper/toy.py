@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zskt.errors import UsageError
 from zskt.files import replacing
 from zskt.method.losses import forward_kl
-from zskt.paper.tables import provenance
+from zskt.paper.tables import markdown, provenance
 from zskt.run.plots import save_image
 from zskt.runtime import arithmetic, seeded, stream
 
@@ -330,12 +330,12 @@ def toy_table(result: Mapping[str, Any]) -> str:
     """The Markdown page for what `reproduce_toy` returned, with the `circumstances` of the run."""
     stamp = f" (scale {result['scale']:g})" if "scale" in result else ""
     lines = [f"# Toy experiment: agreement with the teacher over the plane{stamp}", ""]
-    lines += ["| seed | agreement | teacher accuracy | seconds |", "|---|---|---|---|"]
-    for run in result["per_seed"]:
-        lines.append(
-            f"| {run['seed']} | {run['agreement']:.3f} | {run['teacher_accuracy']:.3f} | {run['seconds']:.0f} |"
-        )
-    lines.append(f"| median | {result['agreement']:.3f} | {result['teacher_accuracy']:.3f} | |")
+    rows = [
+        [str(run["seed"]), f"{run['agreement']:.3f}", f"{run['teacher_accuracy']:.3f}", f"{run['seconds']:.0f}"]
+        for run in result["per_seed"]
+    ]
+    rows.append(["median", f"{result['agreement']:.3f}", f"{result['teacher_accuracy']:.3f}", ""])
+    lines += markdown(["seed", "agreement", "teacher accuracy", "seconds"], rows)
     lines += [
         "",
         "The paper gives the teacher's accuracy, 0.968, and shows the student's regions without a number.",
