@@ -1,4 +1,4 @@
-"""Experiments: the right networks on the right images, gone on with exactly, teacher and data left alone."""
+"""Experiments: the right networks on the right images, exact resumption, teacher and data unchanged."""
 
 import contextlib
 import inspect
@@ -163,7 +163,7 @@ def test_seeds_have_teachers_and_students_of_their_own(made: Study) -> None:
             assert not path.exists() or read_json(path)["teacher_fingerprint"] == fingerprint
 
 
-def test_names_are_different_for_whatever_differs(tmp_path: Path) -> None:
+def test_different_jobs_have_different_names(tmp_path: Path) -> None:
     names = []
     given = make_teacher(models.convnet(4, num_classes=3, channels=1), size=(1, 12, 12))
     for study in (make_study(tmp_path), make_study(tmp_path, student="convnet-3"), make_study(tmp_path, given=given)):
@@ -189,7 +189,7 @@ STOPPED = {
 
 
 @pytest.mark.parametrize("kind", STOPPED)
-def test_a_part_goes_on_where_it_stopped_bit_for_bit(kind: str, made: Study, tmp_path: Path) -> None:
+def test_an_interrupted_job_resumes_bit_for_bit(kind: str, made: Study, tmp_path: Path) -> None:
     study = make_study(tmp_path)
     job: Job = STOPPED[kind](study)
     make(study, *job.needs)
@@ -303,7 +303,7 @@ def test_beliefs_are_those_of_compare(made: Study) -> None:
         assert len(found["curves"]["second_standard_error"]) == 100
 
 
-def test_nothing_of_teacher_or_data_is_changed(tmp_path: Path) -> None:
+def test_teacher_and_data_are_unchanged(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     before = [digest(*pair) for pair in ((study.train.images, study.train.labels), study.measuring)]
     teacher = study.teacher(0)
@@ -314,7 +314,7 @@ def test_nothing_of_teacher_or_data_is_changed(tmp_path: Path) -> None:
     assert [digest(*pair) for pair in ((study.train.images, study.train.labels), study.measuring)] == before
 
 
-def test_other_random_numbers_do_not_matter(made: Study, tmp_path: Path) -> None:
+def test_the_global_generator_does_not_matter(made: Study, tmp_path: Path) -> None:
     torch.manual_seed(7)
     study = make_study(tmp_path)
     job = study.zero_shot(0, "zskt")
@@ -338,7 +338,7 @@ CHANGES: list[tuple[Callable[[Study], Job], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "change", "words"), CHANGES)
-def test_what_was_made_otherwise_is_refused(
+def test_results_with_other_settings_are_refused(
     kind: Callable[[Study], Job], change: dict[str, Any], words: str, made: Study
 ) -> None:
     """Other images of the same name among them."""
@@ -359,7 +359,7 @@ def test_budgets_shrink_alike() -> None:
     assert budget.scaled(1) == budget
 
 
-def test_what_is_known_of_an_image_set_is_used(tmp_path: Path) -> None:
+def test_constants_of_known_image_sets_are_used(tmp_path: Path) -> None:
     known = {"cifar10": True, "svhn": False, "fashion-mnist": True, "mnist": False, "images": False}
     for name, mirrored in known.items():
         size = (1, 28, 28) if "mnist" in name else (3, 32, 32)
@@ -379,7 +379,7 @@ def test_what_is_known_of_an_image_set_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{}, {"precision": "bf16"}, {"given": True}])
-def test_every_kind_of_work_can_be_timed(change: dict[str, Any], tmp_path: Path) -> None:
+def test_every_kind_of_job_can_be_timed(change: dict[str, Any], tmp_path: Path) -> None:
     given = make_teacher(models.convnet(4, num_classes=3, channels=1), size=(1, 12, 12))
     study = make_study(tmp_path, **{"given": given} if "given" in change else change)
     before = given.fingerprint()
@@ -393,7 +393,7 @@ def test_every_kind_of_work_can_be_timed(change: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 30])
-def test_steps_of_curves_are_counted_as_they_are_taken(
+def test_units_of_transition_curves_are_their_gradient_steps(
     classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiments, "PATHS", 16)
@@ -416,7 +416,7 @@ def test_steps_of_curves_are_counted_as_they_are_taken(
 
 
 @pytest.mark.parametrize("kind", ["zero-shot", "taught"])
-def test_a_part_killed_before_its_first_checkpoint_is_begun_again(kind: str, tmp_path: Path) -> None:
+def test_a_job_killed_before_its_first_checkpoint_starts_again(kind: str, tmp_path: Path) -> None:
     study = make_study(tmp_path)
     job = study.zero_shot(0, "zskt") if kind == "zero-shot" else study.taught("convnet-2", 0)
     left = job.folder(tmp_path) / ("config.toml" if kind == "zero-shot" else "checkpoint/.00000001.safetensors.x7")

@@ -1,4 +1,4 @@
-"""Jobs: needs first, each made once, gone on with where it stopped, refused where it was made in another way."""
+"""Jobs: dependencies first, each run once, resumed after an interruption, refused if its settings changed."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from zskt.run.checkpoint import Interrupted, parse_budget
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that advances only on request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -46,7 +46,7 @@ def quiet(*arguments: str) -> AbstractContextManager[Show]:
 
 
 class Workshop:
-    """Jobs that do nothing but note when they are worked at."""
+    """Jobs that only record when they run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -99,7 +99,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_what_is_needed_comes_first_and_each_once(workshop: Workshop) -> None:
+def test_dependencies_come_first_and_once(workshop: Workshop) -> None:
     rng = random.Random(0)
     for _ in range(50):
         made: list[Job] = []
@@ -115,7 +115,7 @@ def test_what_is_needed_comes_first_and_each_once(workshop: Workshop) -> None:
             assert {need.name for need in job.needs} <= {earlier.name for earlier in order[:place]}
 
 
-def test_each_part_is_made_once_and_never_again(workshop: Workshop) -> None:
+def test_each_job_runs_once(workshop: Workshop) -> None:
     teacher = workshop.job("teacher")
     student = workshop.job("student", teacher)
     both = workshop.job("belief", student, teacher)
@@ -128,7 +128,7 @@ def test_each_part_is_made_once_and_never_again(workshop: Workshop) -> None:
     assert both.measured(workshop.root) == {"value": 6}
 
 
-def test_what_is_measured_of_a_network_has_its_size(workshop: Workshop) -> None:
+def test_measurements_of_a_network_include_its_size(workshop: Workshop) -> None:
     job = workshop.job("network")
     assert job.measured(workshop.root) is None
     for stem in ("teacher", "student"):
@@ -138,7 +138,7 @@ def test_what_is_measured_of_a_network_has_its_size(workshop: Workshop) -> None:
         (job.folder(workshop.root) / f"{stem}.json").unlink()
 
 
-def test_a_part_out_of_time_is_gone_on_with_before_the_next(workshop: Workshop) -> None:
+def test_an_interrupted_job_resumes_before_the_next_starts(workshop: Workshop) -> None:
     first = workshop.job("first", turns=3)
     second = workshop.job("second", first)
     for turns in (1, 2):
@@ -149,7 +149,7 @@ def test_a_part_out_of_time_is_gone_on_with_before_the_next(workshop: Workshop) 
     assert workshop.worked == ["first"] * 3 + ["second"]
 
 
-def test_the_time_left_is_handed_on(workshop: Workshop, clock: Clock) -> None:
+def test_the_remaining_time_is_passed_on(workshop: Workshop, clock: Clock) -> None:
     wanted = [workshop.job(f"job {i}", work=lambda: clock.wait(4)) for i in range(4)]
     assert workshop.make(*wanted, seconds=10) == {}
     assert workshop.worked == ["job 0", "job 1", "job 2"]  # which ends after 12 seconds
@@ -162,7 +162,7 @@ def test_the_time_left_is_handed_on(workshop: Workshop, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("left", [1e-9, 0.0004, 0.9996, 59.99999, 86_400.0])
-def test_any_time_left_is_one_that_a_training_takes(left: float, workshop: Workshop, clock: Clock) -> None:
+def test_any_remaining_time_is_a_valid_budget(left: float, workshop: Workshop, clock: Clock) -> None:
     assert workshop.make(workshop.job("job"), seconds=left) == {}
     (budget,) = workshop.budgets
     seconds, _ = parse_budget(budget)
@@ -184,7 +184,7 @@ def test_a_failure_stops_only_what_needs_it(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("error", [UsageError("no such recipe"), Interrupted(2, "stopped"), KeyError("a bug")])
-def test_requests_signals_and_bugs_stop_everything(error: Exception, workshop: Workshop) -> None:
+def test_usage_errors_signals_and_bugs_stop_everything(error: Exception, workshop: Workshop) -> None:
     with pytest.raises(type(error)) as caught:
         workshop.make(workshop.job("first", error=error), workshop.job("second"))
     assert caught.value is error
@@ -208,8 +208,8 @@ def test_other_settings_are_refused_and_named(workshop: Workshop) -> None:
     assert workshop.worked == ["a"]
 
 
-def test_settings_are_on_disk_before_the_work(workshop: Workshop) -> None:
-    """So that a job that was killed is not gone on with in another way."""
+def test_settings_are_on_disk_before_a_job_runs(workshop: Workshop) -> None:
+    """So that a killed job does not resume with other settings."""
     job = workshop.job("a", seed=0, error=KeyError("killed"))
     with pytest.raises(KeyError):
         workshop.make(job)
@@ -218,8 +218,8 @@ def test_settings_are_on_disk_before_the_work(workshop: Workshop) -> None:
         check_settings([workshop.job("a", seed=1)], workshop.root)
 
 
-def test_a_part_that_left_nothing_may_be_made_in_another_way(workshop: Workshop) -> None:
-    """A training that diverges at once removes what it wrote: then its advice, a lower rate, can be followed."""
+def test_a_job_that_left_no_result_may_run_with_other_settings(workshop: Workshop) -> None:
+    """Training that diverges at once removes its files, so that its advice, a lower learning rate, can be followed."""
     write_json(workshop.root / "parts" / "a.json", {"learning_rate": 9.0, "units": 7})
     other = workshop.job("a", learning_rate=0.1)
     check_settings([other], workshop.root)
@@ -228,7 +228,7 @@ def test_a_part_that_left_nothing_may_be_made_in_another_way(workshop: Workshop)
         check_settings([workshop.job("a", learning_rate=9.0)], workshop.root)
 
 
-def test_only_what_is_missing_is_timed_and_each_pace_once(workshop: Workshop, clock: Clock) -> None:
+def test_only_unfinished_jobs_are_timed_and_each_pace_once(workshop: Workshop, clock: Clock) -> None:
     workshop.make(workshop.job("made", pace="of what is there"))
     first: list[str] = []
 
@@ -253,7 +253,7 @@ def test_only_what_is_missing_is_timed_and_each_pace_once(workshop: Workshop, cl
     assert time_jobs(wanted[:1], workshop.root) == {}
 
 
-def test_timing_is_honest_and_leaves_no_trace(workshop: Workshop) -> None:
+def test_timing_is_realistic_and_changes_no_global_state(workshop: Workshop) -> None:
     drawn, flushed = [], []
 
     def work() -> None:

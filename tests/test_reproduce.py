@@ -34,7 +34,7 @@ IMAGES = {"cifar10": 50_000, "svhn": 73_257, "mnist": 60_000, "fashion-mnist": 6
 
 
 def blank(name: str = "cifar10") -> Dataset:
-    """A known image set's number of images, all black and in no memory to speak of."""
+    """As many black images as a known set has, without their memory."""
     size = (1, 28, 28) if "mnist" in name else (3, 32, 32)
     images = torch.zeros(1, *size, dtype=torch.uint8).expand(IMAGES[name], *size)
     return Dataset(images, torch.arange(IMAGES[name]) % 10, tuple("0123456789"), name)
@@ -65,7 +65,7 @@ OWN = WHOLE | {"table-1": (4, 4 * 3), "figure-5": (2 * 2, 2 * 3)}
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("data", ["images", "cifar10", "mnist"])
-def test_cells_and_parts_are_those_counted_by_hand(name: str, data: str, tmp_path: Path) -> None:
+def test_cells_and_jobs_match_a_count_by_hand(name: str, data: str, tmp_path: Path) -> None:
     channels, height, width = blank(data).images.shape[1:]
     given = make_teacher(models.convnet(4, channels=channels), size=(channels, height, width))
     changes: dict[str, Any]
@@ -86,7 +86,7 @@ def test_cells_and_parts_are_those_counted_by_hand(name: str, data: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_what_may_be_asked_for_changes_the_parts() -> None:
+def test_requests_change_the_jobs() -> None:
     asked: dict[str, Any] = {
         "recipes": ("zskt", "zskt-prior"),
         "per_class": (5, 200),
@@ -109,7 +109,7 @@ def test_what_may_be_asked_for_changes_the_parts() -> None:
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (0, 1, 0)])
-def test_seeds_that_cannot_be_meant(seeds: tuple[int, ...]) -> None:
+def test_empty_and_repeated_seeds_are_refused(seeds: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="expected at least one, without repetition"):
         reproduction(request("table-1", seeds=seeds))
 
@@ -183,7 +183,7 @@ def test_published_numbers_are_those_of_the_sources(name: str, data: str) -> Non
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_published_numbers_are_for_the_published_networks_alone(name: str) -> None:
+def test_published_numbers_are_only_for_the_published_networks(name: str) -> None:
     own: tuple[dict[str, Any], ...] = ({"model": "convnet-4"}, {"student": "convnet-2"}, {"model": "vgg-11"})
     for changes in own:
         found = published(reproduction(request(name, **changes)))
@@ -225,7 +225,7 @@ def test_budgets_are_the_published_ones(data: str, updates: int, steps: int) -> 
         assert found == Budget(updates, steps, 1_000, found.learning_rate)
 
 
-def test_the_published_schedule_reaches_the_parts() -> None:
+def test_the_published_schedule_reaches_the_jobs() -> None:
     """Cosine and divisions by five are the recipes' and the training's: here it is how long, how fast, on what."""
     made = reproduction(request("table-2"))
     by_name = {job.name: job for job in in_order(made.jobs)}
@@ -243,7 +243,7 @@ def test_the_published_schedule_reaches_the_parts() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.01, 1e-9])
-def test_scale_shrinks_all_work_alike_but_no_setting(scale: float) -> None:
+def test_the_scale_changes_amounts_of_work_and_nothing_else(scale: float) -> None:
     changes = {"images": 500}
     for name in MADE:
         whole, cut = (
@@ -266,13 +266,13 @@ def test_scale_shrinks_all_work_alike_but_no_setting(scale: float) -> None:
                 assert less.units == less.settings.get("updates", less.settings.get("steps"))
 
 
-def test_changes_come_before_the_scale() -> None:
+def test_changes_are_applied_before_the_scale() -> None:
     changes = {"updates": 40, "steps": 60, "images": 80, "learning_rate": 0.7}
     found = request("figure-2", scale=0.1, changes=changes).study("wrn-40-2", "wrn-16-1", steps=25_000).budget
     assert found == Budget(4, 6, 8, 0.7)
 
 
-# All of them, small
+# All of them at a tiny size
 
 
 class Results:
@@ -330,7 +330,7 @@ def test_every_cell_is_filled(name: str, results: Results) -> None:
             image.load()
 
 
-def test_what_one_table_has_made_the_next_one_uses(results: Results) -> None:
+def test_tables_share_their_jobs(results: Results) -> None:
     # seeds 0 and 1 of table 1, four each; KD+AT on all images, three comparisons; figure 2: four more; mmrazor's run
     assert len(results.worked) == len(set(results.worked)) == 2 * 4 + 4 + 4 + 1
     names = {path.name for path in (results.root / "parts").iterdir() if path.is_dir()}
@@ -375,7 +375,7 @@ def test_transition_errors_are_those_of_the_students_named(results: Results) -> 
     assert cells == {}
 
 
-def test_beliefs_about_pseudo_images_are_those_at_the_end(results: Results) -> None:
+def test_beliefs_about_pseudo_images_are_the_last_ones(results: Results) -> None:
     lines = (results.root / "parts" / "zskt-convnet-4-to-convnet-2-seed-0" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     found = {cell["column"]: cell["values"] for cell in results.result["figure-3"]["cells"]}
@@ -387,7 +387,7 @@ def test_beliefs_about_pseudo_images_are_those_at_the_end(results: Results) -> N
     }
 
 
-def test_noise_is_in_two_classes_as_often_as_it_is(results: Results) -> None:
+def test_noise_in_two_classes_is_counted(results: Results) -> None:
     noise = torch.rand(1000, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     cells = {(cell["row"], cell["column"]): cell["values"] for cell in results.result["figure-5"]["cells"]}
     for spec in ("convnet-4", "convnet-2"):
@@ -404,7 +404,7 @@ def json_of(results: Results, job: str) -> dict[str, Any]:
     return found
 
 
-def test_figures_are_drawn_of_what_is_there(results: Results, tmp_path: Path) -> None:
+def test_figures_are_drawn_from_finished_jobs(results: Results, tmp_path: Path) -> None:
     """Only one of the students is there, or only the teacher."""
     pair = "convnet-4-to-convnet-2"
     there = [f"belief-of-zskt-{pair}-seed-0", f"zskt-{pair}-seed-0", "convnet-4-on-all-seed-0"]

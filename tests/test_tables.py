@@ -1,4 +1,4 @@
-"""Tables: true means and deviations, what is missing said, published numbers apart, shortened work stamped."""
+"""Tables: means and deviations, missing results, published numbers, the scale of shortened work."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def test_a_cell_is_the_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> N
             assert entry["paper"] == "0.5"
 
 
-def test_what_is_missing_is_said_and_nothing_is_estimated(tmp_path: Path) -> None:
+def test_missing_results_are_marked_and_not_estimated(tmp_path: Path) -> None:
     found = cell("row", "column")
     assert found.text(tmp_path) == "not run"
     assert found.text(tmp_path, {found.jobs[1].name: "it diverged"}) == "failed"
@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_and_nothing_is_estimated(tmp_path: Path) -> Non
     assert alone.text(tmp_path) == "25.00"
 
 
-def test_a_paper_column_stands_only_where_the_paper_has_numbers(tmp_path: Path) -> None:
+def test_a_paper_column_appears_only_with_published_numbers(tmp_path: Path) -> None:
     cells = [
         cell("A", "ours alone", 1),
         cell("A", "in the paper", 1, paper="81.71 ± 0.25"),
@@ -105,7 +105,7 @@ def test_a_paper_column_stands_only_where_the_paper_has_numbers(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0001])
-def test_shortened_work_is_stamped_everywhere(scale: float, tmp_path: Path) -> None:
+def test_the_scale_is_in_every_output(scale: float, tmp_path: Path) -> None:
     stamps: list[str] = []
 
     def draw(root: Path, note: str) -> bytes:
@@ -124,7 +124,7 @@ def test_shortened_work_is_stamped_everywhere(scale: float, tmp_path: Path) -> N
         assert stamps == [stamp]
 
 
-def test_a_result_says_what_it_is_made_of(tmp_path: Path) -> None:
+def test_a_result_lists_its_jobs_and_circumstances(tmp_path: Path) -> None:
     teacher = job("teacher", units=5)
     student = Job("student", {}, 70, "pseudo batches", "zskt", lambda: lambda: None, lambda *call: True, (teacher,))
     given = job("given", units=0)
@@ -153,7 +153,7 @@ def test_a_result_says_what_it_is_made_of(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "table-9.json").read_text())["finished"]
 
 
-def test_a_picture_is_written_only_where_there_is_one(tmp_path: Path) -> None:
+def test_a_png_is_written_only_if_something_is_drawn(tmp_path: Path) -> None:
     page = write(tmp_path, cell("A", "B"), draw=lambda root, note: None)
     assert {path.name for path in tmp_path.iterdir()} == {"table-9.json", "table-9.md"}
     assert "![" not in page
@@ -162,7 +162,7 @@ def test_a_picture_is_written_only_where_there_is_one(tmp_path: Path) -> None:
     assert "![Table 9: accuracy (%) on images](table-9.png)" in page
 
 
-def test_what_failed_is_in_every_output(tmp_path: Path) -> None:
+def test_failures_are_in_every_output(tmp_path: Path) -> None:
     found = cell("A", "B", 1)
     page = write(tmp_path, found, failed={found.jobs[0].name: "the loss is nan"})
     assert "Failed: A-B-0: the loss is nan" in page
@@ -172,7 +172,7 @@ def test_what_failed_is_in_every_output(tmp_path: Path) -> None:
     assert "failed" not in (tmp_path / "table-9.json").read_text()
 
 
-def test_numbers_that_json_has_not_are_refused_and_the_old_result_stands(tmp_path: Path) -> None:
+def test_nan_is_refused_and_the_old_result_kept(tmp_path: Path) -> None:
     found = cell("A", "B", 1)
     finish(tmp_path, found, 0.5)
     write(tmp_path, found)
