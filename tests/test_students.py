@@ -123,6 +123,19 @@ def test_invalid_specifiers_are_refused_in_one_line(
     assert not any(name.startswith("zskt_factory_wrong") for name in sys.modules)
 
 
+@pytest.mark.parametrize(
+    ("spec", "size", "words"),
+    [
+        ("lenet-5", (1, 28, 11), "lenet-5: expected images of at least 12 x 12, found 1 x 28 x 11"),
+        ("vgg-11-8", (3, 15, 32), "vgg-11-8: expected images of at least 16 x 16, found 3 x 15 x 32"),
+        *((f"{name}-0", (3, 32, 32), "width of at least 1") for name in ("wrn-10", "resnet-18", "vgg-11", "convnet")),
+    ],
+)
+def test_networks_of_ours_that_cannot_be_built(spec: str, size: tuple[int, int, int], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        models.build(spec, 10, size)
+
+
 def test_only_the_seed_determines_the_weights(folder: Path) -> None:
     teacher = make_teacher()
     for spec in ("wrn-10-1", "auto:0.5", "mynets:network"):
