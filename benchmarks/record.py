@@ -1,5 +1,6 @@
 """Dated result files: the numbers with command, commit and machine."""
 
+import argparse
 import json
 import os
 import sys
@@ -7,11 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zskt.bench.step_time import PAIRS
 from zskt.files import write_json, write_text
 from zskt.paper.tables import markdown, provenance
 from zskt.runtime import circumstances, short
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def pair_arguments(description: str | None, count: str) -> argparse.Namespace:
+    """The command line of a benchmark of pairs: --pairs, --device and --COUNT."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pairs", nargs="+", default=["wrn"], choices=PAIRS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(f"--{count}", type=int, default=5)
+    return parser.parse_args()
 
 
 def command() -> str:

@@ -3,8 +3,6 @@
 python benchmarks/roofline.py [--pairs wrn lenet] [--device cuda]
 """
 
-import argparse
-
 import record
 from zskt.bench import step_time as bench
 from zskt.bench.roofline import PHASES
@@ -13,11 +11,7 @@ from zskt.runtime import pick_device
 
 def main() -> None:
     """Count and time each pair; one result file for all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", nargs="+", default=["wrn"], choices=bench.PAIRS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = record.pair_arguments(__doc__, "steps")
     results = {name: bench.explain_pair(name, arguments.device, steps=arguments.steps) for name in arguments.pairs}
     rows = []
     for name, result in results.items():

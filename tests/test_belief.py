@@ -59,9 +59,9 @@ def test_accuracy_and_agreement(answers: tuple[Tensor, Tensor, Tensor]) -> None:
 @pytest.mark.parametrize(("classes", "scale", "threshold"), [(K, 2.0, 0.5), (30, 0.3, 1 / 15)])
 def test_calibration_error(classes: int, scale: float, threshold: float) -> None:
     first = scale * torch.randn(M, classes, generator=torch.Generator().manual_seed(0))
-    sure = first.softmax(dim=1).amax(dim=1) > threshold  # right exactly then, so that gaps have both signs
-    labels = torch.where(sure, first.argmax(dim=1), first.argmin(dim=1))
-    assert 10 < sure.sum() < M - 10
+    confident = first.softmax(dim=1).amax(dim=1) > threshold  # right exactly then, so that gaps have both signs
+    labels = torch.where(confident, first.argmax(dim=1), first.argmin(dim=1))
+    assert 10 < confident.sum() < M - 10
     expected = 0.0
     p = probabilities(first)
     for lower in range(15):
@@ -75,10 +75,10 @@ def test_calibration_error(classes: int, scale: float, threshold: float) -> None
 
 
 def test_perfect_calibration_is_no_error() -> None:
-    logits = torch.tensor([[math.log(7), math.log(3)]] * 10 + [[0.0, math.log(9)]] * 20)  # 0.7 sure, then 0.9
+    logits = torch.tensor([[math.log(7), math.log(3)]] * 10 + [[0.0, math.log(9)]] * 20)  # 0.7 confident, then 0.9
     labels = torch.tensor([0] * 7 + [1] * 3 + [1] * 18 + [0] * 2)
     assert calibration_error(logits, labels) == pytest.approx(0, abs=1e-7)
-    assert calibration_error(100 * logits, labels) == pytest.approx(5 / 30, abs=1e-7)  # sure of all, 5 wrong
+    assert calibration_error(100 * logits, labels) == pytest.approx(5 / 30, abs=1e-7)  # confident of all, 5 wrong
 
 
 def test_measure_agrees_with_its_parts_on_bytes_and_fractions() -> None:
@@ -177,8 +177,8 @@ def test_normalised_class_entropy_is_one_for_uniform_and_zero_for_one_class() ->
     ids=["fine", "collapse", "unsure", "disagreement"],
 )
 def test_warnings(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], words: list[str]) -> None:
-    sure = 5 * torch.eye(K).repeat(10, 1)
-    found = pseudo_image_warnings(pseudo_beliefs(*change(sure, sure)))
+    confident = 5 * torch.eye(K).repeat(10, 1)
+    found = pseudo_image_warnings(pseudo_beliefs(*change(confident, confident)))
     assert all(word in line for word, line in zip(words, found, strict=True))
 
 

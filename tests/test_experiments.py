@@ -372,7 +372,7 @@ def test_constants_of_known_image_sets_are_used(tmp_path: Path) -> None:
         (0.2023, 0.1994, 0.2010),
     )
     for other in (coloured(90, size=(3, 16, 16), name="cifar10"), coloured(90, size=(3, 32, 32))):
-        mean, std = normalisation(other)  # resized, or of nobody's
+        mean, std = normalisation(other)  # resized, or an unknown set
         pixels = other.images.double().numpy() / 255
         assert mean == pytest.approx(pixels.mean(axis=(0, 2, 3)), abs=1e-4)
         assert std == pytest.approx(pixels.std(axis=(0, 2, 3)), abs=1e-4)

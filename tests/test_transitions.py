@@ -18,7 +18,7 @@ K, STEPS, XI = 4, 5, 0.8
 SIZE = (3, 9, 14)
 
 
-def sure(module: nn.Module) -> nn.Module:
+def confident(module: nn.Module) -> nn.Module:
     """The classifier in float64, confident and without a favourite class, so that a few steps change its beliefs."""
     last = [layer for layer in module.double().modules() if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
@@ -31,8 +31,8 @@ def sure(module: nn.Module) -> nn.Module:
 def make_pair() -> tuple[Classifier, Classifier]:
     """Two architectures with different normalisations, in float64."""
     torch.manual_seed(1)
-    first = sure(models.wide_resnet(10, 1, num_classes=K))
-    second = sure(models.build("convnet-6", K, SIZE))
+    first = confident(models.wide_resnet(10, 1, num_classes=K))
+    second = confident(models.build("convnet-6", K, SIZE))
     one = Classifier(first, input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
     other = Classifier(second, input_size=SIZE, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.35])
     return one, other

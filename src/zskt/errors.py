@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class ZsktError(Exception):
-    """The work cannot go on. Exit status 1."""
+    """The work cannot continue. Exit status 1."""
 
 
 class UsageError(ZsktError):

@@ -132,20 +132,20 @@ def _read_images(
         key.update(digest)
     root = os.environ.get("ZSKT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "zskt")
     decode = partial(_decode, files=files, size=size, progress=progress)
-    images = _kept(Path(root, f"{key.hexdigest()}.npy"), decode, notice)
+    images = _cached(Path(root, f"{key.hexdigest()}.npy"), decode, notice)
     name = next((name for name in ("cifar10", "cifar100") if KNOWN[name].class_names == class_names), "images")
     return Dataset(torch.from_numpy(images), torch.tensor(labels), class_names, name)
 
 
-def _kept(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
+def _cached(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
     """The array that `decode` writes: memory-mapped from the cache at `path`, which is filled if missing or damaged."""
     about = path.with_suffix(".json")
     try:
-        kept = json.loads(about.read_text())
-        lines, whole = list(kept["notices"]), kept["sha256"] == _file_digest(path)
+        stored = json.loads(about.read_text())
+        lines, valid = list(stored["notices"]), stored["sha256"] == _file_digest(path)
     except (OSError, ValueError, LookupError, TypeError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()

@@ -282,10 +282,8 @@ def nature_of_pseudo_data(
             axes.set_title(f"classes of the pseudo images, {who}")
         for axes, path in zip(lower.subplots(1, max(1, len(shown)), squeeze=False).flatten(), shown, strict=False):
             with Image.open(path) as image:
-                quarter = image.convert("RGB").crop(
-                    (0, 0, image.width // 2, image.height // 2)
-                )  # the whole would be too small
-                axes.imshow(np.asarray(quarter))
+                quarter = (0, 0, image.width // 2, image.height // 2)  # all images would be too small to see
+                axes.imshow(np.asarray(image.convert("RGB").crop(quarter)))
             axes.set_title(f"step {int(path.stem):,}")
             axes.set_axis_off()
         figure.suptitle(title, fontsize=9)
