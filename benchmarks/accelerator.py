@@ -1,12 +1,12 @@
-"""The full-length runs, in slices that fit into a short lease of a GPU; state travels in files of at most 15 MiB.
+"""The full-length runs, in slices of a few minutes on a GPU, with their state in files of at most 15 MiB.
 
 python benchmarks/accelerator.py time --device cuda --out out
 python benchmarks/accelerator.py wrn-teacher --data cifar10-train.zip cifar10-test.zip --out out --stop-after 9m
 python benchmarks/accelerator.py wrn-student --data ... --state out --out next --stop-after 9m    (and so on)
 
-python benchmarks/accelerator.py wrn-student --data ... --state out --out next --stop-after 9m   (and so on)
-(`state.000`, ...) and `STAGE.json`, whose "finished" says whether there is more to do. Finished stages also leave their
-accuracy and, for a teacher, that of its weights rounded to bfloat16. `--scale 0.001` rehearses all of it on a CPU.
+Each call writes the state (`state.000`, ...), which the next one takes as --state, and `STAGE.json`, whose "finished"
+tells whether the stage is complete. A finished stage also has its accuracy and, for a teacher, that of its weights
+rounded to bfloat16. `--scale 0.001` rehearses everything on a CPU.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from zskt.run.cuda_graph import CapturedStep
 from zskt.runtime import arithmetic, circumstances, pick_device, synchronise
 
 PART = 15 * 2**20
-"""Bytes of a part of the state."""
+"""Bytes per file of the state."""
 
 
 @dataclass(frozen=True)
 class Teach:
-    """A teacher of CIFAR-10."""
+    """A teacher trained on CIFAR-10."""
 
     model: str
     epochs: int = 100
@@ -49,7 +49,7 @@ class Teach:
 
 @dataclass(frozen=True)
 class Distil:
-    """A student of one of the teachers."""
+    """A student distilled from one of the teachers."""
 
     teacher: str
     student: str
@@ -67,7 +67,7 @@ STAGES: dict[str, Teach | Distil] = {
 
 
 def pack(work: Path, out: Path) -> None:
-    """Put the folder `work` into parts state.000, state.001, ... of `out`."""
+    """Save the folder `work` in `out`, as state.000, state.001, ..."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.add(work, arcname=".", filter=lambda member: None if "/samples" in member.name else member)
@@ -76,7 +76,7 @@ def pack(work: Path, out: Path) -> None:
 
 
 def unpack(state: Path, work: Path) -> None:
-    """The folder that `pack` took apart; no parts, an empty folder."""
+    """Restore in `work` what `pack` saved in `state`, if anything."""
     parts = sorted(state.glob("state.*"))
     whole = io.BytesIO(b"".join(part.read_bytes() for part in parts))
     if parts:
@@ -85,7 +85,7 @@ def unpack(state: Path, work: Path) -> None:
 
 
 def command(stage: str, work: Path, arguments: argparse.Namespace) -> list[str]:
-    """What a user would type for this stage, resumed where it has been begun."""
+    """The zskt command for this stage, with --resume if it was started before."""
     plan, folder = STAGES[stage], work / stage
     begun = (folder / "checkpoint").exists()
     words = ["--out", folder, "--device", arguments.device, "--precision", arguments.precision]
@@ -103,7 +103,7 @@ def command(stage: str, work: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def rounded_accuracy(folder: Path, data: list[Path]) -> float:
-    """Test accuracy of a teacher whose weights are rounded to bfloat16, as they travel."""
+    """Test accuracy of a teacher with its weights rounded to bfloat16."""
     teacher = load_teacher(folder)
     for tensor in (*teacher.module.parameters(), *teacher.module.buffers()):
         if tensor.is_floating_point():
@@ -113,7 +113,7 @@ def rounded_accuracy(folder: Path, data: list[Path]) -> float:
 
 
 def run_stage(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A slice of one stage."""
+    """Run one stage, or continue it."""
     stage: str = arguments.stage
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -123,11 +123,11 @@ def run_stage(arguments: argparse.Namespace) -> dict[str, Any]:
         started = time.monotonic()
         status = zskt(words)
         kind = "teacher" if isinstance(STAGES[stage], Teach) else "student"
-        facts = work / stage / f"{kind}.json"
-        result: dict[str, Any] = {"stage": stage, "status": status, "finished": facts.exists(), **circumstances()}
+        metadata = work / stage / f"{kind}.json"
+        result: dict[str, Any] = {"stage": stage, "status": status, "finished": metadata.exists(), **circumstances()}
         result |= {"seconds": round(time.monotonic() - started, 1), "command": " ".join(map(record.short, words))}
-        if facts.exists():
-            result["measured"] = json.loads(facts.read_text())["measured"]
+        if metadata.exists():
+            result["measured"] = json.loads(metadata.read_text())["measured"]
             if kind == "teacher":
                 result["accuracy_in_bfloat16"] = rounded_accuracy(work / stage, arguments.data)
         for name in ("metrics.jsonl", "student.safetensors"):
@@ -138,7 +138,7 @@ def run_stage(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_steps(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Steady steps of both pairs, launched kernel by kernel and as a graph, in fp32 and bf16."""
+    """Steps of both pairs after warm-up, launched kernel by kernel and as a CUDA graph, in fp32 and bf16."""
     device = pick_device(arguments.device)
     steps = max(2, round(2000 * arguments.scale))
     result: dict[str, Any] = {"stage": "time", "steps": steps, **circumstances()}
@@ -181,13 +181,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["time", *STAGES])
     parser.add_argument("--data", nargs="+", type=Path, default=[], help="CIFAR-10, training and test images")
-    parser.add_argument("--state", type=Path, help="what an earlier call left in its --out")
+    parser.add_argument("--state", type=Path, help="the --out of an earlier call")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--graph", action="store_true", help="repeat the step as a CUDA graph")
+    parser.add_argument("--graph", action="store_true", help="replay the step as a CUDA graph")
     parser.add_argument("--stop-after", default="9m")
-    parser.add_argument("--scale", type=float, default=1.0, help="of epochs and steps; of the batch in time")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on epochs and steps; for time, on the batch size"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = time_steps(arguments) if arguments.stage == "time" else run_stage(arguments)

@@ -1,8 +1,8 @@
-"""How closely do the beliefs of the authors' two CIFAR-10 checkpoints match? Mean transition error, fp32 and bf16.
+"""Mean transition error between the authors' two CIFAR-10 checkpoints, in fp32 and bf16.
 
 python benchmarks/authors_belief.py FIRST SECOND --data cifar10-test.zip
 
-FIRST is stepped. The released loop over 32 images gave .735.
+FIRST is stepped. The released loop gave .735 over 32 images.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from zskt.runtime import arithmetic
 
 
 def main() -> None:
-    """Import both by name, follow the same images in both precisions, record."""
+    """Import both by name, compare on the same images in both precisions, record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", nargs=2, type=Path)
     parser.add_argument("--data", nargs="+", required=True)

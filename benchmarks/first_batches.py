@@ -1,11 +1,11 @@
-"""Does the student learn within every pseudo batch, and from one to the next, at 3 x 32 x 32?
+"""Does the student's loss fall within each pseudo batch, and from one to the next, at 3 x 32 x 32?
 
 python benchmarks/first_batches.py RUN
 
 RUN is a folder made by
     zskt distill TEACHER --student wrn-10-1 --recipe zskt --steps 20 --out RUN
-with TEACHER imported from the authors' WRN-16-1. Exits with 1 unless the tenth update's loss is below the first's in at
-least 18 of the 20 batches, and the mean student loss of the last five batches is below 60 % of the first batch's.
+with TEACHER imported from the authors' WRN-16-1. Exits with 1 unless the loss falls from the first to the tenth update
+in at least 18 of the 20 batches, and the mean loss of the last five batches is below 60 % of the first batch's.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from zskt.run.checkpoint import read_lines
 
 
 def main() -> None:
-    """Read the run's log and judge it."""
+    """Read the run's log, write the table, and check both conditions."""
     losses = [line["student_loss"] for line in read_lines(Path(sys.argv[1]) / "metrics.jsonl")]
     assert len(losses) == 20, f"expected a line for each of 20 steps, found {len(losses)}"
     falling = sum(batch[-1] < batch[0] for batch in losses)

@@ -1,9 +1,9 @@
-"""A classifier that zskt has never seen: transformers' own ResNet, trained here on MNIST, saved, distilled, deployed.
+"""A foreign classifier end to end: a transformers ResNet trained on MNIST, saved, distilled and deployed.
 
 python benchmarks/hugging_face.py MNIST-FOLDER     (about a quarter of an hour on two cores)
 
-The training is these few lines and transformers' classes; from then on only the `zskt` commands that a user would type,
-and onnxruntime, which is fed the test images as they are. Three seeds of the distillation, the last iterate of each.
+The training uses only torch and transformers, and everything after it the `zskt` commands that a user would type, and
+onnxruntime on the raw test images. Three seeds of the distillation, the last iterate of each.
 """
 
 import argparse
@@ -30,7 +30,7 @@ EPOCHS, BATCH = 4, 128
 
 
 def train(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """A ResNet of the library for images (M, 1, 28, 28), saved as its users save theirs."""
+    """A transformers ResNet for images (M, 1, 28, 28), saved by `save_pretrained`."""
     transformers = need("transformers")
     torch.manual_seed(0)
     config = transformers.ResNetConfig(
@@ -60,7 +60,7 @@ def train(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    """A zskt command: the JSON that it prints."""
+    """The JSON that a zskt command prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         status = zskt([str(argument) for argument in arguments])
@@ -71,7 +71,7 @@ def run(*arguments: object) -> dict[str, Any]:
 
 
 def deployed_accuracy(path: Path, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Of an ONNX file fed bytes (M, 1, 28, 28): what its user would get, with nothing of ours in between."""
+    """Accuracy of an ONNX file on uint8 images (M, 1, 28, 28), through onnxruntime alone."""
     session = need("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     logits = np.concatenate([session.run(["logits"], {"images": batch.numpy()})[0] for batch in images.split(500)])
     return float((logits.argmax(axis=1) == labels.numpy()).mean())
@@ -116,7 +116,7 @@ def main() -> None:
         f"MNIST, a ResNet of transformers ({sizes[0]} parameters) -> auto:0.25 ({sizes[1]}), recipe "
         f"{inspected['recipe']}, {arguments.steps:,} steps",
         {"inspect": inspected, "teacher": teacher, "seeds": seeds},
-        ["seed", "teacher", "student", "agreement", "ONNX, fed bytes", "int8 ONNX, fed bytes"],
+        ["seed", "teacher", "student", "agreement", "ONNX, uint8 input", "int8 ONNX, uint8 input"],
         rows,
     )
 

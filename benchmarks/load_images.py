@@ -1,4 +1,4 @@
-"""From an archive of PNGs to one uint8 tensor: the first time, and from the cache afterwards.
+"""Loading an archive of PNGs as one uint8 tensor: with an empty cache, and from the cache.
 
 python benchmarks/load_images.py cifar10-train-1.zip cifar10-train-2.zip cifar10-test.zip
 """
@@ -14,7 +14,7 @@ from zskt.data.images import read
 
 
 def main() -> None:
-    """Read the training images twice, with an empty cache before; write both times."""
+    """Read the training images twice, starting with an empty cache; write both times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+")
     arguments = parser.parse_args()

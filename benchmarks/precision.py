@@ -2,7 +2,7 @@
 
 python benchmarks/precision.py     (about ten minutes on two cores)
 
-Precision `auto` may take bf16 for the recipes that lose no more than one standard deviation of fp32 here.
+Precision `auto` may use bf16 for the recipes that lose at most one standard deviation of fp32 here.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network
 from zskt.paper.baselines import teach
 from zskt.paper.training import Training, updates_in
-from zskt.run import distill
+from zskt.run.distill import distill
 from zskt.runtime import seeded
 
 SEEDS = (0, 1, 2)
@@ -41,7 +41,7 @@ def make_teacher(seed: int) -> Classifier:
 
 
 def main() -> None:
-    """Distil with each recipe, seed and precision; write accuracies and what bf16 cost."""
+    """Distil with each recipe, seed and precision; write the accuracies and the loss of bf16."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=["zskt-prior", "zskt"])
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,4 +1,4 @@
-"""Copy what `zskt reproduce` wrote into results/, dated, under a name of its own.
+"""Copy the output of `zskt reproduce` into results/, with date and prefix in its name.
 
 python benchmarks/publish.py runs/mnist mnist figure-2 figure-4
 """
@@ -13,7 +13,7 @@ from zskt.files import read_json, read_text, write_text
 
 
 def main() -> None:
-    """Copy JSON, Markdown and the pictures that it shows."""
+    """Copy JSON, Markdown and its images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the --out of zskt reproduce")
     parser.add_argument("prefix", help="put before every name")

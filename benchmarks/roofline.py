@@ -1,9 +1,7 @@
-"""`zskt bench --explain`, recorded: how much of this machine each phase of a step uses.
+"""Records `zskt bench --explain`: the roofline of each phase of a step on this machine.
 
 python benchmarks/roofline.py [--pairs wrn lenet] [--device cuda]
 """
-
-import argparse
 
 import record
 from zskt.bench import step_time as bench
@@ -13,11 +11,7 @@ from zskt.runtime import pick_device
 
 def main() -> None:
     """Count and time each pair; one result file for all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", nargs="+", default=["wrn"], choices=bench.PAIRS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = record.pair_arguments(__doc__, "steps")
     results = {name: bench.explain_pair(name, arguments.device, steps=arguments.steps) for name in arguments.pairs}
     rows = []
     for name, result in results.items():
@@ -37,9 +31,9 @@ def main() -> None:
                         f"{row['fraction']:.0%}",
                     ]
                 )
-    head = ["pair", "precision", "phase", "GFLOP", "GB at least", "s at best", "s measured", "attained"]
+    head = ["pair", "precision", "phase", "GFLOP", "least GB", "least s", "measured s", "attained"]
     name = "-".join(["roofline", *arguments.pairs, pick_device(arguments.device).type])
-    record.write(name, "Each phase of a step beside what this machine could do", results, head, rows)
+    record.write(name, "Each phase of a step and the roofline of this machine", results, head, rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How the time of a step grows: seconds per pseudo image against batch, image side, teacher width, updates and classes.
+"""How the time of a step scales with batch size, image size, teacher width, student updates and classes.
 
 python benchmarks/scaling.py [--device cuda]     (about ten minutes on two cores)
 
-The engine alone, recipe `zskt`, fp32, WRN-16-2 -> WRN-16-1; each point is the median of some steps after a first one.
-The exponent is the slope of log seconds per step against log size over the upper half of the sizes: 1 is linear. The
-image side counts as the number of pixels, which the work follows.
+The engine only, recipe `zskt`, fp32, WRN-16-2 -> WRN-16-1; each point is the median of several steps after a warm-up.
+The exponent is the slope of log seconds per step against log size over the upper half of the sizes: 1 is linear. Image
+size is the number of pixels.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from zskt.settings import replace
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One step to time; the defaults are what the others are compared with."""
+    """One configuration to time; each sweep changes one of the defaults."""
 
     batch: int = 64
     side: int = 32
@@ -56,7 +56,7 @@ SIZES = {
 
 
 def seconds_per_step(point: Point, device: torch.device, patience: float) -> float:
-    """Median seconds of a step, over 3 to 20 of them, about `patience` seconds in all."""
+    """Median seconds of a step, over 3 to 20 steps, about `patience` seconds in total."""
     changes = {"batch_size": point.batch, "student.updates": point.updates, "steps": 1_000_000}
     config = replace(load_recipe("zskt"), changes)
     size = (3, point.side, point.side)
@@ -88,7 +88,7 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 
 def draw(found: dict[str, dict[str, Any]]) -> Figure:
-    """Seconds per pseudo image, a panel for each sweep, both axes logarithmic."""
+    """Seconds per pseudo image, one log-log panel per sweep."""
     figure = Figure(figsize=(14, 3), layout="constrained")
     panels = figure.subplots(1, len(found))
     for panel, (name, sweep) in zip(panels, found.items(), strict=True):
@@ -104,7 +104,7 @@ def draw(found: dict[str, dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    """Time every point, fit, write table and figure."""
+    """Time every point, fit, write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--patience", type=float, default=6.0, help="seconds for each point, at least three steps")

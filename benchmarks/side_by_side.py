@@ -1,11 +1,11 @@
-"""The engine beside the released behaviour, fp32, from the same seeds: losses, confidences and accuracy.
+"""The engine beside the released loop in fp32, from the same seeds: losses, confidences and accuracy.
 
 python benchmarks/side_by_side.py TEACHER --data cifar10-test.zip [--steps 100]
 
-TEACHER is a folder that `zskt import` made of the authors' WRN-16-1. Every loop starts from the same student and
-generator, draws the same latents, and does one step in turn. In float32 an adversarial game drifts apart by rounding
-alone, so a third loop is the control: the released one again, its weights in channels_last order, which changes nothing
-but the order of summation. tests/test_parity.py compares the first two in float64, where rounding does not matter.
+TEACHER is a folder that `zskt import` made from the authors' WRN-16-1. All loops start from the same student and
+generator, draw the same latents, and take their steps in turn. In float32 rounding alone makes adversarial training
+diverge, so a third loop is the control: the released one with weights in channels_last order, which changes only the
+order of summation. tests/test_parity.py compares the first two in float64, where rounding does not matter.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -31,6 +30,7 @@ from zskt.method.recipe import arrange, assemble, load_recipe
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network
+from zskt.run.plots import styled
 from zskt.runtime import seeded
 from zskt.settings import replace
 
@@ -41,7 +41,7 @@ Line = dict[str, float]
 
 
 def engine(matching: BeliefMatching) -> Callable[[], Line]:
-    """One step of ours."""
+    """A step of the engine."""
 
     def step() -> Line:
         losses = matching.step()
@@ -59,7 +59,7 @@ def engine(matching: BeliefMatching) -> Callable[[], Line]:
 def released(
     teacher: nn.Module, student: nn.Module, generator: nn.Module, config: Config, memory_format: torch.memory_format
 ) -> Callable[[], Line]:
-    """One step of theirs."""
+    """A step of the released loop."""
     for module in (teacher, student, generator):
         module.to(memory_format=memory_format)
     rng = torch.Generator().manual_seed(config.seed)
@@ -86,7 +86,7 @@ def released(
 
 
 def main() -> None:
-    """Run the loops in turn; write numbers and one figure."""
+    """Run the loops in turn; write numbers and a plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("teacher")
     parser.add_argument("--data", nargs="+", required=True)
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def finish(curves: dict[str, list[Line]]) -> None:
-    """Figure, table and numbers."""
+    """Write table, numbers and plot."""
     keys = {
         "student_loss": "student loss, mean of 10 updates",
         "generator_loss": "generator loss",
@@ -149,7 +149,7 @@ def finish(curves: dict[str, list[Line]]) -> None:
     rows.append([f"{keys['accuracy']}, last", *(f"{lines[-1]['accuracy']:.4f}" for lines in curves.values())])
     title = "Engine and released loop side by side, fp32"
     path: Path = record.write("side-by-side", title, {"curves": curves}, ["", *curves], rows)
-    with matplotlib.rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
+    with styled():
         figure = Figure(figsize=(13, 3), layout="constrained")
         figure.subplots(1, len(keys))
         for axes, (key, label) in zip(figure.axes, keys.items(), strict=True):

@@ -1,12 +1,9 @@
-"""`zskt bench`, recorded: the time of one step against the released loop, fp32 and bf16, and peak memory.
+"""Records `zskt bench`: the time of a step against the released loop, in fp32 and bf16, and peak memory.
 
 python benchmarks/step_time.py [--pairs wrn lenet digits] [--device cuda]
 
-Run it on a machine with nothing else to do: the ratios come from interleaved timings, but a busy machine slows the arms
-unequally.
+Run it on an idle machine: the timings are interleaved, but other load still slows the arms unequally.
 """
-
-import argparse
 
 import record
 from zskt.bench import step_time as bench
@@ -15,11 +12,7 @@ from zskt.runtime import pick_device
 
 def main() -> None:
     """Time each pair; one result file for all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", nargs="+", default=["wrn"], choices=bench.PAIRS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = record.pair_arguments(__doc__, "rounds")
     results = {name: bench.run(name, arguments.device, rounds=arguments.rounds) for name in arguments.pairs}
     rows = []
     for name, result in results.items():

@@ -1,4 +1,4 @@
-"""Transition curves, batched, against the released loop (batch size 1, weight gradients included): how much faster?
+"""The speed-up of batched transition curves over the released loop (batch size 1, with weight gradients).
 
 python benchmarks/transition_speed.py
 
@@ -25,7 +25,7 @@ SIZE = (3, 32, 32)
 
 
 def main() -> None:
-    """Time both arms, record the median of the pairwise ratios and that the curves agree."""
+    """Time both arms; record the median of the pairwise ratios and the largest difference between the curves."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=30)
@@ -40,7 +40,7 @@ def main() -> None:
         )
         images = torch.rand(arguments.images, *SIZE)
     starts = torch.arange(arguments.images) % 10
-    first.module.requires_grad_(True)  # as released: weight gradients are computed and dropped
+    first.module.requires_grad_(True)  # as released, where weight gradients are computed and unused
     x = first.normalise(images)
 
     def released(count: int = arguments.images, steps: int = arguments.steps) -> Any:
@@ -57,7 +57,7 @@ def main() -> None:
         return time.perf_counter() - begun
 
     with arithmetic():
-        loop, batched = released(2, 4), ours(2, 4)  # warm-up, and a look at whether they do the same
+        loop, batched = released(2, 4), ours(2, 4)  # warm-up, also compared below
         difference = float((torch.stack(loop).cpu() - batched.examples).abs().max())
         pairs = [(timed(released), timed(ours)) for _ in track(range(arguments.rounds))]
     ratios = [slow / fast for slow, fast in pairs]

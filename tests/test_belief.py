@@ -1,4 +1,4 @@
-"""Measures against plain loops; measuring leaves a network as it was; the warning lights."""
+"""Measures against plain loops; measuring does not change a network; warnings."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ from zskt.evaluate.measures import (
     predict,
     pseudo_beliefs,
 )
-from zskt.evaluate.warnings import warning_lights
+from zskt.evaluate.warnings import pseudo_image_warnings
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 
@@ -59,9 +59,9 @@ def test_accuracy_and_agreement(answers: tuple[Tensor, Tensor, Tensor]) -> None:
 @pytest.mark.parametrize(("classes", "scale", "threshold"), [(K, 2.0, 0.5), (30, 0.3, 1 / 15)])
 def test_calibration_error(classes: int, scale: float, threshold: float) -> None:
     first = scale * torch.randn(M, classes, generator=torch.Generator().manual_seed(0))
-    sure = first.softmax(dim=1).amax(dim=1) > threshold  # right exactly then, so that gaps have both signs
-    labels = torch.where(sure, first.argmax(dim=1), first.argmin(dim=1))
-    assert 10 < sure.sum() < M - 10
+    confident = first.softmax(dim=1).amax(dim=1) > threshold  # right exactly then, so that gaps have both signs
+    labels = torch.where(confident, first.argmax(dim=1), first.argmin(dim=1))
+    assert 10 < confident.sum() < M - 10
     expected = 0.0
     p = probabilities(first)
     for lower in range(15):
@@ -75,10 +75,10 @@ def test_calibration_error(classes: int, scale: float, threshold: float) -> None
 
 
 def test_perfect_calibration_is_no_error() -> None:
-    logits = torch.tensor([[math.log(7), math.log(3)]] * 10 + [[0.0, math.log(9)]] * 20)  # 0.7 sure, then 0.9
+    logits = torch.tensor([[math.log(7), math.log(3)]] * 10 + [[0.0, math.log(9)]] * 20)  # 0.7 confident, then 0.9
     labels = torch.tensor([0] * 7 + [1] * 3 + [1] * 18 + [0] * 2)
     assert calibration_error(logits, labels) == pytest.approx(0, abs=1e-7)
-    assert calibration_error(100 * logits, labels) == pytest.approx(5 / 30, abs=1e-7)  # sure of all, 5 wrong
+    assert calibration_error(100 * logits, labels) == pytest.approx(5 / 30, abs=1e-7)  # confident of all, 5 wrong
 
 
 def test_measure_agrees_with_its_parts_on_bytes_and_fractions() -> None:
@@ -113,7 +113,7 @@ IMAGES, LABELS = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 9])
         (torch.rand(4, 1, 16, 16), LABELS, "found 1 x 16 x 16"),
         (IMAGES, LABELS + 1, "10 classes, found label 10"),
         (IMAGES, LABELS - 1, "label"),
-        (IMAGES, LABELS[:3], "found 3 for 4 images"),
+        (IMAGES, LABELS[:3], "found 4 images and 3 labels"),
         (IMAGES[:0], LABELS[:0], "at least one image"),
     ],
     ids=["size", "channels", "label too large", "label negative", "too few labels", "empty"],
@@ -132,7 +132,7 @@ def test_networks_of_different_classes_are_not_compared() -> None:
 
 def test_predict_leaves_the_network_alone() -> None:
     network = make_teacher()
-    network.module.block1.train()  # somebody's doing: not ours to mend
+    network.module.block1.train()  # by the user, so it must stay
     before, modes = copy.deepcopy(network.state_dict()), [child.training for child in network.modules()]
     images = torch.rand(7, 3, 16, 16)
     logits = predict(network, images)
@@ -140,7 +140,7 @@ def test_predict_leaves_the_network_alone() -> None:
     assert not logits.requires_grad
     assert [child.training for child in network.modules()] == modes
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-    torch.testing.assert_close(predict(network, images, batch_size=3), logits)  # batches do not see one another
+    torch.testing.assert_close(predict(network, images, batch_size=3), logits)  # batches do not affect one another
     half = predict(make_teacher(models.wide_resnet(10, 2).bfloat16()), images)
     assert half.dtype == torch.float32
     assert predict(make_teacher(models.wide_resnet(10, 2).double()), images).dtype == torch.float64
@@ -159,28 +159,27 @@ def test_beliefs_on_pseudo_images(answers: tuple[Tensor, Tensor, Tensor]) -> Non
     assert found["class_spread"] == pytest.approx(entropy / math.log(K), rel=1e-5)
 
 
-def test_spread_is_one_for_uniform_and_zero_for_one_class() -> None:
+def test_normalised_class_entropy_is_one_for_uniform_and_zero_for_one_class() -> None:
     uniform, single = torch.eye(K).repeat(3, 1), torch.eye(K)[:1].repeat(9, 1)
     assert pseudo_beliefs(uniform, uniform)["class_spread"] == pytest.approx(1)
-    spread = pseudo_beliefs(single, single)["class_spread"]
-    assert (spread, math.copysign(1, spread)) == (0, 1)  # not -0.0
+    entropy = pseudo_beliefs(single, single)["class_spread"]
+    assert (entropy, math.copysign(1, entropy)) == (0, 1)  # not -0.0
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda t, s: (t, s), []),
-        (lambda t, s: (t[:1].expand(70, K), s[:1].expand(70, K)), [f"collapse: the teacher sees 1 of {K} classes"]),
+        (lambda t, s: (t[:1].expand(70, K), s[:1].expand(70, K)), [f"collapse: the teacher predicts 1 of {K} classes"]),
         (lambda t, s: (t / 1000, s / 1000), ["recognises nothing"]),
         (lambda t, s: (t, s.roll(1, dims=1)), ["disagrees"]),
     ],
     ids=["fine", "collapse", "unsure", "disagreement"],
 )
-def test_warning_lights(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], words: list[str]) -> None:
-    sure = 5 * torch.eye(K).repeat(10, 1)
-    lights = warning_lights(pseudo_beliefs(*change(sure, sure)))
-    assert len(lights) == len(words)
-    assert all(word in light for word, light in zip(words, lights, strict=True))
+def test_warnings(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], words: list[str]) -> None:
+    confident = 5 * torch.eye(K).repeat(10, 1)
+    found = pseudo_image_warnings(pseudo_beliefs(*change(confident, confident)))
+    assert all(word in line for word, line in zip(words, found, strict=True))
 
 
 def test_per_image_measures_average_to_those_of_judge(answers: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -192,7 +191,7 @@ def test_per_image_measures_average_to_those_of_judge(answers: tuple[Tensor, Ten
         assert float(value.mean()) == pytest.approx(whole[name], rel=1e-5), name
 
 
-def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
+def test_bootstrap_intervals_have_their_coverage() -> None:
     rng = torch.Generator().manual_seed(0)
     inside = 0
     for seed in range(60):
@@ -219,7 +218,7 @@ def test_disagreements_are_counted_by_class(answers: tuple[Tensor, Tensor, Tenso
     assert set(same["disagreement_by_class"]) <= {0.0, None}
 
 
-def test_a_class_that_the_teacher_never_sees_has_no_share_of_disagreement() -> None:
+def test_a_class_that_the_teacher_never_predicts_has_no_disagreement() -> None:
     logits = torch.eye(4)[[0, 1, 1]]
     assert disagreements(logits, logits)["disagreement_by_class"] == [0, 0, None, None]
 
@@ -239,7 +238,7 @@ def test_noise_classes_are_those_of_the_network() -> None:
     assert len({tuple(noise_classes(network, seed=seed)) for seed in range(5)}) > 1
 
 
-def test_images_that_a_network_answers_with_nan_are_counted() -> None:
+def test_images_with_nan_logits_are_counted() -> None:
     class Root(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.sqrt(x.mean(dim=(2, 3)) + 3)
@@ -248,5 +247,5 @@ def test_images_that_a_network_answers_with_nan_are_counted() -> None:
     images = torch.ones(5, 3, 4, 4)
     predict(network, images)
     images[3:] = 0  # (0 - 1) / 0.25 + 3 < 0
-    with pytest.raises(ZsktError, match="2 of 5 images with NaN"):
+    with pytest.raises(ZsktError, match="NaN or infinity for 2 of 5 images"):
         predict(network, images)

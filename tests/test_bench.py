@@ -1,4 +1,4 @@
-"""What a step costs, counted in operations and forwards rather than seconds: these guards cannot flake."""
+"""The cost of a step in operations instead of seconds, so that these tests cannot be flaky."""
 
 import json
 
@@ -15,7 +15,7 @@ from zskt.networks.observe import forward_flops
 
 
 @pytest.mark.parametrize("name", ["wrn", "lenet", "digits"])
-def test_the_reference_costs_what_a_count_by_hand_gives(name: str) -> None:
+def test_the_references_operations_match_a_formula(name: str) -> None:
     assert bench.check_operations(bench.PAIRS[name]) > 0
 
 
@@ -25,20 +25,20 @@ def test_a_handicapped_reference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         bench.check_operations(bench.PAIRS["digits"])
 
 
-def test_the_engine_computes_no_gradient_that_nobody_wants() -> None:
-    """Per image, with t, s, g the forward operations: what is left of 4 t + 33 s + 33 g."""
+def test_the_engine_computes_no_unused_gradient() -> None:
+    """Per image, with t, s, g the forward operations, against 4 t + 33 s + 33 g of the reference."""
     teacher, student = make_teacher(), models.wide_resnet(10, 1)
     matching, config = make_matching("zskt", teacher, student)
     size = teacher.input_size
     t, s = forward_flops(teacher.module, size), forward_flops(student, size)
     g = forward_flops(matching.generator, (config.generator.latent,))
-    linear = 2 * matching.generator.linear.weight.numel()  # its input is the latent, which wants no gradient
-    stem = 2 * student.conv1.weight.numel() * size[1] * size[2]  # nor do the student's images in its own updates
-    search = 2 * t + 2 * s + 3 * g - linear  # forwards; input gradients of the networks, both of the generator
-    by_hand = search + (g + t) + 10 * (3 * s - stem)
+    linear = 2 * matching.generator.linear.weight.numel()  # no gradient with respect to the latent,
+    stem = 2 * student.conv1.weight.numel() * size[1] * size[2]  # nor to the images in the student's updates
+    generator_update = 2 * t + 2 * s + 3 * g - linear  # no gradients of the networks' weights
+    expected = generator_update + (g + t) + 10 * (3 * s - stem)
     with FlopCounterMode(display=False) as counter:
         matching.step()
-    assert counter.get_total_flops() == by_hand * config.batch_size
+    assert counter.get_total_flops() == expected * config.batch_size
 
 
 def test_timings_are_interleaved_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,9 @@ def test_timings_are_interleaved_and_complete(monkeypatch: pytest.MonkeyPatch) -
     assert {arm: len(values) for arm, values in seconds.items()} == {"reference": 3, "fp32": 3, "bf16": 3}
 
 
-def test_command_prints_the_stable_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_its_documented_keys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(bench.PAIRS, "digits", bench.Pair("convnet-4", "convnet-2", (1, 8, 8), batch_size=4))
     assert main(["bench", "--pair", "digits", "--rounds", "1"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -58,8 +60,8 @@ def test_command_prints_the_stable_keys(capsys: pytest.CaptureFixture[str], monk
     assert all(result[key] > 0 for key in keys)
 
 
-def test_peak_memory_is_that_of_the_steps_and_not_of_who_asks() -> None:
-    held = torch.ones(2**28)  # 1 GiB here is nothing there
+def test_peak_memory_excludes_the_calling_process() -> None:
+    held = torch.ones(2**28)  # 1 GiB
     found = {arm: bench.peak_memory("digits", arm, "cpu") for arm in bench.ARMS}
     del held
     assert all(1 < mib < 500 for mib in found.values())

@@ -208,7 +208,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], teacher: str,
     broken.write_bytes(broken.read_bytes()[:60])
     assert "0.png" in refused(capsys, 1, "evaluate", teacher, "--data", data)
     (tmp_path / "teacher" / "teacher.safetensors").write_bytes(b"\x00" * 20)
-    assert "not a whole safetensors file" in refused(capsys, 1, "inspect", teacher)
+    assert "not a complete safetensors file" in refused(capsys, 1, "inspect", teacher)
     assert not out.exists()
 
 

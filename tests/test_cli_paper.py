@@ -22,9 +22,9 @@ from zskt.data.images import Dataset, read
 from zskt.errors import ZsktError
 from zskt.files import write_tensors
 from zskt.networks import models
-from zskt.paper import jobs as parts
+from zskt.paper import jobs
 from zskt.paper.baselines import teach
-from zskt.paper.jobs import time_parts
+from zskt.paper.jobs import time_jobs
 from zskt.paper.training import Training
 
 pytestmark = pytest.mark.usefixtures("tiny_recipes", "quick")
@@ -35,7 +35,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines are measured at once, not for 20 seconds."""
-    monkeypatch.setattr(cli_paper, "time_parts", lambda wanted, folder, seconds: time_parts(wanted, folder, 0.0))
+    monkeypatch.setattr(cli_paper, "time_jobs", lambda wanted, folder, seconds: time_jobs(wanted, folder, 0.0))
 
 
 def write_images(folder: Path, train: Dataset, test: Dataset) -> Path:
@@ -208,7 +208,7 @@ def test_reproduce_makes_a_table(capsys: Capture, data: Path, tmp_path: Path) ->
     assert kept == {key: value for key, value in found.items() if key != "out"} | {"parts": kept["parts"]}
     assert kept["parts"]["convnet-4-on-all-seed-0"] == {"units": 8, "unit": "updates"}
 
-    assert "already holds parts of a table; use them with --resume" in refused(capsys, 1, *command)
+    assert "already holds jobs of a table; give --resume" in refused(capsys, 1, *command)
     again = run(capsys, *command, "--resume")  # nothing is left to do
     assert again["cells"] == found["cells"]
     shared = run(capsys, "reproduce", "table-2", *command[2:], "--resume")
@@ -224,8 +224,8 @@ def test_reproduce_stamps_a_rehearsal(scale: str, capsys: Capture, data: Path, t
     assert found["scale"] == float(scale)
     assert found["title"].endswith(f" (scale {scale})")
     assert f"(scale {scale})" in (tmp_path / "out" / "figure-5.md").read_text().splitlines()[0]
-    parts = json.loads((tmp_path / "out" / "figure-5.json").read_text())["parts"]
-    assert {part["units"] for part in parts.values()} == {4 if scale == "0.5" else 1}
+    jobs = json.loads((tmp_path / "out" / "figure-5.json").read_text())["parts"]
+    assert {job["units"] for job in jobs.values()} == {4 if scale == "0.5" else 1}
 
 
 class SteppingClock:
@@ -246,17 +246,17 @@ def test_reproduce_stops_and_resumes_to_the_same_numbers(
     command += ["--recipe", "zskt", "zskt-fresh"]
     whole = run(capsys, *command, "--out", tmp_path / "whole")
     clock, stopped = SteppingClock(), 0
-    for module in (parts, cli_paper):
+    for module in (jobs, cli_paper):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter))
     found: dict[str, Any] = {"finished": False}
     for turn in range(9):
         if found["finished"]:
             break
         resume = ["--resume"] if turn else []
-        # Five parts get seconds, in which they are finished; the next one has a millisecond, enough for one update.
+        # Five jobs get seconds, in which they are finished; the next one has a millisecond, enough for one update.
         found = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "7.001s", *resume)
         begun = (path.parent for path in (tmp_path / "parts" / "parts").glob("*/checkpoint"))
-        stopped += any(not list(part.glob("*.json")) for part in begun)
+        stopped += any(not list(job.glob("*.json")) for job in begun)
         page = (tmp_path / "parts" / "figure-2.md").read_text()
         assert found["finished"] == ("not run" not in page)
     assert found["finished"]
@@ -273,7 +273,7 @@ def test_reproduce_asks_before_it_starts_long_work(
     capsys: Capture, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["reproduce", "figure-3", "--data", data, *SMALL, "--out", tmp_path / "out"]
-    monkeypatch.setattr(cli_paper, "time_parts", lambda wanted, folder, seconds: {part.pace: 3600.0 for part in wanted})
+    monkeypatch.setattr(cli_paper, "time_jobs", lambda wanted, folder, seconds: {job.pace: 3600.0 for job in wanted})
     line = refused(capsys, 2, *command)  # 8 updates and 2 steps, an hour each
     assert "figure-3 takes about 10.0 h on this machine; give --yes to start, --stop-after" in line
     assert not (tmp_path / "out").exists()
@@ -313,22 +313,22 @@ def test_reproduce_says_what_it_will_do_and_takes_a_given_teacher(
 def test_reproduce_goes_on_after_a_failure_and_says_so(capsys: Capture, data: Path, tmp_path: Path) -> None:
     command = ["reproduce", "table-1", "--data", data, *SMALL, "--images-per-class", 21, "--out", tmp_path / "out"]
     line = refused(capsys, 1, *command)
-    part = "kd-at-convnet-4-to-convnet-2-on-21-per-class-seed-0"
-    assert f"1 of 4 parts failed, {part} first: expected 21 images of each class, found 20" in line
+    job = "kd-at-convnet-4-to-convnet-2-on-21-per-class-seed-0"
+    assert f"1 of 4 jobs failed, {job} first: expected 21 images of each class, found 20" in line
     page = (tmp_path / "out" / "table-1.md").read_text()
     assert "| failed |" in page
-    assert f"Failed: {part}: expected 21 images" in page
+    assert f"Failed: {job}: expected 21 images" in page
     assert "not run" not in page  # all others were made
     result = json.loads((tmp_path / "out" / "table-1.json").read_text())
     assert not result["finished"]
-    assert list(result["failed"]) == [part]
+    assert list(result["failed"]) == [job]
     assert [len(cell["values"]) for cell in result["cells"]] == [1, 1, 0, 1]
 
 
 def test_reproduce_of_what_diverges_at_once(capsys: Capture, data: Path, tmp_path: Path) -> None:
     command = ["reproduce", "figure-3", "--data", data, *SMALL, "--out", tmp_path / "out"]
     line = refused(capsys, 1, *command, "--learning-rate", "1e30")
-    assert "2 of 2 parts failed, convnet-4-on-all-seed-0 first: " in line
+    assert "2 of 2 jobs failed, convnet-4-on-all-seed-0 first: " in line
     assert "failed" in (tmp_path / "out" / "figure-3.md").read_text()
     assert run(capsys, *command, "--learning-rate", "0.1", "--resume")["finished"]  # nothing of it was left
 
@@ -346,7 +346,7 @@ def test_reproduce_of_what_diverges_at_once(capsys: Capture, data: Path, tmp_pat
         (2, "--images 0: expected a positive number", ["table-2", "--images", 0]),
         (2, "--learning-rate nan: expected a positive number", ["table-1", "--learning-rate", "nan"]),
         (2, "--images-per-class 0: expected a positive number", ["table-1", "--images-per-class", 3, 0]),
-        (2, "expected at least one, each once", ["table-1", "--seeds", 1, 1]),
+        (2, "expected at least one, without repetition", ["table-1", "--seeds", 1, 1]),
         (2, "expected 0 or more", ["table-1", "--seeds", -1]),
         (2, "unknown recipe 'zskd': did you mean zskt", ["table-1", "--recipe", "zskd"]),
         (2, "did you mean wrn-16-1", ["table-1", "--model", "wnr-16-1"]),

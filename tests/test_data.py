@@ -1,4 +1,4 @@
-"""Every format is written here with small arrays and must come back pixel by pixel."""
+"""Every format, written here from small arrays, is read back pixel by pixel."""
 
 import errno
 import gzip
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Grows by one for every image that Pillow opens."""
+    """One entry per image that Pillow opens."""
     calls: list[object] = []
     plain = Image.open
 
@@ -94,7 +94,7 @@ def same(dataset: Dataset, images: torch.Tensor, labels: list[int]) -> None:
 # Images as split/class/file
 
 
-def test_a_folder_comes_back_exactly_in_order_of_class_and_name(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_of_class_and_name(tmp_path: Path) -> None:
     a, b, c = pixels(3, 5, 6, 3)
     files = {"test/dog/1.png": png(a), "test/cat/2.png": png(b), "test/cat/1.png": png(c), "train/cat/9.png": png(a)}
     result = read([write_folder(tmp_path / "pets", {**files, "train/dog/1.png": png(b)})], "test")
@@ -124,7 +124,7 @@ def test_a_zip_and_its_unpacked_folder_are_the_same_data(tmp_path: Path) -> None
         read([unpacked, packed], "test")
 
 
-def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     cat, train = pixels(2, 4, 4)
     folder = write_folder(tmp_path / "x", {"train/train/deep/1.png": png(train), "train/cat/1.png": png(cat)})
     result = read([folder], "train")
@@ -138,16 +138,16 @@ def test_test_labels_follow_the_train_classes(tmp_path: Path) -> None:
     result = read([folder], "test")
     assert result.labels.tolist() == [1]
     write_folder(tmp_path / "x", {"test/c/1.png": image})
-    with pytest.raises(ZsktError, match="test has class 'c', which train has not"):
+    with pytest.raises(ZsktError, match="test has a class 'c' that train lacks"):
         read([folder], "test")
 
 
-def test_validation_stands_in_for_test_and_says_so(tmp_path: Path) -> None:
+def test_validation_replaces_a_missing_test_split_with_a_notice(tmp_path: Path) -> None:
     image = pixels(4, 4)
     folder = write_folder(tmp_path / "x", {"val/a/1.png": png(image)})
     said: list[str] = []
     same(read([folder], "test", notice=said.append), torch.from_numpy(image)[None, None], [0])
-    assert said == ["there is no split test, val takes its place"]
+    assert said == ["no split test found, using val"]
     with pytest.raises(ZsktError, match="expected images of split train, found only val"):
         read([folder], "train")
 
@@ -157,7 +157,7 @@ def test_cifar10_is_recognised_by_its_classes(tmp_path: Path) -> None:
     assert read([write_folder(tmp_path / "x", files)], "test").name == "cifar10"
 
 
-def test_what_is_hidden_or_no_image_is_ignored(tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_ignored(tmp_path: Path) -> None:
     image = pixels(4, 4, 3)
     files = {
         "test/a/1.png": png(image),
@@ -171,7 +171,7 @@ def test_what_is_hidden_or_no_image_is_ignored(tmp_path: Path) -> None:
         same(read([source], "test"), chw(image[None]), [0])
 
 
-def test_links_out_of_a_folder_are_not_followed(tmp_path: Path) -> None:
+def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     outside = write_folder(tmp_path / "outside", {"1.png": png(pixels(4, 4))})
     folder = write_folder(tmp_path / "x", {"test/a/1.png": png(pixels(4, 4))})
     (tmp_path / "x/test/b").symlink_to(outside)
@@ -207,13 +207,13 @@ def test_other_pillow_modes_become_bytes(tmp_path: Path, kind: str) -> None:
 
 def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "x", {"test/a/1.png": png(pixels(4, 4)), "test/a/2.png": png(pixels(4, 5))})
-    with pytest.raises(ZsktError, match=r"\(1, 4, 4\) in .*1.png and \(1, 4, 5\) in .*2.png; give the size wanted"):
+    with pytest.raises(ZsktError, match=r"\(1, 4, 4\) in .*1.png and \(1, 4, 5\) in .*2.png; resize them"):
         read([folder], "test")
     assert read([folder], "test", size=(1, 4, 4), notice=lambda line: None).images.shape == (2, 1, 4, 4)
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_the_shorter_side_fits_and_the_centre_stays(tmp_path: Path, wide: bool) -> None:
+def test_the_shorter_side_is_fitted_and_the_rest_centre_cropped(tmp_path: Path, wide: bool) -> None:
     image = np.zeros((8, 32, 3), np.uint8)
     image[:, 8:24] = 200  # the middle half
     image[:, 15:17] = 100
@@ -234,14 +234,14 @@ def test_resizing_is_antialiased(tmp_path: Path) -> None:
     assert (result - 127.5).abs().max() < 2
 
 
-def test_each_conversion_is_said_once_also_from_the_cache(tmp_path: Path) -> None:
+def test_each_conversion_has_one_notice_also_from_the_cache(tmp_path: Path) -> None:
     files = {f"test/a/{i}.png": png(pixels(4, 4)) for i in range(3)} | {"test/a/8.png": png(pixels(8, 8, 3))}
     folder = write_folder(tmp_path / "x", files)
     for _ in range(2):
         said: list[str] = []
         result = read([folder], "test", size=(3, 8, 8), notice=said.append)
         assert said == [
-            "3 of 4 images converted from grey to colour",
+            "3 of 4 images converted from greyscale to colour",
             "3 of 4 images resized and centre-cropped to 8 x 8",
         ]
     assert torch.equal(result.images[:3, 0], result.images[:3, 2])
@@ -251,7 +251,7 @@ def test_notices_go_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     read([write_folder(tmp_path / "x", {"test/a/1.png": png(pixels(4, 4, 3))})], "test", size=(1, 4, 4))
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == "1 of 1 images converted from colour to grey\n"
+    assert output.err == "1 of 1 images converted from colour to greyscale\n"
 
 
 def test_arrays_are_resized_like_images(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def small_zip(path: Path) -> str:
     return write_zip(path, {f"test/{label}/{i}.png": png(pixels(4, 4, 3)) for label in "ab" for i in range(4)})
 
 
-def test_a_second_reading_decodes_nothing_and_gives_the_same(tmp_path: Path, opened: list[object]) -> None:
+def test_a_second_read_comes_from_the_cache(tmp_path: Path, opened: list[object]) -> None:
     source = small_zip(tmp_path / "x.zip")
     first = read([source], "test")
     assert len(opened) == 8
@@ -290,7 +290,7 @@ def test_a_second_reading_decodes_nothing_and_gives_the_same(tmp_path: Path, ope
     assert len(opened) == 16
 
 
-def test_writing_to_cached_images_leaves_the_cache_alone(tmp_path: Path, cache: Path) -> None:
+def test_writing_to_cached_images_does_not_change_the_cache(tmp_path: Path, cache: Path) -> None:
     images = read([small_zip(tmp_path / "x.zip")], "test").images
     (array,) = cache.glob("*.npy")
     before = array.read_bytes()
@@ -299,7 +299,7 @@ def test_writing_to_cached_images_leaves_the_cache_alone(tmp_path: Path, cache: 
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_changed_content_is_decoded_anew(tmp_path: Path, packed: bool) -> None:
+def test_changed_content_is_decoded_again(tmp_path: Path, packed: bool) -> None:
     files = {"test/a/1.png": png(pixels(4, 4)), "test/b/1.png": png(pixels(4, 4))}
     for _ in range(2):
         changed = pixels(4, 4)
@@ -326,7 +326,7 @@ def test_a_damaged_cache_is_not_trusted(tmp_path: Path, cache: Path, opened: lis
         assert len(opened) == 16  # the second time the repaired cache serves
 
 
-def test_without_a_writable_cache_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small_zip(tmp_path / "x.zip")
     expected = read([source], "test").images
     (tmp_path / "file").write_text("")
@@ -334,7 +334,7 @@ def test_without_a_writable_cache_it_goes_on(tmp_path: Path, monkeypatch: pytest
     said: list[str] = []
     assert torch.equal(read([source], "test", notice=said.append).images, expected)
     assert len(said) == 1
-    assert "not kept" in said[0]
+    assert "not cached" in said[0]
 
 
 def test_the_cache_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_the_cache_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(list((tmp_path / "xdg/zskt").glob("*.npy"))) == 1
 
 
-def test_a_failed_reading_leaves_nothing_in_the_cache(tmp_path: Path, cache: Path) -> None:
+def test_a_failed_read_leaves_nothing_in_the_cache(tmp_path: Path, cache: Path) -> None:
     folder = write_folder(tmp_path / "x", {"test/a/1.png": png(pixels(4, 4)), "test/a/2.png": b"no image"})
     with pytest.raises(ZsktError):
         read([folder], "test")
@@ -358,18 +358,18 @@ def test_a_failed_reading_leaves_nothing_in_the_cache(tmp_path: Path, cache: Pat
 def test_a_broken_image_is_named(tmp_path: Path, content: bytes) -> None:
     files = {"test/a/1.png": png(pixels(40, 40, 3)), "test/a/2.png": content}
     for source in (write_folder(tmp_path / "x", files), write_zip(tmp_path / "x.zip", files)):
-        with pytest.raises(ZsktError, match=r"test/a/2\.png is not "):
+        with pytest.raises(ZsktError, match=r"test/a/2\.png (is not an image|cannot be decoded)"):
             read([source], "test")
 
 
 def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "x", {"test/a/1.png": png(pixels(10, 15))})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns above this and raises above twice as much
-    with pytest.raises(ZsktError, match=r"1\.png is not a whole image .*exceeds limit"):
+    with pytest.raises(ZsktError, match=r"1\.png cannot be decoded .*exceeds limit"):
         read([folder], "test")
 
 
-def test_sixteen_bits_are_not_cut_silently(tmp_path: Path) -> None:
+def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "x", {"test/a/1.png": png(np.full((4, 4), 40000, np.uint16))})
     with pytest.raises(ZsktError, match="expected 8 bits per channel, found mode I;16"):
         read([folder], "test")
@@ -415,7 +415,7 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         read([zipped], "test")
 
 
-def test_what_gzip_holds_is_never_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gzip_content_is_never_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "LARGEST", 10_000)
     files = idx_files("t10k", pixels(20, 28, 28), np.zeros(20, np.uint8))
     packed = write_folder(tmp_path / "idx", {f"{name}.gz": gzip.compress(content) for name, content in files.items()})
@@ -436,7 +436,7 @@ def test_few_large_files_are_in_memory_at_once(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("shape", [(1, 6_000_000), (6_000_000, 1)])
 def test_images_too_long_to_be_resized_are_refused(shape: tuple[int, int], tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", {"test/a/long.png": png(np.zeros(shape, np.uint8))})
-    with pytest.raises(ZsktError, match=r"long\.png: .* is too far from 32 x 32"):
+    with pytest.raises(ZsktError, match=r"long\.png: .* is too elongated .* to 32 x 32"):
         read([folder], "test", size=(3, 32, 32))
 
 
@@ -451,23 +451,25 @@ def test_a_tar_with_a_negative_size_is_no_archive(size: int, tmp_path: Path) -> 
         read([str(tmp_path / "negative.tar")], "test")
 
 
-def test_an_empty_folder_and_a_wrong_layout_say_what_is_expected(tmp_path: Path) -> None:
+def test_the_expected_layout_is_in_the_error_for_another(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ZsktError, match=r"expected images as split/class/file .* found nothing"):
         read([str(tmp_path / "empty")], "test")
     flat = write_folder(tmp_path / "flat", {"cat/1.png": png(pixels(4, 4))})
-    with pytest.raises(ZsktError, match=r"expected images as split/class/file .* found only .*cat/1\.png"):
+    with pytest.raises(
+        ZsktError, match=r"expected images as split/class/file .* found only files such as .*cat/1\.png"
+    ):
         read([flat], "test")
 
 
-def test_no_source_is_passed_over_silently(tmp_path: Path) -> None:
+def test_sources_of_two_formats_are_refused(tmp_path: Path) -> None:
     pets = write_folder(tmp_path / "pets", {"test/cat/1.png": png(pixels(28, 28))})
     idx = write_folder(tmp_path / "idx", idx_files("t10k", pixels(2, 28, 28), np.zeros(2, np.uint8)))
-    with pytest.raises(ZsktError, match=r"found none like .*pets: test/cat/1\.png in .*idx"):
+    with pytest.raises(ZsktError, match=r"found nothing like .*pets: test/cat/1\.png in .*idx"):
         read([pets, idx], "test")
 
 
-# MNIST and its kin
+# IDX: MNIST and Fashion-MNIST
 
 
 def idx_files(prefix: str, images: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
@@ -496,7 +498,7 @@ def test_idx_files_plain_and_compressed(tmp_path: Path, zipped: bool) -> None:
     assert (result.name, result.class_names) == ("fashion-mnist", KNOWN["fashion-mnist"].class_names)
 
 
-def test_idx_files_may_be_named_one_by_one_and_lie_beside_their_archives(tmp_path: Path) -> None:
+def test_idx_files_may_be_given_one_by_one_and_beside_their_gzips(tmp_path: Path) -> None:
     images, labels = pixels(3, 5, 5), np.array([2, 0, 1], np.uint8)
     files = idx_files("train", images, labels)
     folder = Path(write_folder(tmp_path / "x", files | {f"{n}.gz": gzip.compress(c) for n, c in files.items()}))
@@ -535,7 +537,7 @@ def test_idx_files_that_do_not_fit_together(tmp_path: Path) -> None:
         read([folder, other], "test")
 
 
-# CIFAR as its authors publish it
+# CIFAR as published
 
 
 def pickled(images: np.ndarray, labels: list[int], key: bytes = b"labels") -> bytes:
@@ -584,8 +586,8 @@ def test_cifar100_has_its_fine_labels(tmp_path: Path, binary: bool) -> None:
     same(read([folder], "test"), torch.from_numpy(CIFAR[:1]), [99])
 
 
-def test_a_pickle_as_python_2_and_old_numpy_wrote_it(tmp_path: Path) -> None:
-    """Byte for byte the opcodes of the published files, which differ from what today's pickle module writes."""
+def test_a_pickle_written_by_python_2_and_old_numpy(tmp_path: Path) -> None:
+    """The opcodes of the published files, which differ from what today's pickle module writes."""
     text = CIFAR[:1].tobytes()
     stream = (
         b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85"
@@ -597,7 +599,7 @@ def test_a_pickle_as_python_2_and_old_numpy_wrote_it(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Unpickled without care, it calls a function with an argument."""
+    """Calls a function when it is unpickled by the standard unpickler."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -613,28 +615,28 @@ class Payload:
 def test_a_pickle_cannot_run_code(tmp_path: Path, function: Any, found: str) -> None:
     arguments = (str(tmp_path / "made"),) if function is os.mkdir else ("1/0",)
     evil = pickle.dumps({b"data": Payload(function, *arguments), b"labels": [1]}, protocol=2)
-    with pytest.raises(ZsktError, match=f"test_batch.*calls for .*{found}"):
+    with pytest.raises(ZsktError, match=f"test_batch.*asks for .*{found}"):
         read([write_folder(tmp_path / "c", {"test_batch": evil})], "test")
     assert not (tmp_path / "made").exists()
 
 
-def test_a_pickle_asks_for_no_more_places_than_it_fills(tmp_path: Path) -> None:
-    write_folder(tmp_path / "c", {"test_batch": b"\x80\x02}r\x00\x00\x00\x01."})  # 16,777,216 of them
-    with pytest.raises(ZsktError, match="wants 16,777,216 places"):
+def test_a_pickle_cannot_ask_for_a_huge_memo(tmp_path: Path) -> None:
+    write_folder(tmp_path / "c", {"test_batch": b"\x80\x02}r\x00\x00\x00\x01."})  # memo index 16,777,216
+    with pytest.raises(ZsktError, match="asks for 16,777,216 memo slots"):
         read([str(tmp_path / "c")], "test")
 
 
-def test_a_pickle_makes_no_arrays_but_of_bytes(tmp_path: Path) -> None:
-    """An array of objects whose type is forged can make NumPy take bytes for addresses."""
+def test_a_pickle_can_make_only_uint8_arrays(tmp_path: Path) -> None:
+    """With a forged dtype of object, NumPy would take bytes for addresses."""
     batch = pickle.dumps({b"data": np.full((1, 3072), 7, object), b"labels": [1]}, protocol=2)
-    with pytest.raises(ZsktError, match="test_batch is not a whole CIFAR batch"):
+    with pytest.raises(ZsktError, match="test_batch is not a complete CIFAR batch"):
         read([write_folder(tmp_path / "c", {"test_batch": batch})], "test")
 
 
 def test_damaged_or_missing_cifar_batches_are_named(tmp_path: Path) -> None:
     files = cifar10_files(binary=False)
     folder = write_folder(tmp_path / "c", {**files, "data_batch_3": files["data_batch_3"][:-100]})
-    with pytest.raises(ZsktError, match="data_batch_3 is not a whole CIFAR batch"):
+    with pytest.raises(ZsktError, match="data_batch_3 is not a complete CIFAR batch"):
         read([folder], "train")
     Path(folder, "data_batch_3").unlink()
     with pytest.raises(ZsktError, match="add data_batch_3"):
@@ -644,7 +646,7 @@ def test_damaged_or_missing_cifar_batches_are_named(tmp_path: Path) -> None:
     with pytest.raises(ZsktError, match="expected one label below 10 per image"):
         read([folder], "test")
     binary = write_folder(tmp_path / "b", {"test_batch.bin": bytes(3073 * 2 - 1)})
-    with pytest.raises(ZsktError, match=r"test_batch\.bin is not a whole CIFAR batch"):
+    with pytest.raises(ZsktError, match=r"test_batch\.bin is not a complete CIFAR batch"):
         read([binary], "test")
 
 
@@ -674,14 +676,14 @@ def test_svhn(tmp_path: Path) -> None:
         same(result, chw(images), [0, 1, 9])
         assert (result.name, result.class_names) == ("svhn", tuple("0123456789"))
     (tmp_path / "test_32x32.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200))
-    with pytest.raises(ZsktError, match=r"test_32x32\.mat is not SVHN"):
+    with pytest.raises(ZsktError, match=r"test_32x32\.mat is not an SVHN file"):
         read([str(tmp_path)], "test")
 
 
 # digits
 
 
-def test_digits_are_split_by_class() -> None:
+def test_digits_have_a_stratified_split() -> None:
     train, test = digits()
     assert train.images.shape == (1257, 1, 8, 8)
     assert test.images.shape == (540, 1, 8, 8)
@@ -693,7 +695,7 @@ def test_digits_are_split_by_class() -> None:
     same(read(["digits"], "test"), test.images, test.labels.tolist())
 
 
-def test_digits_differ_with_the_seed_but_are_the_same_images() -> None:
+def test_the_split_of_the_digits_depends_on_the_seed() -> None:
     one, two = torch.cat([part.images for part in digits(0)]), torch.cat([part.images for part in digits(1)])
     assert not torch.equal(one, two)
     assert torch.equal(one.flatten(1).unique(dim=0), two.flatten(1).unique(dim=0))
@@ -715,9 +717,9 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"digits"}))
-def test_a_known_name_alone_asks_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_name_of_a_known_set_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=f"nothing is downloaded: for {name} give .*path"):
+    with pytest.raises(UsageError, match=f"{name}: nothing is downloaded, give .*path"):
         read([name], "train")
 
 
@@ -734,7 +736,7 @@ def test_unknown_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read([str(tmp_path), "digits"], "test")
 
 
-def test_a_path_called_like_a_known_set_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_have_the_name_of_a_known_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "mnist", idx_files("train", pixels(11, 28, 28), MNIST_LABELS))
     assert read(["mnist"], "train").name == "mnist"
@@ -757,17 +759,13 @@ def test_the_cache_holds_no_pickle(tmp_path: Path, cache: Path) -> None:
     assert np.load(array, allow_pickle=False).shape == (8, 3, 4, 4)
 
 
-def test_a_full_cache_disk_is_said_and_gone_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "images" / "test" / "cat"
-    folder.mkdir(parents=True)
-    Image.new("RGB", (4, 4), (9, 9, 9)).save(folder / "cat.png")
-    monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
+def test_a_full_disk_gives_a_notice_and_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "images", {"test/cat/1.png": png(np.full((4, 4, 3), 9, np.uint8))})
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("zskt.files.os.fsync", full)
     said: list[str] = []
-    images = read([str(tmp_path / "images")], "test", notice=said.append).images
-    assert images.eq(9).all()
+    assert read([folder], "test", notice=said.append).images.eq(9).all()
     assert any("no space left" in line for line in said)

@@ -492,7 +492,7 @@ def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             zskt.export(run, out, **options)  # type: ignore[arg-type]
     out.write_text("mine")
-    assert "is there already; choose another --out" in refused(lambda: zskt.export(run, out))
+    assert "already exists; choose another --out" in refused(lambda: zskt.export(run, out))
     assert out.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
 
@@ -543,7 +543,7 @@ def test_the_commands_errors(capsys: pytest.CaptureFixture[str], finished: Path,
     zskt.distill(make_teacher(), models.convnet(2), "zskt-prior", settings=settings, out=unfinished, stop_after=1)
     assert "has not finished, resume it" in refused_command(capsys, 1, "export", unfinished, "--out", out)
     assert "found nothing" in refused_command(capsys, 1, "export", tmp_path / "nowhere", "--out", out)
-    assert "is there already" in refused_command(capsys, 1, "export", run, "--out", unfinished, "--format", "hub")
+    assert "already exists" in refused_command(capsys, 1, "export", run, "--out", unfinished, "--format", "hub")
     assert "int8 is for ONNX" in refused_command(capsys, 2, "export", run, "--out", tmp_path / "a.pt2", "--int8")
     with pytest.raises(SystemExit) as caught:
         run_command(capsys, "export", run, "--format", "tflite", "--out", out)

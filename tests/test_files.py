@@ -175,7 +175,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(error: BaseException, tmp_path
     assert list(tmp_path.iterdir()) == []
     work(None)
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["new", "new/first"]
-    with pytest.raises(ZsktError, match="is there already"):
+    with pytest.raises(ZsktError, match="already exists"):
         work(None)
 
 

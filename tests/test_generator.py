@@ -1,4 +1,4 @@
-"""The generator: exact image sizes, the released network's parameters, a width that fits a budget."""
+"""The generator: exact image sizes, the released network's parameters, a width within a budget."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_images_have_the_exact_size(size: tuple[int, int], channels: int) -> Non
     assert 2**generator.doublings * height >= size[0]  # the last interpolation never more than doubles
     assert 2**generator.doublings * width >= size[1]
     assert 5 <= min(height, width) <= 11  # near 8 pixels wide, whatever the size
-    assert count_parameters(generator) < 100_000  # a start at a quarter of 224 would have half a million
+    assert count_parameters(generator) < 100_000  # starting at a quarter of 224 would take half a million
 
 
 def test_images_are_neither_squashed_nor_blank() -> None:
@@ -32,7 +32,7 @@ def test_images_are_neither_squashed_nor_blank() -> None:
     assert not torch.equal(images[0], images[1])
 
 
-def test_parameters_are_the_released_ones_less_the_biases() -> None:
+def test_parameters_are_the_released_ones_without_the_biases() -> None:
     # Linear 100 -> 128 x 8 x 8, BN; up x2, conv 128 + BN; up x2, conv 64 + BN; conv 3, BN with weight and bias
     linear = 100 * 128 * 8 * 8 + 128 * 8 * 8
     batchnorms = 2 * (128 + 128 + 64 + 3)

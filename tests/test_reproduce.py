@@ -1,4 +1,4 @@
-"""The paper's tables and figures: their cells and parts, the published numbers, budgets, and all of them made small."""
+"""The paper's tables and figures: their cells and jobs, the published numbers, budgets, and all of them made small."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from zskt.files import read_json
 from zskt.networks import models
 from zskt.networks.folder import load_network
 from zskt.paper.experiments import Budget
-from zskt.paper.jobs import Show, in_order, make_parts
+from zskt.paper.jobs import Show, in_order, run_jobs
 from zskt.paper.reproduce import NAMES, Request, published_budget, reproduction
 from zskt.paper.tables import Reproduction, write_result
 from zskt.runtime import circumstances
@@ -34,7 +34,7 @@ IMAGES = {"cifar10": 50_000, "svhn": 73_257, "mnist": 60_000, "fashion-mnist": 6
 
 
 def blank(name: str = "cifar10") -> Dataset:
-    """A known image set's number of images, all black and in no memory to speak of."""
+    """As many black images as a known set has, without their memory."""
     size = (1, 28, 28) if "mnist" in name else (3, 32, 32)
     images = torch.zeros(1, *size, dtype=torch.uint8).expand(IMAGES[name], *size)
     return Dataset(images, torch.arange(IMAGES[name]) % 10, tuple("0123456789"), name)
@@ -49,7 +49,7 @@ def published(made: Reproduction) -> dict[tuple[str, str], str]:
     return {(cell.row, cell.column): cell.paper for cell in made.cells if cell.paper is not None}
 
 
-# What each is made of, counted by hand: cells and, over three seeds, parts.
+# What each is made of, counted by hand: cells and, over three seeds, jobs.
 
 WHOLE = {
     "table-1": (6 * 4, 4 * 3 + 6 * 3 + 6 * 3),  # four networks on all images; KD+AT and zero-shot of six pairs
@@ -65,7 +65,7 @@ OWN = WHOLE | {"table-1": (4, 4 * 3), "figure-5": (2 * 2, 2 * 3)}
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("data", ["images", "cifar10", "mnist"])
-def test_cells_and_parts_are_those_counted_by_hand(name: str, data: str, tmp_path: Path) -> None:
+def test_cells_and_jobs_match_a_count_by_hand(name: str, data: str, tmp_path: Path) -> None:
     channels, height, width = blank(data).images.shape[1:]
     given = make_teacher(models.convnet(4, channels=channels), size=(channels, height, width))
     changes: dict[str, Any]
@@ -76,24 +76,24 @@ def test_cells_and_parts_are_those_counted_by_hand(name: str, data: str, tmp_pat
     ):
         made = reproduction(request(name, data, tmp_path, **changes))
         assert made.name == name
-        assert (len(made.cells), len(in_order(made.parts))) == expected[name]
+        assert (len(made.cells), len(in_order(made.jobs))) == expected[name]
         assert len({(cell.row, cell.column) for cell in made.cells}) == len(made.cells)
-        assert all(value is None for cell in made.cells for value in [cell.facts(tmp_path)["mean"]])
+        assert all(value is None for cell in made.cells for value in [cell.to_json(tmp_path)["mean"]])
         assert made.draw(tmp_path, "") is None
         for cell in made.cells:  # a network that is given is not measured once per seed
-            assert len({part.name for part in cell.parts}) == len(cell.parts)
-            assert len(cell.parts) == 3 or [part.name for part in cell.parts] == ["given-teacher"]
+            assert len({job.name for job in cell.jobs}) == len(cell.jobs)
+            assert len(cell.jobs) == 3 or [job.name for job in cell.jobs] == ["given-teacher"]
     assert not list(tmp_path.iterdir())
 
 
-def test_what_may_be_asked_for_changes_the_parts() -> None:
+def test_requests_change_the_jobs() -> None:
     asked: dict[str, Any] = {
         "recipes": ("zskt", "zskt-prior"),
         "per_class": (5, 200),
         "seeds": (7,),
         "student": "wrn-16-2",
     }
-    names = {name: {part.name for part in in_order(reproduction(request(name, **asked)).parts)} for name in MADE}
+    names = {name: {job.name for job in in_order(reproduction(request(name, **asked)).jobs)} for name in MADE}
     assert names["table-1"] == {
         "wrn-40-2-on-all-seed-7",
         "wrn-16-2-on-all-seed-7",
@@ -109,8 +109,8 @@ def test_what_may_be_asked_for_changes_the_parts() -> None:
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (0, 1, 0)])
-def test_seeds_that_cannot_be_meant(seeds: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match="expected at least one, each once"):
+def test_empty_and_repeated_seeds_are_refused(seeds: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="expected at least one, without repetition"):
         reproduction(request("table-1", seeds=seeds))
 
 
@@ -183,7 +183,7 @@ def test_published_numbers_are_those_of_the_sources(name: str, data: str) -> Non
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_published_numbers_are_for_the_published_networks_alone(name: str) -> None:
+def test_published_numbers_are_only_for_the_published_networks(name: str) -> None:
     own: tuple[dict[str, Any], ...] = ({"model": "convnet-4"}, {"student": "convnet-2"}, {"model": "vgg-11"})
     for changes in own:
         found = published(reproduction(request(name, **changes)))
@@ -225,40 +225,40 @@ def test_budgets_are_the_published_ones(data: str, updates: int, steps: int) -> 
         assert found == Budget(updates, steps, 1_000, found.learning_rate)
 
 
-def test_the_published_schedule_reaches_the_parts() -> None:
+def test_the_published_schedule_reaches_the_jobs() -> None:
     """Cosine and divisions by five are the recipes' and the training's: here it is how long, how fast, on what."""
     made = reproduction(request("table-2"))
-    by_name = {part.name: part for part in in_order(made.parts)}
+    by_name = {job.name: job for job in in_order(made.jobs)}
     teacher = by_name["wrn-40-2-on-all-seed-0"]
-    for part in (teacher, by_name["kd-at-wrn-40-2-to-wrn-16-1-on-200-per-class-seed-2"]):
-        assert (part.units, part.settings["updates"]) == (78_200, 78_200)
-        assert (part.settings["learning_rate"], part.settings["schedule"]) == (0.1, "step")
-        assert (part.settings["batch_size"], part.settings["weight_decay"]) == (128, 5e-4)
-        assert part.settings["horizontal_flip"]
+    for job in (teacher, by_name["kd-at-wrn-40-2-to-wrn-16-1-on-200-per-class-seed-2"]):
+        assert (job.units, job.settings["updates"]) == (78_200, 78_200)
+        assert (job.settings["learning_rate"], job.settings["schedule"]) == (0.1, "step")
+        assert (job.settings["batch_size"], job.settings["weight_decay"]) == (128, 5e-4)
+        assert job.settings["horizontal_flip"]
     assert by_name["zskt-wrn-40-2-to-wrn-16-1-seed-1"].settings["steps"] == 80_000
     belief = by_name["belief-of-zskt-wrn-40-2-to-wrn-16-1-seed-0"]
     assert (belief.settings["images"], belief.settings["steps"]) == (1_000, 100)
-    mmrazor = in_order(reproduction(request("mmrazor")).parts)
-    assert {part.settings["steps"] for part in mmrazor if "steps" in part.settings} == {25_000}
+    mmrazor = in_order(reproduction(request("mmrazor")).jobs)
+    assert {job.settings["steps"] for job in mmrazor if "steps" in job.settings} == {25_000}
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.01, 1e-9])
-def test_scale_shrinks_all_work_alike_but_no_setting(scale: float) -> None:
+def test_the_scale_changes_amounts_of_work_and_nothing_else(scale: float) -> None:
     changes = {"images": 500}
     for name in MADE:
         whole, cut = (
-            in_order(reproduction(request(name, seeds=(0,), scale=s, changes=changes)).parts) for s in (1, scale)
+            in_order(reproduction(request(name, seeds=(0,), scale=s, changes=changes)).jobs) for s in (1, scale)
         )
-        assert [part.name for part in whole] == [part.name for part in cut]
-        for part, less in zip(whole, cut, strict=True):
-            belief = part.name.startswith("belief")
-            for key in part.settings:
+        assert [job.name for job in whole] == [job.name for job in cut]
+        for job, less in zip(whole, cut, strict=True):
+            belief = job.name.startswith("belief")
+            for key in job.settings:
                 if key in ("updates", "images") or (key == "steps" and not belief):
                     # fine-tuning takes a tenth of what is left of the updates
-                    slack = 1 if "fine-tuned" in part.name else 0.5
-                    assert abs(less.settings[key] - scale * part.settings[key]) <= slack or less.settings[key] == 1
+                    slack = 1 if "fine-tuned" in job.name else 0.5
+                    assert abs(less.settings[key] - scale * job.settings[key]) <= slack or less.settings[key] == 1
                 else:
-                    assert less.settings[key] == part.settings[key]
+                    assert less.settings[key] == job.settings[key]
             if belief:
                 images = less.settings["images"]
                 assert (less.settings["steps"], less.units) == (100, math.ceil(images * 9 / 128) * 99)
@@ -266,15 +266,13 @@ def test_scale_shrinks_all_work_alike_but_no_setting(scale: float) -> None:
                 assert less.units == less.settings.get("updates", less.settings.get("steps"))
 
 
-def test_changes_come_before_the_scale() -> None:
+def test_changes_are_applied_before_the_scale() -> None:
     changes = {"updates": 40, "steps": 60, "images": 80, "learning_rate": 0.7}
     found = request("figure-2", scale=0.1, changes=changes).study("wrn-40-2", "wrn-16-1", steps=25_000).budget
     assert found == Budget(4, 6, 8, 0.7)
 
 
-# All of them, small
-
-CONFIDENCES = ("teacher confidence", "student confidence", "class spread", "student class spread")
+# All of them at a tiny size
 
 
 class Results:
@@ -293,7 +291,7 @@ class Results:
         data = coloured(60), coloured(30, seed=1)
         asked = Request(name, *data, self.root, seeds, "convnet-4", "convnet-2", per_class=(3,), changes=changes)
         self.made[name] = reproduction(asked)
-        assert make_parts(in_order(self.made[name].parts), self.root, math.inf, self.bar) == {}
+        assert run_jobs(in_order(self.made[name].jobs), self.root, math.inf, self.bar) == {}
         facts = {**circumstances(), "seeds": list(seeds), "precision": "fp32"}
         self.result[name] = write_result(self.made[name], self.root, circumstances=facts)
 
@@ -301,8 +299,8 @@ class Results:
         self.worked.append(name)
         return contextlib.nullcontext(lambda done, total, beside: None)
 
-    def network(self, part: str) -> zskt.Classifier:
-        return load_network(self.root / "parts" / part)
+    def network(self, job: str) -> zskt.Classifier:
+        return load_network(self.root / "parts" / job)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +330,7 @@ def test_every_cell_is_filled(name: str, results: Results) -> None:
             image.load()
 
 
-def test_what_one_table_has_made_the_next_one_uses(results: Results) -> None:
+def test_tables_share_their_jobs(results: Results) -> None:
     # seeds 0 and 1 of table 1, four each; KD+AT on all images, three comparisons; figure 2: four more; mmrazor's run
     assert len(results.worked) == len(set(results.worked)) == 2 * 4 + 4 + 4 + 1
     names = {path.name for path in (results.root / "parts").iterdir() if path.is_dir()}
@@ -343,7 +341,7 @@ def test_accuracies_are_those_of_the_networks_named(results: Results) -> None:
     test = coloured(30, seed=1)
     cells = {(cell["row"], cell["column"]): cell["values"] for cell in results.result["figure-2"]["cells"]}
     pair = "convnet-4-to-convnet-2"
-    for where, part in {
+    for where, job in {
         ("no teacher", "M = 3"): "convnet-2-on-3-per-class-seed-0",
         ("no teacher", "all"): "convnet-2-on-all-seed-0",
         ("KD+AT", "M = 3"): f"kd-at-{pair}-on-3-per-class-seed-0",
@@ -354,7 +352,7 @@ def test_accuracies_are_those_of_the_networks_named(results: Results) -> None:
         ("zskt", "M = 3"): f"zskt-{pair}-fine-tuned-on-3-per-class-seed-0",
         ("teacher", "all"): "convnet-4-on-all-seed-0",
     }.items():
-        expected = measure(results.network(part), test.images, test.labels)["accuracy"]
+        expected = measure(results.network(job), test.images, test.labels)["accuracy"]
         assert cells.pop(where) == [expected]
     assert cells == {}
 
@@ -365,26 +363,31 @@ def test_transition_errors_are_those_of_the_students_named(results: Results) -> 
     assert results.result["figure-4"]["cells"] == results.result["table-2"]["cells"]
     teacher = results.network("convnet-4-on-all-seed-0")
     pair = "convnet-4-to-convnet-2"
-    for row, part in {
+    for row, job in {
         "zero-shot, zskt": f"zskt-{pair}-seed-0",
         "KD+AT, all images": f"kd-at-{pair}-on-all-seed-0",
         "KD+AT, 3 per class": f"kd-at-{pair}-on-3-per-class-seed-0",
     }.items():
-        found = zskt.compare(results.network(part), teacher, test.images, test.labels, number=2).measured
+        found = zskt.compare(results.network(job), teacher, test.images, test.labels, number=2).measured
         assert cells.pop((row, "mean transition error")) == [found["mean_transition_error"]]
         assert cells.pop((row, "accuracy, %")) == [found["accuracy"]]
         assert cells.pop((row, "agreement with the teacher, %")) == [found["agreement"]]
     assert cells == {}
 
 
-def test_beliefs_about_pseudo_images_are_those_at_the_end(results: Results) -> None:
+def test_beliefs_about_pseudo_images_are_the_last_ones(results: Results) -> None:
     lines = (results.root / "parts" / "zskt-convnet-4-to-convnet-2-seed-0" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     found = {cell["column"]: cell["values"] for cell in results.result["figure-3"]["cells"]}
-    assert found == {name: [last[name.replace(" ", "_")]] for name in CONFIDENCES}
+    assert found == {
+        "teacher confidence": [last["teacher_confidence"]],
+        "student confidence": [last["student_confidence"]],
+        "normalised class entropy, teacher": [last["class_spread"]],
+        "normalised class entropy, student": [last["student_class_spread"]],
+    }
 
 
-def test_noise_is_in_two_classes_as_often_as_it_is(results: Results) -> None:
+def test_noise_in_two_classes_is_counted(results: Results) -> None:
     noise = torch.rand(1000, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     cells = {(cell["row"], cell["column"]): cell["values"] for cell in results.result["figure-5"]["cells"]}
     for spec in ("convnet-4", "convnet-2"):
@@ -392,16 +395,16 @@ def test_noise_is_in_two_classes_as_often_as_it_is(results: Results) -> None:
         with torch.no_grad():
             classes = network(network.normalise(noise)).argmax(dim=1)
         counts = sorted(int((classes == k).sum()) for k in range(3))
-        assert cells[spec, "noise in the two commonest classes, %"] == [pytest.approx((counts[1] + counts[2]) / 1000)]
+        assert cells[spec, "noise in the two most common classes, %"] == [pytest.approx((counts[1] + counts[2]) / 1000)]
         assert cells[spec, "accuracy, %"] == [json_of(results, f"{spec}-on-all-seed-0")["measured"]["accuracy"]]
 
 
-def json_of(results: Results, part: str) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(results.root / "parts" / part / "teacher.json")
+def json_of(results: Results, job: str) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(results.root / "parts" / job / "teacher.json")
     return found
 
 
-def test_figures_are_drawn_of_what_is_there(results: Results, tmp_path: Path) -> None:
+def test_figures_are_drawn_from_finished_jobs(results: Results, tmp_path: Path) -> None:
     """Only one of the students is there, or only the teacher."""
     pair = "convnet-4-to-convnet-2"
     there = [f"belief-of-zskt-{pair}-seed-0", f"zskt-{pair}-seed-0", "convnet-4-on-all-seed-0"]

@@ -1,4 +1,4 @@
-"""The roofline: its counts against counts by hand, its clock against what really runs."""
+"""The roofline: its counts against formulas, its clock against a phase of known duration."""
 
 import json
 import time
@@ -23,7 +23,7 @@ def tiny(recipe: str = "zskt", **changes: Any) -> BeliefMatching:
     return make_matching(recipe, make_teacher(), models.wide_resnet(10, 1), changes)[0]
 
 
-def test_operations_are_those_that_a_count_by_hand_gives() -> None:
+def test_operations_match_a_formula() -> None:
     matching = tiny()
     works = roofline.count(matching)
     teacher, student = matching.ask_teacher.module, matching.student
@@ -31,7 +31,7 @@ def test_operations_are_those_that_a_count_by_hand_gives() -> None:
     g = forward_flops(matching.generator, (12,))
     assert works["draw"].operations == 8 * g
     assert works["ask"].operations == 8 * t
-    stem = 2 * student.conv1.weight.numel() * 16 * 16  # images want no gradient
+    stem = 2 * student.conv1.weight.numel() * 16 * 16  # no gradient with respect to images
     assert works["student_step"].operations == 8 * 10 * (3 * s - stem)
     assert set(works) == set(roofline.PHASES)
 
@@ -47,7 +47,7 @@ def test_bytes_are_those_of_operands_and_results() -> None:
     assert work.operations == 2 * 9 * 3 * 8 * 2 * 25
     with counter:
         torch.autograd.backward(y.sum())
-    # beside the gradient of the result both operands are read; the gradient of the weights is written, no other wanted
+    # reads the gradient of the result and both operands; writes the gradient of the weights, but not of the input
     assert work.bytes == forward + 4 * (2 * 8 * 25 + 2 * 3 * 25 + 2 * 8 * 3 * 9)
 
 
@@ -58,16 +58,16 @@ def test_a_fused_optimiser_reads_and_writes_its_state() -> None:
     counter = roofline.Counter()
     with counter:
         optimizer.step()
-    steps = 2 * 4  # the count of updates
+    steps = 2 * 4  # bytes of the optimiser's step counter, read and written
     assert counter.phases["other"].bytes == 4 * 7 * 1000 + steps
 
 
-def test_best_time_takes_the_scarcer_of_both_product_by_product() -> None:
+def test_the_least_time_is_the_larger_bound_of_each_product() -> None:
     work = roofline.Work(products={(100, 1): 2, (1, 50): 3})
     assert work.at_best(rate=10, bandwidth=5) == 2 * 10 + 3 * 10
 
 
-def test_the_clock_sees_each_phase_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_times_each_phase_and_unwraps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     matching = tiny("zskt-fresh", **{"student.updates": 3})
     inner = BeliefMatching.ask
 
@@ -103,4 +103,4 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         parts = [row for name, row in phases.items() if name != "step"]
         assert phases["step"]["operations"] == sum(row["operations"] for row in parts)
     assert result["bf16"]["phases"]["step"]["bytes"] < result["fp32"]["phases"]["step"]["bytes"]
-    assert "ask the teacher" in err
+    assert "teacher forward" in err

@@ -1,4 +1,4 @@
-"""Students of every spelling, and how a finished one is made again from its folder."""
+"""Students by every kind of specifier, and how a finished one is rebuilt from its folder."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_spellings() -> None:
+def test_specifiers_and_arguments_of_factories() -> None:
     assert all(map(is_factory, ("mynets:network", "a.b.c:f", "nets/my.py:Holder.make", "/x y/z.py:f")))
     assert not any(map(is_factory, ("auto:0.25", "wrn-16-1", "a:", ":f", "a:b c")))
     assert parse_arguments(["width=8", "rate=.5", "kind=basic", "sizes=[1, 2]"], "--student-args") == {
@@ -80,7 +80,7 @@ def test_spellings() -> None:
 
 
 @pytest.mark.parametrize("place", ["mynets", "mynets.py"])
-def test_a_factory_of_the_users(place: str, folder: Path) -> None:
+def test_a_factory_is_called_with_its_arguments(place: str, folder: Path) -> None:
     assert make_student(f"{place}:network", make_teacher())[0].out_channels == 4
     assert make_student(f"{place}:network", make_teacher(), {"width": 5})[0].out_channels == 5
     assert make_student(f"{place}:Holder.make", make_teacher())[0].out_channels == 6
@@ -106,15 +106,15 @@ def test_a_factory_of_the_users(place: str, folder: Path) -> None:
         ),
         ("wrong.py:network", {}, "cannot import wrong.py for wrong.py:network (ModuleNotFoundError"),
         ("nonets.py:network", {}, "expected a Python file at nonets.py, found none"),
-        ("wrn-16-1", {"depth": 3}, "arguments are for a factory, and 'wrn-16-1' is none"),
-        ("auto:0.5", {"depth": 3}, "arguments are for a factory"),
+        ("wrn-16-1", {"depth": 3}, "arguments are for factories, and 'wrn-16-1' is not one"),
+        ("auto:0.5", {"depth": 3}, "arguments are for factories"),
         ("auto:half", {}, "auto:half: expected a fraction"),
         ("auto:0", {}, "expected a fraction"),
         ("auto:1", {}, "expected a fraction"),
-        ("wrn-17-1", {}, "the depth must be 6 n + 4"),
+        ("wrn-17-1", {}, "expected a depth of 6 n + 4"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_one_line(
+def test_invalid_specifiers_are_refused_in_one_line(
     spec: str, arguments: dict[str, Any], words: str, folder: Path
 ) -> None:
     with pytest.raises(zskt.ZsktError, match=re.escape(words)) as error:
@@ -123,7 +123,20 @@ def test_what_cannot_be_made_is_refused_in_one_line(
     assert not any(name.startswith("zskt_factory_wrong") for name in sys.modules)
 
 
-def test_the_seed_decides_and_nothing_else_does(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("spec", "size", "words"),
+    [
+        ("lenet-5", (1, 28, 11), "lenet-5: expected images of at least 12 x 12, found 1 x 28 x 11"),
+        ("vgg-11-8", (3, 15, 32), "vgg-11-8: expected images of at least 16 x 16, found 3 x 15 x 32"),
+        *((f"{name}-0", (3, 32, 32), "width of at least 1") for name in ("wrn-10", "resnet-18", "vgg-11", "convnet")),
+    ],
+)
+def test_networks_of_ours_that_cannot_be_built(spec: str, size: tuple[int, int, int], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        models.build(spec, 10, size)
+
+
+def test_only_the_seed_determines_the_weights(folder: Path) -> None:
     teacher = make_teacher()
     for spec in ("wrn-10-1", "auto:0.5", "mynets:network"):
         state = torch.get_rng_state()
@@ -147,7 +160,7 @@ def test_the_seed_decides_and_nothing_else_does(folder: Path) -> None:
         ("convnet-16", 0.25, (1, 8, 8)),
     ],
 )
-def test_auto_takes_the_nearest_of_the_family(spec: str, fraction: float, size: tuple[int, int, int]) -> None:
+def test_auto_takes_the_nearest_relative(spec: str, fraction: float, size: tuple[int, int, int]) -> None:
     teacher = make_teacher(models.build(spec, 10, size), size=size)
     student = make_student(f"auto:{fraction}", teacher)
     assert type(student) is type(teacher.module)
@@ -158,7 +171,7 @@ def test_auto_takes_the_nearest_of_the_family(spec: str, fraction: float, size: 
     assert line.startswith(f"{student.spec}: {count_parameters(student):,} parameters, {share:.3f} of the teacher's")
 
 
-def test_auto_knows_the_papers_pairs() -> None:
+def test_auto_finds_a_pair_of_the_paper() -> None:
     assert make_student("auto:0.25", make_teacher(models.wide_resnet(40, 2))).spec == "wrn-40-1"
 
 
@@ -168,10 +181,14 @@ def test_auto_knows_the_papers_pairs() -> None:
         (
             FourStages(8),
             (3, 16, 16),
-            "nothing is known of smaller relatives of FourStages; choose one yourself, of ours",
+            "no smaller relatives of FourStages are known; choose a student, such as",
         ),
-        (models.wide_resnet(10, 1), (3, 16, 16), "nothing is known of smaller relatives of WideResNet"),
-        (models.lenet5(half=True, input_size=(1, 28, 28)), (1, 28, 28), "relatives of LeNet5; choose one yourself"),
+        (models.wide_resnet(10, 1), (3, 16, 16), "no smaller relatives of WideResNet are known"),
+        (
+            models.lenet5(half=True, input_size=(1, 28, 28)),
+            (1, 28, 28),
+            "relatives of LeNet5 are known; choose a student",
+        ),
         (models.lenet5(input_size=(1, 28, 28)), (1, 28, 28), "the nearest relative of LeNet5, lenet-5-half, has 15,"),
     ],
 )
@@ -247,8 +264,8 @@ def test_a_config_without_known_widths_is_not_scaled() -> None:
     assert scaled_config(Config(), 0.5) is None
 
 
-def test_listed_families_are_asked_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm and torchvision as far as they are used here: lists of names beside the teacher's, built by name."""
+def test_libraries_are_imported_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for timm: it lists the names of the teacher's module and builds by name."""
     monkeypatch.setitem(sys.modules, "timm", None)  # importing it fails
     timm, file = types.ModuleType("timm"), types.ModuleType("timm.models.nets")
     asked: list[dict[str, Any]] = []
@@ -286,14 +303,14 @@ def finished(student: nn.Module, out: Path, teacher: Classifier | None = None) -
     return distill(teacher or make_teacher(), student, "zskt-prior", settings=TINY, out=out).student
 
 
-def test_a_student_of_ours_is_rebuilt_by_its_spec(tmp_path: Path) -> None:
+def test_a_network_of_ours_is_rebuilt_by_its_spec(tmp_path: Path) -> None:
     student = finished(make_student("resnet-18-4", make_teacher()), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "student.json").read_text())["rebuild"] == {"spec": "resnet-18-4"}
     assert same(zskt.load_student(tmp_path / "run").module, student)
 
 
 @pytest.mark.parametrize("place", ["mynets", "mynets.py"])
-def test_a_factorys_student_is_rebuilt_where_its_code_is_trusted(
+def test_a_factorys_student_is_rebuilt_with_trust(
     place: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = finished(make_student(f"{place}:network", make_teacher(), {"width": 5}), folder / "run")
@@ -331,7 +348,7 @@ def test_nothing_that_a_folder_names_runs_unasked(tmp_path: Path) -> None:
         assert not (tmp_path / "ran").exists()
 
 
-def test_a_python_object_says_what_to_write_and_is_filled(tmp_path: Path) -> None:
+def test_a_python_object_is_filled_and_the_error_shows_how(tmp_path: Path) -> None:
     student = finished(FourStages(4), tmp_path / "run")
     with pytest.raises(
         zskt.ZsktError, match="only its own code can rebuild: from small import FourStages; module"
@@ -355,7 +372,7 @@ def test_a_network_of_ours_that_was_altered_is_a_python_object(tmp_path: Path) -
     assert (facts["model"], facts["rebuild"]) == (None, {"python": "zskt.networks.models.wide_resnet.WideResNet"})
 
 
-def test_somebody_elses_attribute_called_spec_is_not_taken_for_ours(tmp_path: Path) -> None:
+def test_a_foreign_attribute_named_spec_is_ignored(tmp_path: Path) -> None:
     student = FourStages(4)
     student.spec = {1, 2}
     teacher = make_teacher()
@@ -367,7 +384,7 @@ def test_somebody_elses_attribute_called_spec_is_not_taken_for_ours(tmp_path: Pa
 # On the command line.
 
 
-def test_the_command_line_says_what_it_chose(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_prints_the_student_and_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zskt.save_teacher(folder / "teacher", make_teacher())
     tiny = ["--set", *(f"{name}={value}" for name, value in TINY.items() if name not in ("steps", "batch_size"))]
     common = ["--steps", "2", "--batch-size", "4", "--recipe", "zskt"]
@@ -386,7 +403,7 @@ def test_the_command_line_says_what_it_chose(folder: Path, capsys: pytest.Captur
     assert 'stages = [\n    "block2=0",\n]' in (folder / "b" / "config.toml").read_text()
     for arguments, words in (
         (["--student", "auto:2"], "expected a fraction"),
-        (["--student", "wrn-10-1", "--student-args", "width=3"], "arguments are for a factory"),
+        (["--student", "wrn-10-1", "--student-args", "width=3"], "arguments are for factories"),
         ([*made, "--set", "student.loss.stages=block2=stem"], "unknown student stage 'stem'"),
     ):
         assert main(["distill", "teacher", *arguments, "--out", "c", *common]) == 2
@@ -396,5 +413,5 @@ def test_the_command_line_says_what_it_chose(folder: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("value", ["1979-05-27", "nan", "inf", "[{a = 07:32:00}]"])
 def test_arguments_that_student_json_cannot_hold_are_refused(value: str) -> None:
-    with pytest.raises(UsageError, match="what JSON can hold"):
+    with pytest.raises(UsageError, match=r"expected a value that student\.json can hold"):
         parse_arguments([f"d={value}"], "--student-args")

@@ -1,4 +1,4 @@
-"""Tables: true means and deviations, what is missing said, published numbers apart, shortened work stamped."""
+"""Tables: means and deviations, missing results, published numbers, the scale of shortened work."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from zskt.files import write_json
-from zskt.paper.jobs import Part
+from zskt.paper.jobs import Job
 from zskt.paper.tables import Cell, Reproduction, markdown_table, measured, write_result
 
 CIRCUMSTANCES: dict[str, Any] = {
@@ -25,19 +25,19 @@ CIRCUMSTANCES: dict[str, Any] = {
 }
 
 
-def part(name: str, *needs: Part, units: int = 1_234) -> Part:
-    return Part(name, {}, units, "updates", "cross-entropy", lambda: lambda: None, lambda *call: True, needs)
+def job(name: str, *needs: Job, units: int = 1_234) -> Job:
+    return Job(name, {}, units, "updates", "cross-entropy", lambda: lambda: None, lambda *call: True, needs)
 
 
 def cell(row: str, column: str, seeds: int = 3, **more: Any) -> Cell:
-    """A cell of so many parts that read their accuracy."""
-    parts = tuple(part(f"{row}-{column}-{seed}".replace(" ", "-")) for seed in range(seeds))
-    return Cell(row, column, parts, measured("accuracy"), **more)
+    """A cell of so many jobs that read their accuracy."""
+    jobs = tuple(job(f"{row}-{column}-{seed}".replace(" ", "-")) for seed in range(seeds))
+    return Cell(row, column, jobs, measured("accuracy"), **more)
 
 
 def finish(root: Path, cell: Cell, *values: float) -> list[float]:
-    """Measure as many of a cell's parts as there are values."""
-    for each, value in zip(cell.parts, values, strict=False):
+    """Measure as many of a cell's jobs as there are values."""
+    for each, value in zip(cell.jobs, values, strict=False):
         write_json(each.folder(root) / "belief.json", {"accuracy": value})
     return list(values)
 
@@ -58,24 +58,24 @@ def test_a_cell_is_the_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> N
             mean, std = np.mean(values), np.std(values, ddof=1)
             scale = 100 if percent else 1
             assert found.text(tmp_path) == f"{scale * mean:.{digits}f} ± {scale * std:.{digits}f}"
-            facts = found.facts(tmp_path)
-            assert facts["values"] == values  # fractions, as everywhere in JSON
-            assert facts["mean"] == pytest.approx(mean)
-            assert facts["std"] == pytest.approx(std)
-            assert facts["paper"] == "0.5"
+            entry = found.to_json(tmp_path)
+            assert entry["values"] == values  # fractions, as everywhere in JSON
+            assert entry["mean"] == pytest.approx(mean)
+            assert entry["std"] == pytest.approx(std)
+            assert entry["paper"] == "0.5"
 
 
-def test_what_is_missing_is_said_and_nothing_is_estimated(tmp_path: Path) -> None:
+def test_missing_results_are_marked_and_not_estimated(tmp_path: Path) -> None:
     found = cell("row", "column")
     assert found.text(tmp_path) == "not run"
-    assert found.text(tmp_path, {found.parts[1].name: "it diverged"}) == "failed"
-    assert found.text(tmp_path, {"another part": "it diverged"}) == "not run"
-    facts = found.facts(tmp_path)
-    assert (facts["values"], facts["mean"], facts["std"]) == ([], None, None)
+    assert found.text(tmp_path, {found.jobs[1].name: "it diverged"}) == "failed"
+    assert found.text(tmp_path, {"another job": "it diverged"}) == "not run"
+    entry = found.to_json(tmp_path)
+    assert (entry["values"], entry["mean"], entry["std"]) == ([], None, None)
     finish(tmp_path, found, 0.5)
     assert found.text(tmp_path) == "50.00 (1 of 3 seeds)"
-    assert found.text(tmp_path, {found.parts[2].name: "it diverged"}) == "50.00 (1 of 3 seeds)"
-    assert found.facts(tmp_path)["std"] is None
+    assert found.text(tmp_path, {found.jobs[2].name: "it diverged"}) == "50.00 (1 of 3 seeds)"
+    assert found.to_json(tmp_path)["std"] is None
     finish(tmp_path, found, 0.5, 0.7)
     assert found.text(tmp_path) == "60.00 ± 14.14 (2 of 3 seeds)"
     finish(tmp_path, found, 0.5, 0.7, 0.6)
@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_and_nothing_is_estimated(tmp_path: Path) -> Non
     assert alone.text(tmp_path) == "25.00"
 
 
-def test_a_paper_column_stands_only_where_the_paper_has_numbers(tmp_path: Path) -> None:
+def test_a_paper_column_appears_only_with_published_numbers(tmp_path: Path) -> None:
     cells = [
         cell("A", "ours alone", 1),
         cell("A", "in the paper", 1, paper="81.71 ± 0.25"),
@@ -105,7 +105,7 @@ def test_a_paper_column_stands_only_where_the_paper_has_numbers(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0001])
-def test_shortened_work_is_stamped_everywhere(scale: float, tmp_path: Path) -> None:
+def test_the_scale_is_in_every_output(scale: float, tmp_path: Path) -> None:
     stamps: list[str] = []
 
     def draw(root: Path, note: str) -> bytes:
@@ -124,10 +124,10 @@ def test_shortened_work_is_stamped_everywhere(scale: float, tmp_path: Path) -> N
         assert stamps == [stamp]
 
 
-def test_a_result_says_what_it_is_made_of(tmp_path: Path) -> None:
-    teacher = part("teacher", units=5)
-    student = Part("student", {}, 70, "pseudo batches", "zskt", lambda: lambda: None, lambda *call: True, (teacher,))
-    given = part("given", units=0)
+def test_a_result_lists_its_jobs_and_circumstances(tmp_path: Path) -> None:
+    teacher = job("teacher", units=5)
+    student = Job("student", {}, 70, "pseudo batches", "zskt", lambda: lambda: None, lambda *call: True, (teacher,))
+    given = job("given", units=0)
     cells = [Cell("A", "B", (student,), measured("accuracy")), Cell("A", "C", (given,), measured("accuracy"))]
     finish(tmp_path, cells[0], 0.5)
     page = write(tmp_path, *cells)
@@ -153,7 +153,7 @@ def test_a_result_says_what_it_is_made_of(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "table-9.json").read_text())["finished"]
 
 
-def test_a_picture_is_written_only_where_there_is_one(tmp_path: Path) -> None:
+def test_a_png_is_written_only_if_something_is_drawn(tmp_path: Path) -> None:
     page = write(tmp_path, cell("A", "B"), draw=lambda root, note: None)
     assert {path.name for path in tmp_path.iterdir()} == {"table-9.json", "table-9.md"}
     assert "![" not in page
@@ -162,9 +162,9 @@ def test_a_picture_is_written_only_where_there_is_one(tmp_path: Path) -> None:
     assert "![Table 9: accuracy (%) on images](table-9.png)" in page
 
 
-def test_what_failed_is_in_every_output(tmp_path: Path) -> None:
+def test_failures_are_in_every_output(tmp_path: Path) -> None:
     found = cell("A", "B", 1)
-    page = write(tmp_path, found, failed={found.parts[0].name: "the loss is nan"})
+    page = write(tmp_path, found, failed={found.jobs[0].name: "the loss is nan"})
     assert "Failed: A-B-0: the loss is nan" in page
     assert "| A | failed |" in page
     assert json.loads((tmp_path / "table-9.json").read_text())["failed"] == {"A-B-0": "the loss is nan"}
@@ -172,12 +172,12 @@ def test_what_failed_is_in_every_output(tmp_path: Path) -> None:
     assert "failed" not in (tmp_path / "table-9.json").read_text()
 
 
-def test_numbers_that_json_has_not_are_refused_and_the_old_result_stands(tmp_path: Path) -> None:
+def test_nan_is_refused_and_the_old_result_kept(tmp_path: Path) -> None:
     found = cell("A", "B", 1)
     finish(tmp_path, found, 0.5)
     write(tmp_path, found)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    (found.parts[0].folder(tmp_path) / "belief.json").write_text(json.dumps({"accuracy": math.nan}))
+    (found.jobs[0].folder(tmp_path) / "belief.json").write_text(json.dumps({"accuracy": math.nan}))
     with pytest.raises(ValueError, match="not JSON compliant"):
         write(tmp_path, found)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -165,8 +165,8 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: shorten(f / "teacher.safetensors"), "not a whole safetensors file"),
-        (lambda f: (f / "teacher.safetensors").write_bytes(b""), "not a whole safetensors file"),
+        (lambda f: shorten(f / "teacher.safetensors"), "not a complete safetensors file"),
+        (lambda f: (f / "teacher.safetensors").write_bytes(b""), "not a complete safetensors file"),
         (lambda f: (f / "teacher.safetensors").unlink(), "cannot read"),
         (lambda f: (f / "teacher.json").unlink(), "expected a folder with teacher.json"),
         (lambda f: shorten(f / "teacher.json"), "not valid JSON"),

@@ -1,4 +1,4 @@
-"""The experiment in the plane: its geometry, both players against a plain restatement, its pictures and numbers."""
+"""The toy experiment: its geometry, both players against a plain restatement, its plots and numbers."""
 
 import math
 import statistics
@@ -20,14 +20,14 @@ from zskt.paper.toy import PointMatching, butterfly, draw_frame, mlp, point_grad
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher of two epochs and a coarse plane, unless a test says otherwise."""
+    """A teacher of two epochs and a coarse grid, unless a test overrides it."""
     monkeypatch.setattr(toy, "EPOCHS", 2)
     monkeypatch.setattr(toy, "GRID", 31)
     monkeypatch.setattr(toy, "FRAMES", 4)
 
 
 def make_matching(*, steepness: float = 1.0, dtype: torch.dtype = torch.float64) -> PointMatching:
-    """Two players with fresh networks, the student's logits `steepness` times as large, points around the middle."""
+    """Two players with untrained networks, the student's logits `steepness` times as large, points around 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher, student = mlp().to(dtype), mlp().to(dtype)
@@ -62,11 +62,11 @@ def test_butterfly_is_the_papers() -> None:
         assert 600 < len(wing) < 780
         assert float((wing - centre).norm(dim=1).min()) >= 0.3
         across, along = (wing - centre).std(dim=0).tolist()
-        assert 0.3 < across < 0.38 < 0.43 < along < 0.5  # wider than .3 and .4, as the middle is missing
-        heart = bodies[guest][(bodies[guest] - centre).norm(dim=1) < 0.3]
-        assert 990 < len(heart) < 1020  # the narrow Gaussian in the hole, and a few strays of the wide one
-        assert torch.allclose(heart.mean(dim=0), centre, atol=0.02)
-        assert torch.allclose(heart.std(dim=0), torch.tensor([0.06, 0.06]), atol=0.015)
+        assert 0.3 < across < 0.38 < 0.43 < along < 0.5  # wider than .3 and .4, because of the hole
+        inner = bodies[guest][(bodies[guest] - centre).norm(dim=1) < 0.3]
+        assert 990 < len(inner) < 1020  # the narrow Gaussian in the hole, and a few points of the wide one
+        assert torch.allclose(inner.mean(dim=0), centre, atol=0.02)
+        assert torch.allclose(inner.std(dim=0), torch.tensor([0.06, 0.06]), atol=0.015)
     for k, x in ((1, -1.0), (2, 1.0)):
         wide = bodies[k][bodies[k][:, 1].abs() < 0.7]
         assert torch.allclose(wide.mean(dim=0), torch.tensor([x, 0.0]), atol=0.05)
@@ -87,7 +87,7 @@ def test_squash_stays_in_the_square() -> None:
 
 
 @pytest.mark.parametrize("steepness", [1.0, 30.0])
-def test_gradient_by_hand_is_autograds(steepness: float) -> None:
+def test_the_written_out_gradient_is_that_of_autograd(steepness: float) -> None:
     matching = make_matching(steepness=steepness)
     points = (2 * matching.points).requires_grad_()
     loss = forward_kl(matching.student(squash(points)), matching.teacher(squash(points)), scale="per_class")
@@ -97,11 +97,11 @@ def test_gradient_by_hand_is_autograds(steepness: float) -> None:
     assert torch.allclose(found.detach(), expected, rtol=1e-9, atol=1e-14)
 
 
-def test_search_raises_the_divergence_and_moves_no_weight() -> None:
+def test_moving_points_raises_the_divergence_and_changes_no_weight() -> None:
     matching = make_matching(steepness=5)
     before, networks = divergence(matching), weights(matching.teacher, matching.student)
     points = matching.points.clone()
-    matching.search()
+    matching.move_points()
     assert divergence(matching) > before
     assert not torch.equal(matching.points, points)
     after = weights(matching.teacher, matching.student)
@@ -109,19 +109,19 @@ def test_search_raises_the_divergence_and_moves_no_weight() -> None:
     assert all(p.grad is None for w in matching.weights for p in w)
 
 
-def test_learning_lowers_the_divergence_and_moves_the_student_alone() -> None:
+def test_training_lowers_the_divergence_and_changes_only_the_student() -> None:
     matching = make_matching(steepness=5)
     before, teacher, student = divergence(matching), weights(matching.teacher), weights(matching.student)
     points = matching.points.clone()
-    matching.learn()
+    matching.train_student()
     assert divergence(matching) < before
     assert torch.equal(matching.points, points)
     assert all(torch.equal(a, b) for a, b in zip(teacher, weights(matching.teacher), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(student, weights(matching.student), strict=True))
 
 
-def plainly(matching: PointMatching, rounds: int) -> tuple[Tensor, list[Tensor]]:
-    """The experiment's loop as its description has it, with autograd, by itself; returns points and student weights."""
+def plain_rounds(matching: PointMatching, rounds: int) -> tuple[Tensor, list[Tensor]]:
+    """The published loop with autograd, independent of ours; returns points and student weights."""
     teacher, student = matching.teacher, mlp().double()
     student.load_state_dict(matching.student.state_dict())
     points = matching.points.clone().requires_grad_()
@@ -147,39 +147,39 @@ def plainly(matching: PointMatching, rounds: int) -> tuple[Tensor, list[Tensor]]
     return points.detach(), weights(student)
 
 
-@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # which is what is meant here
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # on purpose here
 @pytest.mark.parametrize("steepness", [1.0, 2000.0])
 def test_rounds_are_those_of_a_plain_loop(steepness: float) -> None:
     matching = make_matching(steepness=steepness)
-    points, student = plainly(matching, rounds=3)
+    points, student = plain_rounds(matching, rounds=3)
     start = matching.points.clone()
     for _ in range(3):
-        matching.search()
-        matching.learn()
+        matching.move_points()
+        matching.train_student()
     assert float((points - start).abs().max()) > 0.05
     assert torch.allclose(matching.points, points, atol=1e-9)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(weights(matching.student), student, strict=True))
 
 
-def test_gradients_are_held_within_three(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_clipped_at_three(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "POINT_STEPS", 1)
     monkeypatch.setattr(toy, "STUDENT_STEPS", 1)
     matching = make_matching(steepness=2000)
     free = point_gradient(matching.points, *matching.weights).detach()
     assert float(free.abs().max()) > 3
-    matching.search()
+    matching.move_points()
     assert matching.points.grad is not None
     assert torch.equal(matching.points.grad, free.clamp(-3, 3))
     x = squash(matching.points)
     loss = forward_kl(matching.student(x), matching.teacher(x), scale="per_class")
     free_norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, matching.weights[1])]).norm()
     assert float(free_norm) > 3
-    matching.learn()
+    matching.train_student()
     norm = torch.cat([p.grad.flatten() for p in matching.weights[1] if p.grad is not None]).norm()
     assert float(norm) == pytest.approx(3, rel=1e-4)
 
 
-def test_same_seed_same_run_and_nothing_else_is_touched() -> None:
+def test_runs_are_reproducible_and_change_no_global_state() -> None:
     torch.set_num_threads(1)
     before = torch.get_rng_state()
     seen: list[toy.Frame] = []
@@ -197,7 +197,7 @@ def test_same_seed_same_run_and_nothing_else_is_touched() -> None:
     assert not torch.equal(weights(first.teacher)[0], weights(other.teacher)[0])
 
 
-def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
@@ -245,7 +245,7 @@ def pixels(image: Image.Image) -> Any:
     return np.asarray(image).astype(int)
 
 
-def test_a_frame_is_stamped_where_it_is_cut_short() -> None:
+def test_a_frame_shows_the_scale_of_a_shortened_run() -> None:
     result = run_toy(0, rounds=1)
     frame = result.frames[-1]
     whole, cut = draw_frame(result, frame), draw_frame(result, frame, scale=0.01)
@@ -255,7 +255,7 @@ def test_a_frame_is_stamped_where_it_is_cut_short() -> None:
     assert red.sum() > 100
     assert not (pixels(whole) == (0xBB, 0, 0)).all(axis=2).any()
     top, right = np.argwhere(pixels(whole) != pixels(cut)).max(axis=0)[:2]
-    assert top < 40  # beside the title, over nothing
+    assert top < 40  # beside the title, covering nothing
     assert right < 150
 
 
@@ -282,8 +282,8 @@ def test_an_animation_can_be_read_back(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), [("a.png", 2), ("a.gif", 0)])
-def test_an_animation_that_cannot_be(tmp_path: Path, name: str, count: int) -> None:
-    with pytest.raises(UsageError, match=r"expected some, and a name in \.gif or \.webp"):
+def test_invalid_animations_are_refused(tmp_path: Path, name: str, count: int) -> None:
+    with pytest.raises(UsageError, match=r"expected at least one image and the suffix \.gif or \.webp"):
         toy.save_animation(tmp_path / name, [Image.new("RGB", (4, 4))] * count)
     assert not list(tmp_path.iterdir())
 
@@ -314,7 +314,7 @@ def test_reproducing_gives_medians_and_pictures(tmp_path: Path) -> None:
         assert animation.n_frames == 2  # type: ignore[attr-defined]
 
 
-def test_the_whole_experiment_says_no_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_run_shows_no_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "ROUNDS", 1)
     assert "scale" not in reproduce_toy([0], tmp_path)
     assert not (pixels(Image.open(tmp_path / "toy-agreement.png")) == (0xBB, 0, 0)).all(axis=2).any()
@@ -325,6 +325,6 @@ def test_a_small_scale_leaves_one_round(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seeds", "scale"), [([], 1.0), ([0], 0.0), ([0], 1.5), ([0], float("nan"))])
-def test_wrong_requests(tmp_path: Path, seeds: list[int], scale: float) -> None:
-    with pytest.raises(UsageError, match="expected at least one, and more than 0 up to 1"):
+def test_invalid_seeds_and_scales_are_refused(tmp_path: Path, seeds: list[int], scale: float) -> None:
+    with pytest.raises(UsageError, match="expected at least one seed and 0 < scale <= 1"):
         reproduce_toy(seeds, tmp_path, scale=scale)

@@ -1,4 +1,4 @@
-"""Transition curves against a plain loop of batch size 1, and every way of getting them wrong that is known."""
+"""Transition curves against a plain loop of batch size 1, and every known way to get them wrong."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ K, STEPS, XI = 4, 5, 0.8
 SIZE = (3, 9, 14)
 
 
-def sure(module: nn.Module) -> nn.Module:
-    """The same classifier in float64, sure of itself and fond of all classes, so that a few steps lead somewhere."""
+def confident(module: nn.Module) -> nn.Module:
+    """The classifier in float64, confident and without a favourite class, so that a few steps change its beliefs."""
     last = [layer for layer in module.double().modules() if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
         logits = module.eval()(4 * make_images(50)[0] - 2)
@@ -31,8 +31,8 @@ def sure(module: nn.Module) -> nn.Module:
 def make_pair() -> tuple[Classifier, Classifier]:
     """Two architectures with different normalisations, in float64."""
     torch.manual_seed(1)
-    first = sure(models.wide_resnet(10, 1, num_classes=K))
-    second = sure(models.build("convnet-6", K, SIZE))
+    first = confident(models.wide_resnet(10, 1, num_classes=K))
+    second = confident(models.build("convnet-6", K, SIZE))
     one = Classifier(first, input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
     other = Classifier(second, input_size=SIZE, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.35])
     return one, other
@@ -48,7 +48,7 @@ def make_images(count: int = 3) -> tuple[Tensor, Tensor]:
 def plain(
     stepped: Classifier, other: Classifier, images: Tensor, starts: Tensor, *, same: bool = False, **changes: Any
 ) -> tuple[Tensor, Tensor]:
-    """The oracle, told how to normalise an image of one network for the other; `same` forgets to."""
+    """The reference; `same` omits the conversion between the networks' normalisations."""
 
     def renormalise(x: Tensor) -> Tensor:
         return (x * stepped.std + stepped.mean - other.mean) / other.std
@@ -74,21 +74,21 @@ def test_curves_are_those_of_the_plain_loop(stepped: Any, batch_size: int) -> No
     torch.testing.assert_close(found.second, two.mean(dim=1), rtol=0, atol=1e-6)
     torch.testing.assert_close(found.gaps, (one - two).abs().mean(dim=1), rtol=0, atol=1e-6)
     assert found.error == pytest.approx(float((one - two).abs().mean()), abs=1e-9)
-    assert (one[..., -1] - one[..., 0]).abs().max() > 0.1  # the steps lead somewhere
+    assert (one[..., -1] - one[..., 0]).abs().max() > 0.1  # the steps change something
 
 
 def wrong_curves(how: str, first: Classifier, second: Classifier, images: Tensor, starts: Tensor) -> Tensor:
-    """What a mistake gives for the first network's and the second's curves, (2, M, K - 1, S)."""
+    """Both networks' curves (2, M, K - 1, S) under a mistake."""
     if how == "recorded after the step":
         return torch.stack(plain(first, second, images, starts, steps=STEPS + 1))[..., 1:]
     if how == "the other network stepped":
         return torch.stack(plain(second, first, images, starts)).flip(0)
-    if how == "steps in [0, 1] pixels":  # dx = std * dx', so a step there is std^2 smaller, seen from here
+    if how == "steps in [0, 1] pixels":  # x = std * x' + mean, so steps are smaller by std^2
         one = Classifier(_Rescaled(first), input_size=SIZE, mean=[0.0] * 3, std=[1.0] * 3)
         return torch.stack(plain(one, second, images, starts))
     if how == "mean over the batch":
         return torch.stack(plain(first, second, images, starts, step_size=XI / (len(images) * (K - 1))))
-    if how == "the other network's image not normalised its way":
+    if how == "the other network's normalisation ignored":
         return torch.stack(plain(first, second, images, starts, same=True))
     return torch.stack(plain(first, second, images, (starts + 1) % K))  # another start class
 
@@ -111,18 +111,18 @@ class _Rescaled(nn.Module):
         "the other network stepped",
         "steps in [0, 1] pixels",
         "mean over the batch",
-        "the other network's image not normalised its way",
+        "the other network's normalisation ignored",
         "another start class",
     ],
 )
-def test_each_known_mistake_would_show(how: str) -> None:
+def test_each_known_mistake_changes_the_curves(how: str) -> None:
     first, second = make_pair()
     images, starts = make_images()
     found = transition_curves(first, second, images, starts, steps=STEPS, step_size=XI)
     assert (wrong_curves(how, first, second, images, starts) - found.examples).abs().max() > 1e-3
 
 
-def test_networks_come_back_as_they_were() -> None:
+def test_networks_are_unchanged() -> None:
     first, second = make_pair()
     before = [first.fingerprint(), second.fingerprint()]
     images, starts = make_images()
@@ -142,7 +142,7 @@ def test_equal_networks_have_no_error_and_memory_is_bounded() -> None:
     assert 2 < max(shapes) <= 4
 
 
-def test_bf16_is_near_and_only_when_asked() -> None:
+def test_bf16_is_close_and_off_by_default() -> None:
     first, second = make_pair()
     first.float(), second.float()
     images, starts = make_images()
@@ -151,7 +151,7 @@ def test_bf16_is_near_and_only_when_asked() -> None:
     assert 0 < abs(near.error - exact.error) < 0.05
 
 
-def test_a_network_that_wants_contiguous_maps_is_followed_too() -> None:
+def test_a_network_that_needs_contiguous_feature_maps_can_be_followed() -> None:
     class Viewing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -166,7 +166,7 @@ def test_a_network_that_wants_contiguous_maps_is_followed_too() -> None:
     assert transition_curves(network, network, images.float(), starts, steps=2).error == 0
 
 
-def test_compare_measures_what_it_says() -> None:
+def test_compare_agrees_with_its_definitions() -> None:
     first, second = make_pair()
     images, _ = make_images(40)
     labels = first(first.normalise(images)).argmax(dim=1)
@@ -190,7 +190,7 @@ def test_compare_measures_what_it_says() -> None:
     assert set(result.transitions.starts.tolist()) <= set(labels[agreeing].tolist())
 
 
-def test_paths_start_from_the_label_where_asked() -> None:
+def test_paths_start_from_the_label_if_requested() -> None:
     first, second = make_pair()
     images, _ = make_images(20)
     labels = (first(first.normalise(images)).argmax(dim=1) + 1) % K  # always wrong
@@ -201,7 +201,7 @@ def test_paths_start_from_the_label_where_asked() -> None:
     assert torch.equal((starts[0] + 1) % K, starts[1])
 
 
-def test_a_bare_module_borrows_the_other_normalisation() -> None:
+def test_a_bare_module_uses_the_other_normalisation() -> None:
     first, second = make_pair()
     images, labels = make_images(20)
     bare = compare(first.module, second, images, labels, number=2, steps=2)
@@ -214,7 +214,7 @@ def test_a_bare_module_borrows_the_other_normalisation() -> None:
         compare(first.module, second.module, images)
 
 
-def test_agreeing_too_rarely_is_said_with_how_often() -> None:
+def test_too_few_agreeing_images_are_counted_in_the_error() -> None:
     first, second = make_pair()
     images, labels = make_images(20)
     with pytest.raises(ZsktError, match=r"expected 1,000 images .* found \d+ of 20"):
@@ -222,14 +222,14 @@ def test_agreeing_too_rarely_is_said_with_how_often() -> None:
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"step_size": -1.0}, {"step_size": float("nan")}, {"batch_size": 0}])
-def test_numbers_that_are_not_positive_are_refused(change: dict[str, Any]) -> None:
+def test_settings_must_be_positive(change: dict[str, Any]) -> None:
     first, second = make_pair()
     images, starts = make_images()
     with pytest.raises(ZsktError, match=f"expected a positive {next(iter(change))}, found"):
         transition_curves(first, second, images, starts, **change)
 
 
-def test_networks_that_do_not_belong_together_are_refused() -> None:
+def test_networks_that_do_not_fit_together_are_refused() -> None:
     first, _ = make_pair()
     images, labels = make_images(20)
     classes = make_teacher(models.wide_resnet(10, 1, num_classes=7).double(), size=SIZE)
@@ -240,24 +240,24 @@ def test_networks_that_do_not_belong_together_are_refused() -> None:
         compare(first, larger, images, labels)
 
 
-def test_networks_that_answer_nan_are_refused() -> None:
+def test_networks_with_nan_logits_are_refused() -> None:
     class Brittle(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.log(x.mean(dim=(2, 3)) + 3)  # NaN for dark images only: noise passes
+            return torch.log(x.mean(dim=(2, 3)) + 3)  # NaN for dark images, not for the noise of the checks
 
     network = Classifier(Brittle(), input_size=SIZE, mean=[1.0] * 3, std=[0.25] * 3)
-    with pytest.raises(ZsktError, match="20 of 20 images with NaN"):
+    with pytest.raises(ZsktError, match="NaN or infinity for 20 of 20 images"):
         compare(network, network, torch.zeros(20, *SIZE))
 
 
-def test_far_steps_that_leave_the_numbers_are_refused() -> None:
+def test_steps_so_large_that_logits_are_nan_are_refused() -> None:
     first, second = make_pair()
     images, starts = make_images()
     with pytest.raises(ZsktError, match="smaller --step-size"):
         transition_curves(first, second, images, starts, steps=4, step_size=1e308)
 
 
-def test_transitions_keep_examples_for_figures() -> None:
+def test_transitions_keep_examples_for_plots() -> None:
     first, second = make_pair()
     images, starts = make_images(10)
     found: Transitions = transition_curves(first, second, images, starts, steps=2, batch_size=5)

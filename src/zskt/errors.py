@@ -1,21 +1,23 @@
 """The errors a user sees: one line saying what was expected, what was found and what to do."""
 
+import contextlib
 import difflib
+import errno
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
 class ZsktError(Exception):
-    """The work cannot go on: one line saying what was expected, what was found and what to do. Exit status 1."""
+    """The work cannot continue. Exit status 1."""
 
 
 class UsageError(ZsktError):
-    """The request itself is wrong: an unknown name, a mistyped or contradictory value. Exit status 2."""
+    """The request itself is wrong: an unknown name, an invalid or contradictory value. Exit status 2."""
 
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> UsageError:
-    """An error for a name that is not among `valid`, with the nearest ones first."""
+    """An error for a name that is not among `valid`; close matches come first."""
     valid, name = list(valid), short(name)
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     advice = f"did you mean {' or '.join(near)}? " if near else ""
@@ -23,34 +25,43 @@ def unknown(what: str, name: str, valid: Iterable[str]) -> UsageError:
 
 
 def printable(text: object) -> str:
-    """A text as one line that no terminal obeys, whatever names of files, classes and tensors it quotes."""
+    """Text as one line without control characters: names of files, classes and tensors may contain any."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text))
 
 
 def short(text: object, most: int = 80) -> str:
-    """A text of somebody else's, to be quoted inside a line of ours."""
+    """Foreign text, cut to a length that can be quoted in an error message."""
     line = printable(text)
     return line if len(line) <= most else f"{line[:most]}..."
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, on one line and short enough to stand inside a line of ours."""
+    """The first line of a foreign exception's message, or its type, short enough to quote."""
     lines = str(error).strip().splitlines()
     return printable(lines[0][:150]) if lines else type(error).__name__
 
 
 def cannot(verb: str, path: Path, error: OSError) -> ZsktError:
-    """The one-line form of an operating system error."""
-    reason = error.strerror or str(error)
+    """An operating system error as one line: the system's own words and a remedy."""
+    obstructed = "part of the path is a file; choose another place with --out"
     remedy = {
-        28: "free some space or choose another place with --out",  # ENOSPC
-        13: "check the permissions or choose another place with --out",  # EACCES
-        30: "choose a writable place with --out",  # EROFS
-        2: "check the path",  # ENOENT
-        17: "part of the path is a file; choose another place with --out",  # EEXIST
-        20: "part of the path is a file; choose another place with --out",  # ENOTDIR
+        errno.ENOSPC: "free some space or choose another place with --out",
+        errno.EACCES: "check the permissions or choose another place with --out",
+        errno.EROFS: "choose a writable place with --out",
+        errno.ENOENT: "check the path",
+        errno.EEXIST: obstructed,
+        errno.ENOTDIR: obstructed,
     }.get(error.errno or 0, "check the path and try again")
-    return ZsktError(f"cannot {verb} {path}: {reason}; {remedy}")
+    return ZsktError(f"cannot {verb} {path}: {error.strerror or error}; {remedy}")
+
+
+@contextlib.contextmanager
+def system_errors(verb: str, path: Path) -> Iterator[None]:
+    """The boundary at which operating system errors inside become `cannot`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot(verb, path, error) from error
 
 
 def to_stderr(line: str) -> None:

@@ -1,10 +1,10 @@
-"""How much of this machine a step uses: the time that its operations and bytes would take at best, by phase.
+"""A roofline of the step: the least time that its operations and bytes could take on this machine, by phase.
 
-What is counted is what runs: every product (convolution, linear layer, their gradients) with its operations, and with
-the bytes of its operands and results, each moved once; every fused optimiser with its state. All else, such as
-BatchNorm, activations and losses, could be done on the way, so that these are the fewest bytes. A product takes no less
-than its operations at the rate of a large matrix product and its bytes at the rate of a copy, whichever is more; both
-rates are measured in the same run.
+The operations that run are counted: for every matrix product (convolution, linear layer, their gradients) its FLOPs,
+and the bytes of its operands and results, each moved once; for every fused optimiser its state. Everything else, such
+as BatchNorm, activations and losses, could be fused, so this is a lower bound on the bytes. A product takes at least
+its FLOPs at the rate of a large matrix product, or its bytes at the rate of a large copy if that is longer; both rates
+are measured in the same run.
 """
 
 import contextlib
@@ -26,26 +26,26 @@ from zskt.runtime import arithmetic, seeded, synchronise
 
 PHASES = {
     "generator_step": "generator update",
-    "draw": "draw images",
-    "ask": "ask the teacher",
+    "draw": "generate images",
+    "ask": "teacher forward",
     "student_step": "student updates",
 }
-"""Methods of the step, in order, and what they do; a generator update runs all networks forwards and backwards."""
+"""Methods of the step, in order, and their names; the generator update runs all three networks forward and backward."""
 
 MATRIX = {"cpu": 3072, "cuda": 8192}
-"""Side of the matrices whose product gives the peak rate."""
+"""Side of the square matrices whose product gives the peak rate."""
 COPIED = 2**28
-"""Bytes that are copied, more than most caches hold."""
+"""Bytes copied to measure the bandwidth, more than most caches hold."""
 
 
 @dataclass
 class Work:
-    """What one phase does in one step."""
+    """The work of one phase in one step."""
 
     operations: float = 0.0
     bytes: float = 0.0
     products: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
-    """(operations, bytes) of a product -> how many of them"""
+    """(operations, bytes) of a product -> count"""
 
     def at_best(self, rate: float, bandwidth: float) -> float:
         """Seconds at `rate` operations and `bandwidth` bytes per second, product by product."""
@@ -53,7 +53,7 @@ class Work:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts products and fused optimisers while it is on, under the phase that it is told."""
+    """Counts products and fused optimisers while it is active, under the current `phase`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operations = 0 if optimiser else flop_registry[packet](*args, **(kwargs or {}), out_val=result)
             tensors = [leaf for leaf in tree_leaves((args, kwargs or {}, result)) if isinstance(leaf, Tensor)]
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            if optimiser:  # gradients are read; parameters and moments are read and written
+            if optimiser:  # gradients are read, parameters and moments read and written
                 size = 2 * size - sum(gradient.numel() * gradient.element_size() for gradient in args[1])
             work = self.phases[self.phase]
             work.operations += operations
@@ -79,7 +79,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def watching(matching: BeliefMatching, around: Callable[[str, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Every phase of the step is called as around(its name, the call) for a while."""
+    """Replace each call of a phase by around(its name, the call)."""
 
     def wrapped(name: str) -> Callable[..., Any]:
         inner = getattr(matching, name)
@@ -95,7 +95,7 @@ def watching(matching: BeliefMatching, around: Callable[[str, Callable[[], Any]]
 
 
 def count(matching: BeliefMatching) -> dict[str, Work]:
-    """The products of one step, by phase."""
+    """The work of one step, by phase."""
     counter = Counter()
 
     def around(name: str, call: Callable[[], Any]) -> Any:
@@ -111,7 +111,7 @@ def count(matching: BeliefMatching) -> dict[str, Work]:
 
 
 def clock(matching: BeliefMatching, device: torch.device, steps: int) -> dict[str, float]:
-    """Seconds of each phase in a step, and of all under "step": medians over `steps`."""
+    """Seconds of each phase, and of the whole under "step": medians over `steps`."""
     taken: dict[str, list[float]] = {name: [] for name in (*PHASES, "step")}
 
     def around(name: str, call: Callable[[], Any]) -> Any:
@@ -131,7 +131,7 @@ def clock(matching: BeliefMatching, device: torch.device, steps: int) -> dict[st
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Operations per second of a large matrix product, bytes per second (read and written) of a large copy."""
+    """FLOP/s of a large matrix product, and bytes per second (read and written) of a large copy."""
     side = MATRIX[device.type]
     with seeded(0, device):
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -153,9 +153,9 @@ def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def explain(matching: BeliefMatching, device: torch.device, dtype: torch.dtype, *, steps: int = 5) -> dict[str, Any]:
-    """Operations, fewest bytes, seconds at best and measured, and the fraction of the attainable, by phase.
+    """By phase: operations, least bytes, least seconds, measured seconds, and the ratio of the last two.
 
-    The matching takes `steps` + 2 further steps. Phases that a recipe does not have are left out; `step` is all of it.
+    The matching takes `steps` + 2 steps. Phases that a recipe lacks are omitted; `step` is the whole.
     """
     matching.step()
     works = count(matching)

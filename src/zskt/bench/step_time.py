@@ -1,8 +1,8 @@
-"""How long a step takes on this machine: the engine beside the released loop, fairly.
+"""The time of a step on this machine: the engine against the released loop.
 
-Both arms run interleaved, A B A B, in one process with the same threads and with denormals flushed, after a warm-up;
-the median of the pairs counts. Peak memory is taken in a short process of its own per arm. The reference's operations
-are counted and compared with a count by hand, so that it cannot be handicapped unnoticed.
+For a fair comparison the arms run interleaved, A B A B, in one process with the same threads and with denormals
+flushed, after a warm-up; speed-ups are medians over the pairs. Peak memory is measured per arm in a process of its own.
+The reference's operations are checked against an independent formula, so that a handicap would be noticed.
 """
 
 import json
@@ -42,7 +42,7 @@ ENGINE: tuple[Precision, ...] = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and a student to time, under the recipe and batch size that they are distilled with."""
+    """A teacher and a student to time, with their recipe and batch size."""
 
     teacher: str
     student: str
@@ -61,7 +61,7 @@ PAIRS = {
 
 
 def engine(pair: Pair, precision: Precision, device: torch.device) -> BeliefMatching:
-    """A fresh teacher, student and generator with random weights, and the engine's step for them."""
+    """The engine's step for a teacher, student and generator with random weights."""
     config = replace(_config(pair), {"machine.precision": precision})
     with seeded(0):
         teacher, student, _ = _networks(pair, device)
@@ -71,7 +71,7 @@ def engine(pair: Pair, precision: Precision, device: torch.device) -> BeliefMatc
 
 
 def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
-    """The function that does one step of an arm, from fresh networks with random weights."""
+    """A function that takes one step of an arm, for networks with random weights."""
     if arm != "reference":
         return engine(pair, arm, device).step
     with seeded(0):
@@ -79,7 +79,7 @@ def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
 
 
 def _config(pair: Pair) -> Config:
-    steps = 1_000_000  # of the schedule, far longer than any timing: the learning rate stays where it starts
+    steps = 1_000_000  # far longer than any timing, so that the learning rate stays constant
     return replace(load_recipe(pair.recipe), {"steps": steps, "batch_size": pair.batch_size})
 
 
@@ -129,11 +129,12 @@ def time_pair(
 
 
 def check_operations(pair: Pair) -> int:
-    """Operations per image of one reference step, counted as it runs; raises unless a count by hand gives the same.
+    """Operations per image of one reference step, counted as it runs; raises ZsktError unless a formula agrees.
 
-    With t, s and g the forward operations per image of teacher, student and generator: the search runs each forwards
-    and, twice as dear, backwards; then the teacher answers once and ten student updates run student and generator both
-    ways. That is 4 t + 33 s + 33 g, less the gradient of the latent, which nobody wants.
+    With t, s and g the forward operations per image of teacher, student and generator, a backward costs twice a
+    forward. The generator update runs all three forward and backward; then the teacher runs once, and ten student
+    updates run student and generator forward and backward. That is 4 t + 33 s + 33 g, less the gradients with respect
+    to the latent, which autograd does not compute.
     """
     small = Pair(pair.teacher, pair.student, pair.input_size, "zskt", 2)
     step = start(small, "reference", torch.device("cpu"))
@@ -144,14 +145,16 @@ def check_operations(pair: Pair) -> int:
     generator = Generator(100, size)
     t, s = (forward_flops(models.build(spec, 10, size), size) for spec in (pair.teacher, pair.student))
     g = forward_flops(generator, (100,))
-    by_hand = 4 * t + 33 * s + 33 * g - 11 * 2 * generator.linear.weight.numel()
-    if abs(counted - by_hand) > 0.001 * by_hand:
-        raise ZsktError(f"expected {by_hand:,} operations per image in a reference step, found {counted:,}; mend it")
+    expected = 4 * t + 33 * s + 33 * g - 11 * 2 * generator.linear.weight.numel()
+    if abs(counted - expected) > 0.001 * expected:
+        raise ZsktError(
+            f"expected {expected:,} operations per image in a reference step, found {counted:,}; fix bench/reference.py"
+        )
     return int(counted)
 
 
 def peak_memory(name: str, arm: Arm, device: str) -> float:
-    """MiB that two steps of an arm need beyond what stood before the first, in a process of its own."""
+    """MiB that two steps of an arm add to the memory before the first, in a process of its own."""
     code = f"from zskt.bench.step_time import print_peak_memory; print_peak_memory({name!r}, {arm!r}, {device!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
@@ -160,7 +163,7 @@ def peak_memory(name: str, arm: Arm, device: str) -> float:
 
 
 def print_peak_memory(name: str, arm: Arm, device_name: str) -> None:
-    """What `peak_memory` runs: resident high-water on a CPU, the allocator's maximum on CUDA."""
+    """The process of `peak_memory`: peak resident memory on a CPU, the allocator's maximum on CUDA."""
     device = pick_device(device_name)
     step = start(PAIRS[name], arm, device)
     before = _high_water(device)
@@ -174,14 +177,14 @@ def _high_water(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
-        raise ZsktError("peak memory is read from /proc, which this system does not have; measure on Linux")
-    # Not getrusage's maximum: a child starts with its parent's there.
+        raise ZsktError("expected /proc/self/status to read peak memory, found no such file; measure on Linux")
+    # Not getrusage, whose maximum a child inherits from its parent.
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def describe(name: str) -> str:
-    """A pair in words."""
+    """A pair in words, for tables."""
     pair = PAIRS[name]
     size = " x ".join(map(str, pair.input_size))
     return f"{pair.teacher} -> {pair.student}, {size}, recipe {pair.recipe}, batch {pair.batch_size}"
@@ -194,10 +197,10 @@ def run(
     rounds: int = 5,
     report: Callable[[int, int, str], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Time one pair and measure its memory; the keys are those that `zskt bench` prints.
+    """Time one pair and measure its memory; returns what `zskt bench` prints.
 
-    `report` is called after every step with (done, of how many, arm). Speed-ups are medians over the interleaved pairs
-    of timings; their ranges are given beside them.
+    `report` is called after every step with (steps done, total, arm). Speed-ups are medians over the interleaved pairs
+    of timings, with their ranges.
     """
     device = _checked(name, device_name, rounds)
     operations = check_operations(PAIRS[name])
@@ -214,11 +217,11 @@ def run(
 def explain_pair(
     name: str = "wrn", device_name: str = "auto", *, steps: int = 5, report: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """For each precision, how much of the machine every phase of a step uses: what `roofline.explain` returns."""
+    """The result of `roofline.explain` for each precision."""
     device = _checked(name, device_name, steps)
     result: dict[str, Any] = {"pair": name, "device": str(device)}
     for precision in ENGINE:
-        report(f"{precision}: counting, then timing the machine and {steps} steps")
+        report(f"{precision}: counting operations, then timing the machine and {steps} steps")
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         result[precision] = explain(engine(PAIRS[name], precision, device), device, dtype, steps=steps)
     return result

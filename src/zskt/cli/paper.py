@@ -25,7 +25,7 @@ from zskt.cli.teachers import (
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.evaluate.transitions import Comparison, Start, Stepped, average_curves, check_networks, compare
 from zskt.files import fresh_folder, replacing, write_json, write_text
-from zskt.paper.jobs import Part, check_settings, in_order, make_parts, time_parts
+from zskt.paper.jobs import Job, check_settings, in_order, run_jobs, time_jobs
 from zskt.paper.reproduce import NAMES, Request, reproduction
 from zskt.paper.tables import markdown_table, write_result
 from zskt.paper.toy import POINT_STEPS, ROUNDS, STUDENT_STEPS, reproduce_toy, seconds_per_round, toy_table
@@ -184,10 +184,10 @@ def run_reproduce(
         updates: of a network trained on images; by default the published number.
         images: followed in transition curves; by default 1,000.
         learning_rate: of training on images; by default 0.1, or 0.01 for LeNets, which diverge at 0.1.
-        out: folder of the results and of all parts; by default runs/NAME. Several tables can share one.
+        out: folder for the results and for all jobs; by default runs/NAME. Several tables can share one.
         yes: start even if it takes more than ten minutes.
         stop_after: leave early, after a time (90s, 9m, 2h), to go on with --resume.
-        resume: use the parts that --out already holds, and go on where they stopped.
+        resume: reuse the finished jobs in --out and continue the interrupted ones.
         device: auto, cpu, cuda or cuda:N.
         precision: bf16 is faster on hardware that has it.
     """
@@ -210,7 +210,7 @@ def run_reproduce(
         return reproduce_the_toy(seeds, out or fresh_folder(Path("runs"), "toy"), scale, yes)
     folder = out or Path("runs") / name
     if (folder / "parts").exists() and not resume:
-        raise ZsktError(f"{folder} already holds parts of a table; use them with --resume or choose another --out")
+        raise ZsktError(f"{folder} already holds jobs of a table; give --resume to reuse them, or choose another --out")
     if not data:
         raise UsageError(f"{name} needs --data: labelled images to train teachers on and to measure with")
     network = None if teacher is None else open_network(teacher, foreign).teacher
@@ -238,14 +238,14 @@ def run_reproduce(
         precision,
     )
     made = reproduction(request)
-    parts = in_order(made.parts)
-    check_settings(parts, folder)
+    jobs = in_order(made.jobs)
+    check_settings(jobs, folder)
     seconds, _ = parse_budget(stop_after)
     if stop_after is not None and math.isinf(seconds):
         raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
-    estimate = state_cost(parts, folder, seconds)
+    estimate = state_cost(jobs, folder, seconds)
     refuse_long_work(name, min(estimate, seconds), yes)
-    failed = make_parts(parts, folder, seconds - (time.monotonic() - begun), part_bar)
+    failed = run_jobs(jobs, folder, seconds - (time.monotonic() - begun), job_bar)
     facts = circumstances() | {
         "data": train.name,
         "seeds": list(seeds),
@@ -259,13 +259,13 @@ def run_reproduce(
         f"look at {folder / name}.md" + ("" if result["finished"] else "; not all of it was run: go on with --resume")
     )
     if failed:
-        part, why = next(iter(failed.items()))
-        raise ZsktError(f"{len(failed)} of {len(parts)} parts failed, {part} first: {why}")
+        job, why = next(iter(failed.items()))
+        raise ZsktError(f"{len(failed)} of {len(jobs)} jobs failed, {job} first: {why}")
     return result | {"out": str(folder)}
 
 
 def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: bool) -> Result:
-    """The experiment in the plane: no data, no parts, two minutes per seed."""
+    """The experiment in the plane: no data, no jobs, two minutes per seed."""
     if (folder / "toy.json").exists():
         raise ZsktError(f"{folder} already holds the toy experiment; choose another --out")
     rounds = max(1, round(ROUNDS * scale))
@@ -293,25 +293,25 @@ def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
         notice(f"this takes about {duration(seconds)}")
 
 
-def part_bar(name: str, unit: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
-    """A line for the part's name, which is long, and a bar below it."""
+def job_bar(name: str, unit: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """The job's name, which is long, on a line above its progress bar."""
     notice(name)
     return bar("  making", unit)
 
 
-def state_cost(parts: Sequence[Part], folder: Path, budget: float) -> float:
+def state_cost(jobs: Sequence[Job], folder: Path, budget: float) -> float:
     """Show what is still to be done and how long it takes here; returns the seconds."""
-    missing = [part for part in parts if part.measured(folder) is None]
+    missing = [job for job in jobs if job.measured(folder) is None]
     if not missing:
         return 0.0
     measuring = min(20.0, budget / 10)  # or a short --stop-after would be spent on it
     notice(f"measuring how fast this machine is, about {measuring:.0f} seconds")
-    seconds = time_parts(missing, folder, measuring)
-    table = Table("work", "parts", "amount", "takes about")
+    seconds = time_jobs(missing, folder, measuring)
+    table = Table("work", "jobs", "amount", "takes about")
     total = 0.0
-    for pace in dict.fromkeys(part.pace for part in missing if part.units):
-        those = [part for part in missing if part.pace == pace]
-        units = sum(part.units for part in those)
+    for pace in dict.fromkeys(job.pace for job in missing if job.units):
+        those = [job for job in missing if job.pace == pace]
+        units = sum(job.units for job in those)
         total += units * seconds[pace]
         table.add_row(pace, str(len(those)), f"{units:,} {those[0].unit}", duration(units * seconds[pace]))
     table.add_row("in all, without the measuring between", str(len(missing)), "", duration(total))

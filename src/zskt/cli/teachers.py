@@ -196,7 +196,8 @@ def run_teach(
         unit_mean, unit_std = normalisation(train)
         notice(f"normalisation: mean {list(unit_mean)}, std {list(unit_std)}")
     known = KNOWN.get(train.name)
-    chosen = {"random_crop": min(size[1:]) // 8, "horizontal_flip": known is not None and known.mirrored} | typed(given)
+    flips = known is not None and known.horizontal_flip
+    chosen = {"random_crop": min(size[1:]) // 8, "horizontal_flip": flips} | typed(given)
     updates = updates_in(epochs, len(train.images), chosen.get("batch_size", Training.batch_size))
     training = Training(updates=updates, **chosen)
     with seeded(training.seed):
@@ -259,8 +260,8 @@ def run_import(
         notice(f"accuracy {measured['accuracy']:.4f}")
     else:
         notice(NOT_VERIFIED)
-    save_teacher(out, teacher, **report.facts, measured=measured)
-    return {"teacher": str(out), "renamed": report.facts["renamed"], "verified": bool(data), **measured}
+    save_teacher(out, teacher, **report.metadata, measured=measured)
+    return {"teacher": str(out), "renamed": report.metadata["renamed"], "verified": bool(data), **measured}
 
 
 def run_inspect(

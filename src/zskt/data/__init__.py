@@ -1,1 +1,1 @@
-"""Real images: readers of files, archives and arrays. Nothing in a distillation imports this package."""
+"""Real images: readers for files, archives and arrays. `import zskt` and a distillation never import this package."""

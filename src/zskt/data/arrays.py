@@ -1,4 +1,4 @@
-"""Image sets that come as arrays: MNIST's IDX files, CIFAR's batches, SVHN's .mat. No pickle can run code."""
+"""Image sets in array files: MNIST's IDX, CIFAR's batches, SVHN's .mat. No pickle can run code."""
 
 import io
 import math
@@ -19,44 +19,45 @@ _ARRAY = re.compile(
     r"(?P<idx>(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?)"
     r"|(?P<cifar>(data_batch_[1-5]|test_batch|train|test)(\.bin)?)|(?P<svhn>(train|test)_32x32\.mat)"
 )
-_MNIST = ("5041921314", "7210414959")  # first labels of train and test, because this set
-_FASHION_MNIST = ("9003027255", "9211614657")  # and this one share format, size and file names
+# The first labels of train and test tell these two apart: they share format, size and file names.
+_MNIST = ("5041921314", "7210414959")
+_FASHION_MNIST = ("9003027255", "9211614657")
 Arrays = tuple[Pixels, NDArray[Any], str]  # images (N, C, H, W), labels (N,), name
 
 
 def find_arrays(members: list[Member]) -> tuple[str, dict[str, Member]]:
-    """The array format that is there, and its files by name without .gz."""
+    """The array format found, or "", and its files by name without .gz."""
     formats: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, _, name = member.name.rpartition("/")
         if match := _ARRAY.fullmatch(name):
-            parts = formats.setdefault(str(match.lastgroup), {})
-            first = parts.setdefault(name.removesuffix(".gz").replace(".idx", "-idx"), member)
+            files = formats.setdefault(str(match.lastgroup), {})
+            first = files.setdefault(name.removesuffix(".gz").replace(".idx", "-idx"), member)
             if (first.source, first.name.rpartition("/")[0]) != (member.source, folder):
-                raise ZsktError(f"expected one data set, found {first} and {member}; name one of them")
+                raise ZsktError(f"expected one data set, found {first} and {member}; give only one of them")
     if len(formats) > 1:
-        raise ZsktError(f"expected one data set, found files of {' and '.join(formats)}; name one of them")
+        raise ZsktError(f"expected one data set, found files of {' and '.join(formats)}; give only one of them")
     return formats.popitem() if formats else ("", {})
 
 
-def _take(parts: dict[str, Member], names: list[str]) -> list[Member]:
-    if missing := [name for name in names if name not in parts]:
-        raise ZsktError(f"expected {', '.join(names)}, found only {', '.join(parts)}; add {', '.join(missing)}")
-    return [parts[name] for name in names]
+def _take(files: dict[str, Member], names: list[str]) -> list[Member]:
+    if missing := [name for name in names if name not in files]:
+        raise ZsktError(f"expected {', '.join(names)}, found only {', '.join(files)}; add {', '.join(missing)}")
+    return [files[name] for name in names]
 
 
-def _read_idx(parts: dict[str, Member], split: Split) -> Arrays:
-    """Two zero bytes, 8 for uint8, the number of dimensions, each of them as big-endian uint32, then the values."""
+def _read_idx(files: dict[str, Member], split: Split) -> Arrays:
+    """Two zero bytes, 8 (uint8), the number of dimensions, the size of each as big-endian uint32, the values."""
     prefix = "train" if split == "train" else "t10k"
     arrays: list[Pixels] = []
-    for member in _take(parts, [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]):
+    for member in _take(files, [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]):
         data, dimensions = member.read(), 1 if arrays else 3
         start = 4 + 4 * dimensions
         shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), ">u4").tolist()
         if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != start + math.prod(shape):
-            found = f"first bytes {data[:4].hex()}, shape {shape}, {len(data):,} bytes in all"
+            found = f"first bytes {data[:4].hex()}, shape {shape}, {len(data):,} bytes in total"
             raise ZsktError(
-                f"{member}: expected a whole IDX file of {dimensions} dimensions, found {found}; fetch it again"
+                f"{member}: expected a complete IDX file of {dimensions} dimensions, found {found}; fetch it again"
             )
         arrays.append(np.frombuffer(data, np.uint8, offset=start).reshape(shape))
     images, labels = arrays  # (N, H, W), (N,)
@@ -65,15 +66,15 @@ def _read_idx(parts: dict[str, Member], split: Split) -> Arrays:
     return images[:, None], labels, name
 
 
-def _read_cifar(parts: dict[str, Member], split: Split) -> Arrays:
-    """The authors' python batches (pickled dictionaries) or binary ones (records of label bytes and 3072 pixels)."""
-    if len({("batch" in name, name.endswith(".bin")) for name in parts}) > 1:
-        raise ZsktError(f"expected one version of one CIFAR set, found {', '.join(parts)}; name one of them")
-    ten, binary = "batch" in next(iter(parts)), next(iter(parts)).endswith(".bin")
+def _read_cifar(files: dict[str, Member], split: Split) -> Arrays:
+    """The authors' Python version (pickled dictionaries) or binary version (records: label bytes, 3072 pixels)."""
+    if len({("batch" in name, name.endswith(".bin")) for name in files}) > 1:
+        raise ZsktError(f"expected one version of one CIFAR set, found {', '.join(files)}; give only one of them")
+    ten, binary = "batch" in next(iter(files)), next(iter(files)).endswith(".bin")
     batches = [f"data_batch_{number}" for number in range(1, 6)] if split == "train" else ["test_batch"]
-    label = 0 if ten else 1  # which label byte of a record; CIFAR-100 has the coarse one first
+    label = 0 if ten else 1  # index of the label byte; CIFAR-100's coarse label comes first
     images, labels = [], []
-    for member in _take(parts, [name + ".bin" * binary for name in (batches if ten else [split])]):
+    for member in _take(files, [name + ".bin" * binary for name in (batches if ten else [split])]):
         data = member.read()
         try:
             if binary:
@@ -84,22 +85,20 @@ def _read_cifar(parts: dict[str, Member], split: Split) -> Arrays:
                 batch = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
             images.append(batch[b"data"].reshape(-1, 3, 32, 32))
             labels.append(np.array(batch[b"labels" if ten or binary else b"fine_labels"], np.int64))
-        except Exception as error:  # a pickle can raise nearly anything
-            raise ZsktError(
-                f"{member} is not a whole CIFAR batch ({first_line(error)}); do not use it, fetch it again"
-            ) from error
+        except Exception as error:  # a pickle can raise anything
+            raise ZsktError(f"{member} is not a complete CIFAR batch ({first_line(error)}); fetch it again") from error
     return np.concatenate(images), np.concatenate(labels), "cifar10" if ten else "cifar100"
 
 
 def _check_memo(data: bytes) -> None:
-    """Refuse places in a pickle's memory that it cannot fill: room is made for all below."""
+    """Refuse a memo index beyond the file's length: the unpickler would allocate all the slots below it."""
     for code, argument, _ in pickletools.genops(data):
         if "PUT" in code.name and int(argument or 0) > len(data):
-            raise pickle.UnpicklingError(f"it wants {argument:,} places")
+            raise pickle.UnpicklingError(f"it asks for {argument:,} memo slots")
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Reads containers, numbers, strings and uint8 arrays; all that a pickle can call are the functions here."""
+    """Reads containers, numbers, strings and uint8 arrays; a pickle can call only the functions below."""
 
     def find_class(self, module: str, name: str) -> Any:
         match module.replace("._core", ".core"), name:  # NumPy 2 added the underscore
@@ -108,27 +107,29 @@ class _CifarUnpickler(pickle.Unpickler):
             case "numpy", "ndarray":
                 return "ndarray"  # only ever an argument of _reconstruct
             case "numpy", "dtype":
-                return lambda *_: np.dtype(np.uint8)  # NumPy's own instance, which ignores a pickled state
+                return lambda *_: np.dtype(np.uint8)  # a built-in instance, which ignores pickled state
             case "_codecs", "encode":
                 return lambda text, _: text.encode("latin1")
-        raise pickle.UnpicklingError(f"it calls for {module}.{name}")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _read_svhn(parts: dict[str, Member], split: Split) -> Arrays:
+def _read_svhn(files: dict[str, Member], split: Split) -> Arrays:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ZsktError('SVHN needs SciPy, which is missing: pip install "zskt[data]"') from error
-    (member,) = _take(parts, [f"{split}_32x32.mat"])
+        raise ZsktError('SVHN needs SciPy, which is not installed: pip install "zskt[data]"') from error
+    (member,) = _take(files, [f"{split}_32x32.mat"])
     data = io.BytesIO(member.read())
     try:
         content = loadmat(data, variable_names=["X", "y"])
         images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1)  # (N, 3, 32, 32), (N,)
-    except Exception as error:  # SciPy raises many kinds
-        raise ZsktError(f"{member} is not SVHN's cropped format ({first_line(error)}); fetch it again") from error
+    except Exception as error:  # SciPy raises many types
+        raise ZsktError(
+            f"{member} is not an SVHN file of cropped digits ({first_line(error)}); fetch it again"
+        ) from error
     return images, np.where(labels == 10, 0, labels), "svhn"
 
 
-def read_arrays(layout: str, parts: dict[str, Member], split: Split) -> Arrays:
+def read_arrays(layout: str, files: dict[str, Member], split: Split) -> Arrays:
     """One split of what `find_arrays` found."""
-    return {"idx": _read_idx, "cifar": _read_cifar, "svhn": _read_svhn}[layout](parts, split)
+    return {"idx": _read_idx, "cifar": _read_cifar, "svhn": _read_svhn}[layout](files, split)

@@ -1,7 +1,7 @@
-"""Real images, for training a teacher and for measuring; nothing else in the package needs them.
+"""Labelled images, for training a teacher and for measuring.
 
 sources -> members (files in folders, zips, tars) -> images as split/class/file | IDX | CIFAR | SVHN -> Dataset
-Names say which part of a set a file is, its content is checked. Nothing is unpacked to disk, no pickle can run code.
+File names determine split and class; the content is checked. Nothing is unpacked to disk, no pickle can run code.
 N images, C channels, H x W pixels, K classes.
 """
 
@@ -34,7 +34,7 @@ from zskt.errors import UsageError, ZsktError, first_line, to_stderr, unknown
 from zskt.files import expanded, replacing, write_json
 from zskt.networks.models import Size
 
-Progress = Callable[[int, int], None]  # (images done, images in all)
+Progress = Callable[[int, int], None]  # (images done, total)
 
 _DIGITS = tuple("0123456789")
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -55,57 +55,57 @@ class Dataset:
 
     images: Tensor  # (N, C, H, W) uint8; may be memory-mapped
     labels: Tensor  # (N,) int64 in [0, K)
-    class_names: tuple[str, ...]  # K of them
-    name: str  # a key of KNOWN where recognised, else "images"
+    class_names: tuple[str, ...]  # K
+    name: str  # a key of KNOWN if recognised, else "images"
 
 
 @dataclass(frozen=True)
 class KnownSet:
-    """What is fixed for a well-known image set."""
+    """Constants of a well-known image set."""
 
     size: Size
     class_names: tuple[str, ...]  # K, in label order
-    mean: tuple[float, ...]  # C, of pixels on [0, 1]
-    std: tuple[float, ...]  # C
-    mirrored: bool  # whether a horizontally flipped image still belongs to its class
-    files: str  # what a user should point at
+    mean: tuple[float, ...]  # C, per channel, of pixels in [0, 1]
+    std: tuple[float, ...]  # C, same scale as mean
+    horizontal_flip: bool  # whether a flipped image keeps its class
+    files: str  # what to pass as --data
 
 
 _IDX_FILES = "the path of a folder with {train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz"
-_CIFAR_FILES = "paths: the authors' python or binary .tar.gz or its folder, or zips or folders of split/class/file"
+_CIFAR_FILES = "a path: the authors' Python or binary .tar.gz or its folder, or zips or folders of split/class/file"
 _SVHN_FILES = "the path of a folder with {train,test}_32x32.mat"
 KNOWN: dict[str, KnownSet] = {
-    # over all 1,797 images of scikit-learn, scaled as in `digits`: computed here
+    # over all 1,797 images, scaled as in `digits`; test_data.py recomputes them
     "digits": KnownSet((1, 8, 8), _DIGITS, (0.3053,), (0.3759,), False, "digits alone"),
-    # over the 60,000 training images; PyTorch's MNIST example has the same
+    # over the 60,000 training images, as in PyTorch's MNIST example
     "mnist": KnownSet((1, 28, 28), _DIGITS, (0.1307,), (0.3081,), False, _IDX_FILES),
     # over the 60,000 training images, as commonly quoted
     "fashion-mnist": KnownSet((1, 28, 28), _FASHION, (0.2860,), (0.3530,), True, _IDX_FILES),
-    # The ZSKT authors' version. Its std averages the images' own stds; the one over all pixels, .2470 .2435 .2616,
-    # circulates as well. A network trained with one is wrong with the other, so normalisation travels with weights.
+    # The ZSKT authors' values. Their std is the mean of the per-image stds; .2470 .2435 .2616, over all pixels, is also
+    # in use. A network trained with one is wrong with the other, so a teacher's folder stores its own.
     "cifar10": KnownSet((3, 32, 32), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), True, _CIFAR_FILES),
     # over the 50,000 training images, as commonly quoted
     "cifar100": KnownSet(
         (3, 32, 32), tuple(_CIFAR100.split()), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), True, _CIFAR_FILES
     ),
-    # the ZSKT authors' version
+    # the ZSKT authors' values
     "svhn": KnownSet((3, 32, 32), _DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), False, _SVHN_FILES),
 }
 
 # Image files: decoding, resizing, the cache
 
-_IMAGE = re.compile(  # [top/]split/class/file; the shortest reading counts, because CIFAR-100 has a class called train
+_IMAGE = re.compile(  # [top/]split/class/file; non-greedy, because CIFAR-100 has a class called train
     rf"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/{IMAGE_NAME.pattern}", re.IGNORECASE | re.DOTALL
 )
-_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS: Pillow would start Ghostscript on it
+_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts Ghostscript
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}  # 8-bit modes
-_GROUP, _GROUP_BYTES = 256, 2**27  # images in memory at once while decoding, and bytes of their files
+_GROUP, _GROUP_BYTES = 256, 2**27  # most images decoded at once, and most bytes of their files
 
 
 def _read_images(
     members: list[Member], split: Split, size: Size | None, progress: Progress | None, notice: Notice
 ) -> Dataset:
-    """The image files of one split, decoded now or earlier."""
+    """The image files of one split, decoded or from the cache."""
     splits: dict[str, dict[str, list[Member]]] = {}  # split -> class -> images
     for member in members:
         if match := _IMAGE.fullmatch(member.name):
@@ -115,11 +115,11 @@ def _read_images(
     if not part:
         raise ZsktError(f"expected images of split {split}, found only {', '.join(splits)}; add the source that has it")
     if part != split:
-        notice(f"there is no split {split}, {part} takes its place")
+        notice(f"no split {split} found, using {part}")
     classes = splits[part]
     class_names = tuple(sorted(splits.get("train", classes)))
     if strange := sorted(set(classes) - set(class_names)):
-        raise ZsktError(f"{part} has class {strange[0]!r}, which train has not; correct the class folders")
+        raise ZsktError(f"{part} has a class {strange[0]!r} that train lacks; correct the class folders")
     files = [member for name in class_names for member in classes.get(name, [])]
     labels = [label for label, name in enumerate(class_names) for _ in classes.get(name, [])]
 
@@ -128,29 +128,29 @@ def _read_images(
     for member in files:
         digest = hashlib.sha256(json.dumps(member.name).encode() + member.read()).digest()
         if (other := seen.setdefault(digest, member)) is not member:
-            raise ZsktError(f"{member} is the same image as {other}; name each source once")
+            raise ZsktError(f"{member} is the same image as {other}; give each source once")
         key.update(digest)
     root = os.environ.get("ZSKT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "zskt")
     decode = partial(_decode, files=files, size=size, progress=progress)
-    images = _kept(Path(root, f"{key.hexdigest()}.npy"), decode, notice)
+    images = _cached(Path(root, f"{key.hexdigest()}.npy"), decode, notice)
     name = next((name for name in ("cifar10", "cifar100") if KNOWN[name].class_names == class_names), "images")
     return Dataset(torch.from_numpy(images), torch.tensor(labels), class_names, name)
 
 
-def _kept(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
-    """The array that `decode` writes: mapped from `path` where it is there and undamaged, else made and kept there."""
+def _cached(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
+    """The array that `decode` writes: memory-mapped from the cache at `path`, which is filled if missing or damaged."""
     about = path.with_suffix(".json")
     try:
-        kept = json.loads(about.read_text())
-        lines, whole = list(kept["notices"]), kept["sha256"] == _file_digest(path)
+        stored = json.loads(about.read_text())
+        lines, valid = list(stored["notices"]), stored["sha256"] == _file_digest(path)
     except (OSError, ValueError, LookupError, TypeError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
-            notice(f"decoded images are not kept: {path.parent} is not writable ({error.strerror}); set ZSKT_CACHE")
+            notice(f"decoded images are not cached: {path.parent} is not writable ({error.strerror}); set ZSKT_CACHE")
             return _in_memory(decode, notice)
         try:
             with replacing(path) as file:
@@ -158,7 +158,7 @@ def _kept(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) 
         except ZsktError as error:
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.ENOSPC:
                 raise
-            notice(f"decoded images are not kept: no space left for {path.parent}; set ZSKT_CACHE")
+            notice(f"decoded images are not cached: no space left for {path.parent}; set ZSKT_CACHE")
             return _in_memory(decode, notice)
         write_json(about, {"sha256": _file_digest(path), "notices": lines})
     for line in lines:
@@ -182,7 +182,7 @@ def _in_memory(decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixe
 
 
 def _resized(data: Dataset, size: Size | None, progress: Progress | None, notice: Notice) -> Dataset:
-    """The same images at `size`, by way of in-memory PGM or PPM files: a short header, then the pixels as they are."""
+    """The images at `size`; they pass through the decoder as in-memory PGM or PPM files, a header and raw pixels."""
     channels, height, width = data.images.shape[1:]
     if size in (None, (channels, height, width)):
         return data
@@ -195,14 +195,14 @@ def _resized(data: Dataset, size: Size | None, progress: Progress | None, notice
 
 
 def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: Progress | None) -> list[str]:
-    """Write the images as one .npy array (N, C, H, W) uint8; the result is what to tell the user about changes."""
+    """Write the images as one .npy array (N, C, H, W) uint8; returns notices about what was changed."""
     changes: Counter[str] = Counter()
     shape: tuple[int, ...] = ()
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         done = 0
         for group in _groups(files):
-            contents = [member.read() for member in group]  # an archive is read by one thread
+            contents = [member.read() for member in group]  # in one thread, as archives are not thread-safe
             fitted = pool.map(partial(_fit, size=size), group, contents)
             for member, (pixels, changed) in zip(group, fitted, strict=True):
                 if not shape:
@@ -211,7 +211,7 @@ def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: P
                     np.lib.format.write_array_header_1_0(file, header)
                 if pixels.shape != shape:
                     found = f"{shape} in {files[0]} and {pixels.shape} in {member}"
-                    raise ZsktError(f"expected images of one size (C, H, W), found {found}; give the size wanted")
+                    raise ZsktError(f"expected images of one size (C, H, W), found {found}; resize them to one size")
                 file.write(pixels.tobytes())
                 changes.update(changed)
             done += len(group)
@@ -221,7 +221,7 @@ def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: P
 
 
 def _groups(files: list[Member]) -> Iterator[list[Member]]:
-    """Files in order, so many at a time as may be in memory together."""
+    """The files in order, in groups that fit into memory."""
     group: list[Member] = []
     for member in files:
         if group and (len(group) == _GROUP or sum(each.size for each in [*group, member]) > _GROUP_BYTES):
@@ -232,33 +232,33 @@ def _groups(files: list[Member]) -> Iterator[list[Member]]:
 
 
 def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, list[str]]:
-    """One image as (C, H, W) uint8 of `size`, or as it is, and what was changed."""
+    """One image as (C, H, W) uint8, resized if `size` is given, and what was changed."""
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=_DECODERS)
         image.load()
     except UnidentifiedImageError:
         raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
-    except Exception as error:  # broken images and decompression bombs raise many kinds
-        raise ZsktError(f"{member} is not a whole image ({first_line(error)}); replace or remove it") from error
+    except Exception as error:  # damaged images and decompression bombs raise many types
+        raise ZsktError(f"{member} cannot be decoded ({first_line(error)}); replace or remove it") from error
     if image.mode not in _CHANNELS:
         raise ZsktError(f"{member}: expected 8 bits per channel, found mode {image.mode}; convert it")
     native = (_CHANNELS[image.mode], image.height, image.width)
     channels, height, width = size or native
     changes = []
     if image.has_transparency_data:
-        image = image.convert("RGBA")  # the step from a palette to RGB would warn
+        image = image.convert("RGBA")  # because Pillow warns about palette to RGB
         changes.append("lost their transparency")
     image = image.convert("L" if channels == 1 else "RGB")
     if native[0] != channels:
-        changes.append("converted from grey to colour" if channels == 3 else "converted from colour to grey")
+        changes.append("converted from greyscale to colour" if channels == 3 else "converted from colour to greyscale")
     if native[1:] != (height, width):
         scaled = (native[2] * height // native[1], height)  # (width, height): the height fits, the width is cropped
         if scaled[0] < width:
             scaled = (width, native[1] * width // native[2])
         if scaled[0] * scaled[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ZsktError(
-                f"{member}: {native[1]} x {native[2]} is too far from {height} x {width} to be resized and cropped; "
-                "crop it, or leave it out"
+                f"{member}: {native[1]} x {native[2]} is too elongated to be resized to {height} x {width}; "
+                "crop or remove it"
             )
         left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
         image = image.resize(scaled, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
@@ -267,7 +267,7 @@ def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, lis
     return (pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)), changes
 
 
-# The two ways in
+# Public functions
 
 
 def read(
@@ -281,10 +281,10 @@ def read(
     """One split of the data in `sources`: paths of folders, zips, tars and files, or ["digits"].
 
     With `size` = (C, H, W), images of another size are resized (shorter side, antialiased bilinear), centre-cropped and
-    converted between grey and colour, each said once through `notice`; without it all must have one native size.
-    `progress` is called from this thread now and then. Image files come sorted by class, then name: shuffle before
-    taking a few; other formats keep the order of their files. Decoded image files are kept in $ZSKT_CACHE, else
-    $XDG_CACHE_HOME/zskt, else ~/.cache/zskt, under a hash of their content; that folder may be deleted at any time.
+    converted between greyscale and colour, with one `notice` each; without it, all must have the same size.
+    `progress` is called from this thread. Image files are sorted by class, then name, so shuffle before taking a few;
+    other formats keep the order of their files. Decoded image files are cached in $ZSKT_CACHE, else
+    $XDG_CACHE_HOME/zskt, else ~/.cache/zskt, by a hash of their content; that folder may be deleted at any time.
 
     Raises UsageError for a name that is neither a path nor "digits", ZsktError for missing or broken data.
     """
@@ -301,11 +301,11 @@ def read(
     layout, arrays = ("images", {}) if images else find_arrays(members)
     used = images or list(arrays.values())
     if not used:
-        found = f"only {members[0]} and the like" if members else "nothing"
+        found = f"only files such as {members[0]}" if members else "nothing"
         wanted = "images as split/class/file (test/cat/1.png), or the files of MNIST, CIFAR or SVHN"
         raise ZsktError(f"expected {wanted} in {', '.join(sources) or 'a path'}, found {found}; correct the path")
     if idle := [path for path in paths if path not in {member.source for member in used}]:
-        raise ZsktError(f"expected all data of one kind, found none like {used[0]} in {idle[0]}; leave one out")
+        raise ZsktError(f"expected data of one format, found nothing like {used[0]} in {idle[0]}; give only one")
     if images:
         return _read_images(images, split, size, progress, notice)
     return _resized(_dataset(*read_arrays(layout, arrays, split)), size, progress, notice)
@@ -314,14 +314,14 @@ def read(
 def digits(split_seed: int = 0) -> tuple[Dataset, Dataset]:
     """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998, UCI): 1,257 to train, 540 to test.
 
-    Images (N, 1, 8, 8): counts 0..16 scaled to 0..255. The split is stratified by class and drawn with `split_seed`.
-    Raises ZsktError where scikit-learn is missing.
+    Images (N, 1, 8, 8): counts 0..16 scaled to 0..255. The split is random by `split_seed` and stratified by class.
+    Raises ZsktError if scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ZsktError('the digits need scikit-learn, which is missing: pip install "zskt[demo]"') from error
+        raise ZsktError('the digits need scikit-learn, which is not installed: pip install "zskt[demo]"') from error
     counts, labels = load_digits(return_X_y=True)  # (1797, 64) float in 0..16, (1797,)
     images = np.rint(counts * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     parts = train_test_split(images, labels, test_size=0.3, stratify=labels, random_state=split_seed)
@@ -330,23 +330,23 @@ def digits(split_seed: int = 0) -> tuple[Dataset, Dataset]:
 
 def _existing(source: str) -> Path:
     path = expanded(source)
-    if os.path.exists(path):  # pathlib's would raise where a folder above must not be read
+    if os.path.exists(path):  # Path.exists raises if a parent folder is not readable
         return path
     if source in KNOWN:
-        raise UsageError(f"nothing is downloaded: for {source} give {KNOWN[source].files}")
+        raise UsageError(f"{source}: nothing is downloaded, give {KNOWN[source].files}")
     if path.suffix or len(path.parts) > 1:
         raise ZsktError(f"expected data at {source}, found no such file or folder; check the path")
     raise unknown("data set", source, KNOWN)
 
 
 def _dataset(images: Pixels, labels: NDArray[Any], name: str) -> Dataset:
-    """Arrays (N, C, H, W) and (N,) as a data set, after a look at whether they can be one."""
+    """Arrays (N, C, H, W) and (N,) as a data set; raises ZsktError if they cannot be one."""
     highest = int(labels.max(initial=0))
     known = KNOWN.get(name)
     class_names = known.class_names if known else tuple(str(label) for label in range(highest + 1))
     if images.dtype != np.uint8 or images.ndim != 4 or (known and images.shape[1:] != known.size):
         raise ZsktError(
-            f"expected bytes of {name}, found shape {images.shape} of {images.dtype}; fetch the files again"
+            f"expected uint8 images of {name}, found shape {images.shape} of {images.dtype}; fetch the files again"
         )
     if not 0 < len(images) == len(labels) or labels.min() < 0 or highest >= len(class_names):
         found = f"{len(images)} images and {len(labels)} labels up to {highest}"

@@ -1,1 +1,1 @@
-"""How close two networks are, and signs that a run has gone wrong."""
+"""How close two networks are, and warnings that a run has gone wrong."""

@@ -1,7 +1,7 @@
-"""How close are two networks' beliefs? Measures on tensors of images, and warning lights that need no data at all.
+"""How close are two networks' beliefs? Measures on image tensors, and on pseudo images, which need no data.
 
-M images, K classes. Images are uint8 or in [0, 1]; a network's own normalisation is part of it (`Classifier`). How the
-beliefs change on the way to a decision boundary is in `transitions.py`.
+M images, K classes. Images are uint8 or in [0, 1]; a network includes its normalisation (`Classifier`). Beliefs near
+decision boundaries are in `transitions.py`.
 """
 
 import math
@@ -22,26 +22,25 @@ RESAMPLES = 1_000
 
 
 def check_images(network: Classifier, images: Tensor, labels: Tensor | None = None) -> None:
-    """Raise ZsktError unless a network can be measured on images (M, C, H, W) and labels (M,)."""
+    """Raise ZsktError unless images (M, C, H, W) and labels (M,) fit a network."""
     if tuple(images.shape[1:]) != network.input_size:
         expected, found = (" x ".join(map(str, s)) for s in (network.input_size, images.shape[1:]))
         raise ZsktError(f"expected images of {expected}, found {found}; resize them or give other data")
     if labels is None:
         return
     if len(labels) != len(images) or not len(labels):
-        raise ZsktError(
-            f"expected a label for each of at least one image, found {len(labels)} for {len(images)} images"
-        )
+        found = f"{len(images)} images and {len(labels)} labels"
+        raise ZsktError(f"expected at least one image and a label for each, found {found}; check the data")
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= network.num_classes:
         raise ZsktError(
-            f"expected labels of {network.num_classes} classes, found label {lowest if lowest < 0 else highest}; "
-            "give the data that it was trained for"
+            f"expected labels of {network.num_classes} classes, found label {lowest if lowest < 0 else highest}; give "
+            "data with the network's classes"
         )
 
 
 def predict(network: Classifier, images: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Logits (M, K) of images (M, C, H, W), on the CPU in float32 or better; the network's state is left alone."""
+    """Logits (M, K) of images (M, C, H, W), on the CPU, in float32 or float64; the network's state does not change."""
     check_images(network, images)
     memory_format = layout(network.module, network.input_size)
     batches = []
@@ -49,53 +48,58 @@ def predict(network: Classifier, images: Tensor, *, batch_size: int = 500) -> Te
         for batch in torch.split(images, batch_size):
             batches.append(network(network.normalise(batch).contiguous(memory_format=memory_format)).cpu())
     logits = torch.cat(batches)  # (M, K)
-    if not torch.isfinite(logits).all():
-        bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+    if bad := int((~torch.isfinite(logits)).any(dim=1).sum()):
         raise ZsktError(
-            f"the network answers {bad:,} of {len(images):,} images with NaN or infinity; check its weights"
+            f"the network's output contains NaN or infinity for {bad:,} of {len(images):,} images; check its weights"
         )
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Fraction of images whose most probable class is their label; logits (M, K), labels (M,)."""
+    """Fraction of images whose predicted class is their label; logits (M, K), labels (M,)."""
     return float((logits.argmax(dim=1) == labels).double().mean())
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
-    """Fraction of images on which two networks' most probable classes are the same; logits (M, K) each."""
+    """Fraction of images on which two networks predict the same class; logits (M, K) each."""
     return float((first.argmax(dim=1) == second.argmax(dim=1)).double().mean())
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error: mean |confidence - accuracy| over 15 equal bins of confidence, weighted by count.
+    """Expected calibration error: mean |confidence - accuracy| over 15 equal-width bins of confidence, by count.
 
     Logits (M, K), labels (M,). Source: Guo et al. 2017.
     """
     confidence, prediction = logits.double().softmax(dim=1).max(dim=1)  # (M,), (M,)
     right = (prediction == labels).double()  # (M,)
-    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1  # (M,), upper edges included
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1  # (M,), upper edge inclusive
     gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bins, confidence - right)  # (bins,)
     return float(gaps.abs().sum() / len(labels))
 
 
 def measure(network: Classifier, images: Tensor, labels: Tensor, teacher: Classifier | None = None) -> dict[str, float]:
-    """Accuracy and calibration of a network and, beside a teacher, agreement and KL both ways (nats).
+    """Accuracy and calibration error of a network and, given a teacher, agreement and KL both ways (nats).
 
     Images (M, C, H, W), labels (M,). Accuracies and agreement are fractions in [0, 1].
     """
     check_images(network, images, labels)
-    if teacher is not None and teacher.num_classes != network.num_classes:
-        raise ZsktError(
-            f"expected two networks of equal class count, found {network.num_classes} and {teacher.num_classes}; "
-            "compare networks for the same classes"
-        )
+    if teacher is not None:
+        check_class_counts(network, teacher)
     answers = None if teacher is None else predict(teacher, images)  # (M, K)
     return judge(predict(network, images), labels, answers)
 
 
+def check_class_counts(first: Classifier, second: Classifier) -> None:
+    """Raise ZsktError unless two networks have equally many classes."""
+    if first.num_classes != second.num_classes:
+        raise ZsktError(
+            f"expected two networks of equal class count, found {first.num_classes} and {second.num_classes}; compare "
+            "networks for the same classes"
+        )
+
+
 def judge(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> dict[str, float]:
-    """What `measure` returns, from logits (M, K), labels (M,) and the teacher's logits `answers` (M, K)."""
+    """The result of `measure`, from logits (M, K), labels (M,) and the teacher's logits `answers` (M, K)."""
     result = {"accuracy": accuracy(logits, labels), "calibration_error": calibration_error(logits, labels)}
     if answers is not None:
         result |= {
@@ -108,7 +112,7 @@ def judge(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> dict
 
 
 def per_image(logits: Tensor, answers: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """What `judge` averages over images, before the average: name -> (M,); logits (M, K) of student and teacher."""
+    """The per-image values that `judge` averages: name -> (M,); logits (M, K) of student and teacher."""
     student, teacher = F.log_softmax(logits.double(), dim=1), F.log_softmax(answers.double(), dim=1)  # (M, K) each
     values = {
         "agreement": logits.argmax(dim=1) == answers.argmax(dim=1),
@@ -135,12 +139,12 @@ def disagreements(
 ) -> dict[str, Any]:
     """Where student and teacher disagree: logits (M, K) each.
 
-    `disagreement_by_class` has, for each class that the teacher sees, the share of those images on which the student
-    says otherwise (None where the teacher never sees the class); `most_disagreements` the commonest pairs.
+    `disagreement_by_class` is, for each class, the share of the images predicted so by the teacher on which the student
+    disagrees (None if there are none); `most_disagreements` are the most frequent pairs.
     """
     classes = logits.shape[1]
     pairs = answers.argmax(dim=1) * classes + logits.argmax(dim=1)  # (M,)
-    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes)  # (K, K) by teacher's, student's class
+    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes)  # (K, K), teacher x student
     seen, same = counts.sum(dim=1).tolist(), counts.diagonal().tolist()
     names = class_names or [str(k) for k in range(classes)]
     off = counts.clone().fill_diagonal_(0).flatten()  # (K * K,)
@@ -152,26 +156,26 @@ def disagreements(
 
 
 def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, Any]:
-    """What both networks think of a pseudo batch; logits (N, K) each.
+    """Both networks' beliefs about a pseudo batch; logits (N, K) each.
 
-    `*_confidence` is the mean maximum probability; `class_counts` (K numbers) counts the teacher's classes,
-    `student_class_counts` the student's; `*class_spread` is the entropy of their distribution over log min(N, K): 1 is
-    even, 0 a single class.
+    `*_confidence` is the mean maximum probability; `class_counts` (K numbers) counts the teacher's predicted classes,
+    `student_class_counts` the student's; `*class_spread` is the normalised class entropy, that of these counts divided
+    by log min(N, K): 1 is uniform, 0 a single class.
     """
     found: dict[str, Any] = {"pseudo_agreement": agreement(teacher_logits, student_logits)}
     for who, prefix, logits in (("teacher", "", teacher_logits), ("student", "student_", student_logits)):
         probabilities = logits.float().softmax(dim=1)  # (N, K)
         counts = torch.bincount(probabilities.argmax(dim=1), minlength=probabilities.shape[1]).float()  # (K,)
         share = counts / counts.sum()
-        spread = float(-torch.xlogy(share, share).sum()) / math.log(min(probabilities.shape))
+        entropy = float(-torch.xlogy(share, share).sum()) / math.log(min(probabilities.shape))
         found[f"{who}_confidence"] = float(probabilities.amax(dim=1).mean())
-        found[f"{prefix}class_spread"] = max(0.0, spread)
+        found[f"{prefix}class_spread"] = max(0.0, entropy)  # not -0.0
         found[f"{prefix}class_counts"] = [int(count) for count in counts]
     return found
 
 
 def noise_classes(network: Classifier, count: int = 1_000, seed: int = 0) -> list[int]:
-    """How many of `count` images of uniform noise a network puts into each class (K numbers). ZSKT, figure 5."""
+    """How many of `count` images of uniform noise a network assigns to each class (K numbers). ZSKT, figure 5."""
     noise = torch.rand(count, *network.input_size, generator=torch.Generator().manual_seed(seed))
     counts = torch.bincount(predict(network, noise, batch_size=100).argmax(dim=1), minlength=network.num_classes)
     return [int(number) for number in counts]

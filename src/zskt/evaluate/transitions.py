@@ -1,7 +1,7 @@
 """Belief matching near decision boundaries: transition curves and their mean error. ZSKT, Algorithm 2 and eq. 2.
 
-M images, K classes. From an image on which two networks agree, one of them is followed, by plain gradient steps, into
-every other class; how far apart do the two believe themselves to be on the way?
+M images, K classes. From an image on which two networks agree, plain gradient steps on one network's loss lead to every
+other class; how far apart are the two networks' probabilities of that class along the path?
 """
 
 import contextlib
@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.measures import bootstrap, calibration_error, check_images, disagreements, per_image, predict
+from zskt.evaluate.measures import (
+    bootstrap,
+    calibration_error,
+    check_class_counts,
+    check_images,
+    disagreements,
+    per_image,
+    predict,
+)
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import at_least_float32, layout
@@ -22,17 +30,17 @@ from zskt.networks.observe import at_least_float32, layout
 Stepped = Literal["first", "second"]
 Start = Literal["prediction", "label"]
 Progress = Callable[[int, int], None]
-"""called with (paths followed, paths in all)"""
+"""called with (paths done, total)"""
 
 EXAMPLES = 8
-"""Images whose curves are kept whole, for figures."""
+"""Number of images whose individual curves are kept, for plots."""
 
 
 @dataclass(frozen=True)
 class Transitions:
-    """What two networks believe on the way from M images into all other classes, over S steps.
+    """Two networks' beliefs along the paths from M images to all other classes, over S steps.
 
-    Averages are over an image's K - 1 target classes; k = 0 is the untouched image.
+    Averages are over an image's K - 1 target classes; k = 0 is the original image.
     """
 
     first: Tensor
@@ -42,11 +50,11 @@ class Transitions:
     gaps: Tensor
     """(M, S) mean |first - second|"""
     starts: Tensor
-    """(M,) the class that each image starts from"""
+    """(M,) start class of each image"""
     examples: Tensor
-    """(2, E, K - 1, S) whole curves of the first E images, both networks; target t is class starts + 1 + t modulo K"""
+    """(2, E, K - 1, S) both networks' curves for the first E images; target t is class starts + 1 + t mod K"""
     images: Tensor
-    """(E, C, H, W) those images, as handed in"""
+    """(E, C, H, W) those images, as given"""
 
     @property
     def error(self) -> float:
@@ -67,15 +75,15 @@ def transition_curves(
     precision: Literal["fp32", "bf16"] = "fp32",
     progress: Progress = lambda done, total: None,
 ) -> Transitions:
-    """Follow images (M, C, H, W) from their classes `starts` (M,) into every other class.
+    """Follow images (M, C, H, W) from their classes `starts` (M,) to every other class.
 
     `steps` plain gradient steps of `step_size` on the stepped network's cross-entropy towards the target, in that
-    network's own normalised space; the other network sees the same image normalised its own way. `batch_size` paths,
-    of whatever images and classes, are followed together, which bounds the memory. Source: ZSKT, Algorithm 2.
+    network's normalised space; the other network sees the same image in its own normalisation. `batch_size` paths, of
+    any images and classes, are followed together, which bounds the memory. Source: ZSKT, Algorithm 2.
     """
     for name, value in (("steps", steps), ("step_size", step_size), ("batch_size", batch_size)):
         if not value > 0:
-            raise ZsktError(f"expected a positive {name}, found {value}; the paper has 100 steps of size 1")
+            raise ZsktError(f"expected a positive {name}, found {value}; the paper takes 100 steps of size 1")
     check_networks(first, second)
     check_images(first, images)
     walker, watcher = (first, second) if stepped == "first" else (second, first)
@@ -86,7 +94,7 @@ def transition_curves(
     paths = count * (classes - 1)
     sums = torch.zeros(3, count, steps, dtype=torch.float64)  # of first, second and |first - second|
     examples = torch.zeros(2, min(EXAMPLES, count), classes - 1, steps)
-    even = -(-paths // -(-paths // batch_size))  # as many batches, none of them nearly empty
+    even = -(-paths // -(-paths // batch_size))  # the same number of batches, of nearly equal size
     for chunk in torch.split(torch.arange(paths), even):
         image, turn = chunk // (classes - 1), chunk % (classes - 1)  # (B,) each
         target = ((starts[image] + 1 + turn) % classes).to(device)  # (B,)
@@ -102,14 +110,14 @@ def transition_curves(
             curves[1, :, k] = believed(others, target)
             if k + 1 < steps:
                 with torch.enable_grad():
-                    # A sum: each image takes the step that it would take alone.
+                    # A sum, so that each image takes the step that it would take alone.
                     loss = F.cross_entropy(at_least_float32(logits), target, reduction="sum")  # ()
                 x = x.detach() - step_size * torch.autograd.grad(loss, x)[0]
         if stepped == "second":
             curves = curves.flip(0)
         curves = curves.cpu()
         if not torch.isfinite(curves).all():
-            raise ZsktError("a network answers NaN on the way to another class; take a smaller --step-size")
+            raise ZsktError("a network's output contains NaN along a path to another class; give a smaller --step-size")
         gaps = (curves[0] - curves[1]).abs()  # (B, S)
         for side, values in enumerate((*curves, gaps)):
             sums[side].index_add_(0, image, values)
@@ -124,47 +132,45 @@ def average_curves(transitions: Transitions) -> dict[str, list[float]]:
     """Mean over images of both networks' curves and its standard error, S numbers each. ZSKT, figure 4."""
     found = {}
     for name, curves in (("first", transitions.first), ("second", transitions.second)):
-        spread = curves.std(dim=0, correction=min(1, len(curves) - 1))  # (S,)
+        std = curves.std(dim=0, correction=min(1, len(curves) - 1))  # (S,)
         found[name] = curves.mean(dim=0).tolist()
-        found[f"{name}_standard_error"] = (spread / len(curves) ** 0.5).tolist()
+        found[f"{name}_standard_error"] = (std / len(curves) ** 0.5).tolist()
     return found
 
 
 def renormalised(x: Tensor, source: Classifier, target: Classifier) -> Tensor:
-    """The same images (N, C, H, W), normalised for `source`, as `target` wants them; exactly x where they agree."""
+    """Images (N, C, H, W) in `source`'s normalisation, converted to `target`'s; exactly x if the two are equal."""
     scale, shift = source.std / target.std, (source.mean - target.mean) / target.std  # (C, 1, 1) each
     return x * scale.to(x) + shift.to(x)
 
 
 def believed(logits: Tensor, target: Tensor) -> Tensor:
-    """The probability (B,) that logits (B, K) give to `target` (B,)."""
+    """The probability (B,) of class `target` (B,) under logits (B, K)."""
     probabilities = logits.double().softmax(dim=1)  # (B, K)
     return probabilities.gather(1, target[:, None]).squeeze(1)
 
 
 def check_networks(first: Classifier, second: Classifier) -> None:
-    """Raise ZsktError unless two networks take the same images and know as many classes."""
-    if first.num_classes != second.num_classes:
-        raise ZsktError(
-            f"expected two networks of equal class count, found {first.num_classes} and {second.num_classes}; "
-            "compare networks for the same classes"
-        )
+    """Raise ZsktError unless two networks take images of the same size and have equally many classes."""
+    check_class_counts(first, second)
     if first.input_size != second.input_size:
         a, b = (" x ".join(map(str, network.input_size)) for network in (first, second))
-        raise ZsktError(f"expected two networks for images of equal size, found {a} and {b}; compare like with like")
+        raise ZsktError(
+            f"expected two networks for images of equal size, found {a} and {b}; compare networks for the same images"
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How close two networks' beliefs are: on images as they are, and on the way from them to other classes."""
+    """How close two networks' beliefs are: on images, and on the paths from them to other classes."""
 
     measured: dict[str, Any]
-    """every number, ready for JSON"""
+    """all numbers, ready for JSON"""
     transitions: Transitions
 
     @property
     def mean_transition_error(self) -> float:
-        """ZSKT eq. 2; 0 for equal beliefs, at most 1."""
+        """ZSKT, eq. 2: 0 for equal beliefs, at most 1."""
         return self.transitions.error
 
 
@@ -184,20 +190,20 @@ def compare(
     precision: Literal["fp32", "bf16"] = "fp32",
     progress: Progress = lambda done, total: None,
 ) -> Comparison:
-    """Compare two networks' beliefs on images (M, C, H, W), uint8 or in [0, 1], and labels (M,) where there are any.
+    """Compare two networks' beliefs on images (M, C, H, W), uint8 or in [0, 1], with or without labels (M,).
 
-    Each network is a `Classifier`, or one of them is a bare module, which is read with the other's normalisation.
-    Agreement and KL (nats) are over all images; transition curves over `number` of those on which both agree, chosen
-    by `seed`, from their common prediction (the paper) or their label (the released code). Intervals are 95 % bootstrap
-    intervals over images. Raises ZsktError for networks that do not belong together or too few agreeing images.
+    Each network is a `Classifier`; one of them may be a bare module, which then uses the other's normalisation.
+    Agreement and KL (nats) are over all images; transition curves are over `number` of those on which both agree, drawn
+    with `seed`, and start from the common prediction (the paper) or the label (the released code). Intervals are 95 %
+    bootstrap intervals over images. Raises ZsktError if the networks do not fit together or agree on too few images.
     """
     first, second = read_pair(student, teacher)
     check_networks(first, second)
     check_images(first, images, labels)
     if number < 1:
-        raise ZsktError(f"expected at least 1 image to follow, found number = {number}; the paper has 1,000")
+        raise ZsktError(f"expected at least 1 image to follow, found number = {number}; the paper follows 1,000")
     if start == "label" and labels is None:
-        raise UsageError("paths that start from the label need labels; give them or start from the prediction")
+        raise UsageError("start = 'label': expected labels, found none; give them or start from the prediction")
     logits, answers = predict(first, images), predict(second, images)  # (M, K) each
     predictions = logits.argmax(dim=1).cpu()  # (M,)
     agreeing = (predictions == answers.argmax(dim=1).cpu()).nonzero().squeeze(1)
@@ -248,12 +254,12 @@ def compare(
 
 
 def read_pair(student: nn.Module, teacher: nn.Module) -> tuple[Classifier, Classifier]:
-    """Both networks with a normalisation; a bare one borrows the other's."""
+    """Both networks as classifiers; a bare module gets the other's normalisation."""
     if isinstance(student, Classifier):
         return as_teacher(student), as_teacher(teacher if isinstance(teacher, Classifier) else student.like(teacher))
     if isinstance(teacher, Classifier):
         return as_teacher(teacher.like(student)), as_teacher(teacher)
     raise UsageError(
-        "expected at least one network with its normalisation, found two bare modules; wrap one, as in "
+        "expected at least one network with a normalisation, found two bare modules; wrap one, as in "
         "zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...)"
     )

@@ -1,6 +1,6 @@
-"""The student that a user asks for: a SPEC of ours, a factory of the user's, or the teacher's family in small.
+"""Students by specifier: a network of ours, a user's factory, or a smaller network of the teacher's family.
 
-`auto:0.25` counts parameters: of all smaller relatives of the teacher, the one nearest to a quarter of them.
+`auto:0.25` is the smaller relative of the teacher whose parameter count is nearest to a quarter of the teacher's.
 """
 
 import copy
@@ -23,32 +23,32 @@ from zskt.networks.rebuild import unallocated
 from zskt.runtime import seeded
 
 NEAR = 2.0
-"""Factor by which the nearest relative may miss the size asked for."""
+"""Largest factor between the requested size and that of the nearest relative."""
 
 SUGGESTED = (
     *("convnet-8", "convnet-16", "convnet-32", "convnet-64", "lenet-5-half", "lenet-5"),
     *("wrn-10-1", "wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2", "wrn-40-4"),
     *("resnet-18-16", "resnet-18-32", "resnet-18", "resnet-34", "vgg-11-16", "vgg-11-32", "vgg-11"),
 )
-"""Networks of ours of all sizes, to choose from where a family has no small ones."""
+"""Networks of ours of many sizes, suggested where `auto` finds no relative."""
 
 Ladder = list[tuple[str, Callable[[], nn.Module]]]
-"""Networks by name, not built yet, the largest first."""
+"""Names and builders of networks, the largest first."""
 
 
 def make_student(
     spec: str, teacher: Classifier, arguments: Mapping[str, Any] | None = None, *, seed: int = 0
 ) -> nn.Module:
-    """A freshly initialised student for a teacher's images and classes.
+    """A student with random weights for a teacher's images and classes.
 
-    `spec` is a SPEC of `zskt.models` (wrn-16-1), `package.module:factory` or `file.py:factory` (called with
-    `arguments`, which runs that code), `timm:NAME` or `torchvision:NAME`, or `auto:FRACTION`: the teacher's own family
-    at about that fraction of its parameters. `seed` decides the initialisation. Raises UsageError for an unknown name,
-    ZsktError where nothing fits.
+    `spec` is a specifier of `zskt.models` (wrn-16-1), `package.module:factory` or `file.py:factory` (whose code runs,
+    with `arguments`), `timm:NAME` or `torchvision:NAME`, or `auto:FRACTION` for the teacher's family at about that
+    fraction of its parameters. `seed` determines the initialisation. Raises UsageError for an unknown name, ZsktError
+    if nothing fits.
     """
     fraction = re.fullmatch(r"auto:(.*)", spec)
     if arguments and not is_factory(spec):
-        raise UsageError(f"arguments are for a factory, and {spec!r} is none: leave them out")
+        raise UsageError(f"arguments are for factories, and {spec!r} is not one; omit them")
     with seeded(seed):
         if fraction:
             return _relative(teacher, _fraction(fraction[1]))
@@ -60,7 +60,7 @@ def make_student(
 
 
 def describe_student(student: nn.Module, teacher: Classifier) -> str:
-    """Name, size and true fraction of the teacher's parameters, as `wrn-16-1: 175,066 parameters, 0.078 of ...`."""
+    """Name, size and exact fraction of the teacher's size, as in `wrn-16-1: 175,066 parameters, 0.078 of ...`."""
     ours, theirs = count_parameters(student), count_parameters(teacher.module)
     name = getattr(student, "spec", None)
     share = f", {ours / theirs:.3f} of the teacher's {theirs:,}" if theirs else ""
@@ -78,35 +78,34 @@ def _fraction(text: str) -> float:
 
 
 def _relative(teacher: Classifier, fraction: float) -> nn.Module:
-    """The member of the teacher's family whose parameter count is nearest to this fraction of the teacher's."""
+    """The network of the teacher's family whose parameter count is nearest to this fraction of the teacher's."""
     module = _bare(teacher)
     target = fraction * count_parameters(module)
     if not target:
         raise ZsktError(
-            f"auto:{fraction:g} counts parameters, and the teacher has none; name a student, as in wrn-16-1"
+            f"auto:{fraction:g} counts parameters, but the teacher has none; choose a student, such as wrn-16-1"
         )
     sizes: dict[str, int] = {}
     builders: dict[str, Callable[[], nn.Module]] = {}
     for ladder in _family(teacher, fraction):
         sizes |= _around(ladder, target)
         builders |= ladder
-    asked = f"auto:{fraction:g} asks for about {target:,.0f} parameters"
+    wanted, family = f"auto:{fraction:g} asks for about {target:,.0f} parameters, but", type(module).__name__
     if not sizes:
-        raise ZsktError(
-            f"{asked}, and nothing is known of smaller relatives of {type(module).__name__}; "
-            f"{_suggestions(teacher, target)}"
-        )
-    nearest = min(sizes, key=lambda name: abs(math.log(sizes[name] / target)))
-    if abs(math.log(sizes[nearest] / target)) > math.log(NEAR):
-        raise ZsktError(
-            f"{asked}, and the nearest relative of {type(module).__name__}, {nearest}, has {sizes[nearest]:,}; "
-            f"{_suggestions(teacher, target)}"
-        )
+        raise ZsktError(f"{wanted} no smaller relatives of {family} are known; {_suggestions(teacher, target)}")
+    nearest = min(sizes, key=lambda name: _distance(sizes[name], target))
+    if _distance(sizes[nearest], target) > math.log(NEAR):
+        found = f"the nearest relative of {family}, {nearest}, has {sizes[nearest]:,}"
+        raise ZsktError(f"{wanted} {found}; {_suggestions(teacher, target)}")
     return builders[nearest]()
 
 
+def _distance(size: int, target: float) -> float:
+    return abs(math.log(size / target))
+
+
 def _around(ladder: Ladder, target: float) -> dict[str, int]:
-    """Parameter counts of the networks next to `target` on a ladder, and of some more, found by bisection."""
+    """Parameter counts of the networks around `target` on a ladder, and of a few others, by bisection."""
     sizes: dict[str, int] = {}
     while ladder:
         middle = len(ladder) // 2
@@ -114,7 +113,7 @@ def _around(ladder: Ladder, target: float) -> dict[str, int]:
         try:
             with unallocated():
                 sizes[name] = count_parameters(builder())
-        except Exception:  # a relative that does not fit the images, or a width that its layers do not take
+        except Exception:  # the images are too small for it, or its layers do not accept the width
             ladder = ladder[:middle] + ladder[middle + 1 :]
         else:
             ladder = ladder[middle + 1 :] if sizes[name] > target else ladder[:middle]
@@ -122,12 +121,12 @@ def _around(ladder: Ladder, target: float) -> dict[str, int]:
 
 
 def _bare(teacher: Classifier) -> nn.Module:
-    """The network itself, where it is read through its probabilities' logarithms."""
+    """The network without the wrapper that turns probabilities into logits."""
     return teacher.module.network if isinstance(teacher.module, Logarithm) else teacher.module
 
 
 def _suggestions(teacher: Classifier, target: float) -> str:
-    """Networks of ours for the teacher's images, of about so many parameters."""
+    """Networks of ours for the teacher's images with about `target` parameters."""
     sizes: dict[str, int] = {}
     for spec in SUGGESTED:
         try:
@@ -135,13 +134,12 @@ def _suggestions(teacher: Classifier, target: float) -> str:
                 sizes[spec] = count_parameters(models.build(spec, teacher.num_classes, teacher.input_size))
         except UsageError:  # the images are too small for it
             continue
-    nearest = sorted(sizes, key=lambda spec: abs(math.log(sizes[spec] / target)))[:3]
-    named = ", ".join(f"{spec} ({sizes[spec]:,})" for spec in nearest)
-    return f"choose one yourself, of ours perhaps {named}"
+    nearest = sorted(sizes, key=lambda spec: _distance(sizes[spec], target))[:3]
+    return "choose a student, such as " + " or ".join(f"{spec} ({sizes[spec]:,})" for spec in nearest)
 
 
 def _family(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
-    """The teacher's relatives, itself excluded."""
+    """The teacher's relatives, without itself."""
     module = _bare(teacher)
     transformers = sys.modules.get("transformers")
     library = type(module).__module__.partition(".")[0]
@@ -180,7 +178,7 @@ def _widths(most: int) -> list[int]:
 
 
 def _scaled(module: Any, fraction: float) -> Iterator[Ladder]:
-    """A network of transformers with all widths of its config scaled alike, by factors about the right one."""
+    """A transformers network with all widths in its config scaled, by factors around the expected one."""
     ladder: Ladder = []
     kind: Callable[[Any], nn.Module] = type(module)
     seen = {module.config.to_json_string()}
@@ -195,10 +193,10 @@ def _scaled(module: Any, fraction: float) -> Iterator[Ladder]:
 
 
 def scaled_config(config: Any, scale: float) -> Any:
-    """A copy of a transformers config with its widths times `scale`, or None where it has none of the known names.
+    """A copy of a transformers config with its widths times `scale`, or None if it has no width of a known name.
 
-    Widths are rounded to multiples of 8 (of 4 below 16), which also suits grouped and bottleneck layers; a single
-    width over attention heads keeps as many of them as divide it.
+    Widths are rounded to multiples of 8 (4 below 16), which also suits grouped and bottleneck layers; the number of
+    attention heads becomes the largest one, up to the old, that divides the new width.
     """
     scaled = copy.deepcopy(config)
     scaled._name_or_path = ""
@@ -226,20 +224,20 @@ def _rounded(width: float, most: int) -> int:
 
 
 def _listed(teacher: Classifier, library: str, home: str) -> Iterator[Ladder]:
-    """All networks that torchvision or timm list beside the teacher's own, in the file `home`."""
-    shelf = importlib.import_module("timm" if library == "timm" else "torchvision.models")
-    for name in shelf.list_models(module=home.rpartition(".")[2] if library == "timm" else sys.modules[home]):
+    """All networks that torchvision or timm lists from the teacher's own module `home`."""
+    package = importlib.import_module("timm" if library == "timm" else "torchvision.models")
+    for name in package.list_models(module=home.rpartition(".")[2] if library == "timm" else sys.modules[home]):
         yield [(name, functools.partial(_from_library, teacher, library, name))]
 
 
 def _from_library(teacher: Classifier, library: str, name: str) -> nn.Module:
-    """A freshly initialised network of timm or torchvision for the teacher's classes."""
+    """A timm or torchvision network with random weights for the teacher's classes."""
     home = "timm" if library == "timm" else "torchvision.models"
     try:
         importlib.import_module(home)
-    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
+    except Exception as error:  # a torchvision built for another torch raises RuntimeError
         raise ZsktError(
-            f"{library}:{name} needs {library}, which cannot be imported ({first_line(error)}): "
+            f"{library}:{name} needs {library}, which cannot be imported ({first_line(error)}); "
             "pip install 'zskt[vision]'"
         ) from error
     arguments: dict[str, Any] = {"num_classes": teacher.num_classes}

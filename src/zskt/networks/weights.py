@@ -1,10 +1,10 @@
-"""Somebody else's weights -> a teacher: find the state dict, map its names onto ours, load, probe.
+"""Foreign weights -> a teacher: find the state dict, map its names to ours, load, check.
 
-Names decide, shapes only check, order never matters. A renaming maps name components (the parts between dots) to name
-components, the same one to the same one wherever it stands; leading components (`module.`, `backbone.`, `head.`) may be
-dropped. Numbers and the last component (`weight`, `running_mean`, ...) stay as they are. It must send every tensor to
-one of ours of equal shape and fill all of ours, and be the only renaming that does: where shapes leave a choice, only
-components spelled alike on both sides settle it, and anything else is refused with the candidates.
+The mapping is by name; shapes only confirm it, and order never matters. A renaming maps each name component (between
+dots) to one component of ours, the same wherever it occurs; leading components (`module.`, `backbone.`, `head.`) may be
+dropped. Numbers and the last component (`weight`, `running_mean`, ...) stay as they are. The renaming must send every
+tensor to one of ours of equal shape, fill all of ours, and be unique: where shapes leave a choice, only components that
+are equal on both sides settle it, and anything else is refused with the candidates.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from zskt.networks.classifier import Classifier
 from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.weights_file import read_weights
 
-NOT_VERIFIED = "mapping not verified: names and shapes fit, nothing was measured; give --data to measure the accuracy"
+NOT_VERIFIED = "mapping not verified: names and shapes fit, accuracy not measured; give --data to measure it"
 
-ADVICE = "check --model, --num-classes, --input-size, or give --rename A=B (A= drops A, A=- leaves out its tensors)"
+ADVICE = "check --model, --num-classes, --input-size, or give --rename A=B (A= drops A, A=- omits its tensors)"
 
-_COUNTER = "num_batches_tracked"  # the one tensor that may be absent: torch before 0.4.1 did not save it
-_SAID = "="  # marks a component that came from --rename and is final
-_MOST_SEARCHES = 500  # nodes; networks of the field, also under wholly foreign names, need a few dozen
+_COUNTER = "num_batches_tracked"  # may be absent, as torch before 0.4.1 did not save it
+_FINAL = "="  # marks a component that --rename has set
+_MOST_SEARCHES = 500  # nodes; real networks need a few dozen, even if every name differs
 
 _Values = Sequence[float]
 _Path = tuple[str, ...]
@@ -39,15 +39,15 @@ _Layers = dict[_Path, dict[str, tuple[int, ...]]]  # path of a module -> last co
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What `import_weights` did: `facts` belong into teacher.json, `notices` are lines for the user."""
+    """What `import_weights` did: `metadata` for teacher.json, `notices` for the user."""
 
-    facts: dict[str, object]
+    metadata: dict[str, object]
     notices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A module of ours that a foreign one may become, and what each of its components then becomes ("": dropped)."""
+    """A possible target for a foreign module, and what each component of its path becomes there ("": dropped)."""
 
     source: _Path
     target: _Path
@@ -55,34 +55,34 @@ class _Choice:
 
 
 def find_state_dict(loaded: object) -> dict[str, Tensor]:
-    """The mapping name -> tensor with the most tensors, at the top or in nested mappings (`state_dict`, `model`, ...).
+    """The largest mapping name -> tensor, at the top level or nested (`state_dict`, `model`, ...).
 
-    Optimiser states are passed over. Raises ZsktError where there is none, or several of the same size.
+    Optimiser states are skipped. Raises ZsktError if there is none, or if several are equally large.
     """
     found: dict[str, dict[str, Tensor]] = {}
     waiting: list[tuple[str, object]] = [("", loaded)]
-    seen: set[int] = set()  # with the list instead of recursion: a hostile file may nest deeply or in circles
+    seen: set[int] = set()  # no recursion, as a hostile file may nest deeply or in circles
     while waiting:
         place, value = waiting.pop()
         if not isinstance(value, Mapping) or id(value) in seen or "param_groups" in value:
             continue
         seen.add(id(value))
-        items = list(type(value).items(value))  # a file may give what it holds attributes of any name
+        items = list(type(value).items(value))  # a file can shadow methods by attributes
         if items and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in items):
             found[place or "the top level"] = {name: Tensor.detach(item) for name, item in items}
         waiting += [(f"{place}.{name}" if place else str(name), item) for name, item in items]
     if not found:
         what = f"entries {_some(loaded)}" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
-        raise ZsktError(f"expected a state dict (names -> tensors), found {what}; save model.state_dict() on its own")
+        raise ZsktError(f"expected a state dict (names -> tensors), found {what}; save only model.state_dict()")
     most = max(map(len, found.values()))
     best = sorted(place for place, tensors in found.items() if len(tensors) == most)
     if len(best) > 1:
-        raise ZsktError(f"expected one state dict, found {len(best)} of {most} tensors: {_some(best)}; save one alone")
+        raise ZsktError(f"expected one state dict, found {len(best)} of {most} tensors: {_some(best)}; save only one")
     return found[best[0]]
 
 
 def parse_renames(entries: Iterable[str]) -> dict[str, str]:
-    """`--rename` entries: A=B turns component A into B, A= drops it, A=- leaves out every tensor with A in its name.
+    """`--rename` entries: A=B renames component A to B, A= drops it, A=- omits every tensor with A in its name.
 
     Either side may be several components joined by dots (`downsample.0=shortcut`). Raises UsageError for anything else.
     """
@@ -90,7 +90,7 @@ def parse_renames(entries: Iterable[str]) -> dict[str, str]:
     for entry in entries:
         old, equals, new = entry.partition("=")
         if not equals or "=" in new or not all(old.split(".")) or (new and not all(new.split("."))):
-            raise UsageError(f"--rename {entry!r}: expected A=B, A= (drops A) or A=- (leaves out the tensors with A)")
+            raise UsageError(f"--rename {entry!r}: expected A=B, A= (drops A) or A=- (omits the tensors with A)")
         if rename.setdefault(old, new) != new:
             raise UsageError(f"--rename: {old!r} is given twice, as {rename[old]!r} and as {new!r}; keep one")
     return rename
@@ -102,11 +102,11 @@ def find_renaming(
     rename: Mapping[str, str] | None = None,
     advice: str = ADVICE,
 ) -> dict[str, str]:
-    """Foreign key -> own key, by the only consistent renaming of components that fits all shapes (see the module).
+    """Foreign key -> own key, by the only consistent renaming that fits all shapes (see the module's docstring).
 
-    `foreign` and `own` hold the shape of each key; `rename` (see `parse_renames`) is applied first, its results are
-    final. `num_batches_tracked` may be missing. Raises ZsktError where no renaming fits or several do, UsageError for
-    a `rename` entry that matches nothing.
+    `foreign` and `own` map keys to shapes; `rename` (see `parse_renames`) is applied first and is final.
+    `num_batches_tracked` may be missing. Raises ZsktError if no renaming fits or several do, UsageError for a `rename`
+    entry that matches nothing.
     """
     parts = _apply(rename or {}, foreign, own)
     theirs, ours = _layers(parts, foreign), _layers({key: tuple(key.split(".")) for key in own}, own)
@@ -130,8 +130,8 @@ def import_weights(
 ) -> tuple[Classifier, ImportReport]:
     """A foreign checkpoint as a `Classifier` of our network `spec` for images (C, H, W) and `num_classes` classes.
 
-    `mean` and `std` have C values each, in [0, 1] or in 0..255. Nothing in the file is executed. Raises ZsktError for
-    an unreadable file, names that do not map, tensors that are not finite floating-point numbers.
+    `mean` and `std` are per channel, in [0, 1] or 0..255. No code in the file is run. Raises ZsktError for an
+    unreadable file, names that do not map, and tensors that are not finite floating-point numbers.
     """
     mean, std, notices = unit_normalisation(mean, std)
     module = models.build(spec, num_classes, input_size)
@@ -151,11 +151,11 @@ def fill(
 ) -> dict[str, str]:
     """Load a foreign checkpoint into `module`, in place; returns foreign key -> own key.
 
-    Nothing in the file is executed. Raises ZsktError, with `advice`, for names that do not map.
+    No code in the file is run. Raises ZsktError, with `advice`, for names that do not map.
     """
     own, foreign = module.state_dict(), find_state_dict(read_weights(path))
     if nested := [key for key, tensor in foreign.items() if tensor.is_nested]:
-        raise ZsktError(f"{short(nested[0])}: expected a dense tensor, found a nested one; save it anew")
+        raise ZsktError(f"{short(nested[0])}: expected a dense tensor, found a nested one; convert and save it again")
     keys = find_renaming({k: v.shape for k, v in foreign.items()}, {k: v.shape for k, v in own.items()}, rename, advice)
     weights = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith(_COUNTER)}
     weights |= {name: _checked(key, foreign[key], own[name]) for key, name in keys.items()}
@@ -164,42 +164,42 @@ def fill(
 
 
 def _some(items: Iterable[object], separator: str = ", ") -> str:
-    """The first four of them: an error is one line."""
+    """The first four, because an error is one line."""
     names = list(map(str, items))
     return separator.join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _checked(key: str, tensor: Tensor, own: Tensor) -> Tensor:
-    """`tensor` in the type of `own`; its shape is known to be equal, so a hostile size cannot get here."""
+    """`tensor` in the dtype of `own`; equal shapes are known, so a hostile size cannot get here."""
     if tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point() >= own.is_floating_point():
-        with contextlib.suppress(RuntimeError):  # of types that have no arithmetic, such as quantised ones
+        with contextlib.suppress(RuntimeError):  # from dtypes without arithmetic, such as quantised ones
             value = tensor.to(own.dtype)
             if value.isfinite().all():
                 return value
-    found = f"{tensor.dtype}, {tensor.layout}, or NaN or infinity among them"
     raise ZsktError(
-        f"{short(key)}: expected a dense tensor of finite floating-point numbers, found {found}; save it anew"
+        f"{short(key)}: expected a dense tensor of finite floating-point numbers, found {tensor.dtype}, "
+        f"{tensor.layout}, or NaN or infinity; check how it was saved"
     )
 
 
 def _renamed(keys: Mapping[str, str]) -> dict[str, str]:
-    """The components that changed ("": dropped), for people; read off the names, aligned at their ends."""
+    """The components that changed ("": dropped), for display; the names are aligned at their ends."""
     pairs = ((key.split(".")[::-1], name.split(".")[::-1]) for key, name in keys.items())
     return {a: b for old, new in pairs for a, b in zip_longest(old, new, fillvalue="") if a not in ("", b)}
 
 
 def _layers(parts: Mapping[str, _Path], shapes: Mapping[str, Sequence[int]]) -> _Layers:
-    """The tensors grouped by the module they belong to."""
+    """The tensors by module."""
     layers: _Layers = {}
     for key, (*path, leaf) in parts.items():
         if leaf in layers.setdefault(tuple(path), {}):
-            raise UsageError(f"--rename gives {key!r} the name of another tensor; leave out one of them with A=-")
+            raise UsageError(f"--rename gives {key!r} the name of another tensor; omit one of them with A=-")
         layers[tuple(path)][leaf] = tuple(shapes[key])
     return layers
 
 
 def _apply(rename: Mapping[str, str], foreign: Iterable[str], own: Iterable[str]) -> dict[str, _Path]:
-    """Foreign key -> its components after `rename`, the renamed ones marked as final; the longest entry wins."""
+    """Foreign key -> its components after `rename`, renamed ones marked as final; the longest entry wins."""
     rules = {tuple(old.split(".")): new for old, new in rename.items()}
     own_words = {word for key in own for word in key.split(".")}
     for word in {word for new in rename.values() if new != "-" for word in new.split(".")} - own_words - {""}:
@@ -211,10 +211,10 @@ def _apply(rename: Mapping[str, str], foreign: Iterable[str], own: Iterable[str]
         while at < len(words):
             rule = max((old for old in rules if old == words[at : at + len(old)]), key=len, default=())
             used.add(rule)
-            out += [_SAID + word for word in rules[rule].split(".") if word] if rule else [words[at]]
+            out += [_FINAL + word for word in rules[rule].split(".") if word] if rule else [words[at]]
             at += len(rule) or 1
-        if out and _SAID + "-" not in out:
-            parts[key] = (*out[:-1], out[-1].removeprefix(_SAID))
+        if out and _FINAL + "-" not in out:
+            parts[key] = (*out[:-1], out[-1].removeprefix(_FINAL))
     for rule in rules.keys() - used:
         there = sorted({word for key in foreign for word in key.split(".") if not word.isdecimal()})
         raise unknown("component of the file's names in --rename", ".".join(rule), there)
@@ -222,7 +222,7 @@ def _apply(rename: Mapping[str, str], foreign: Iterable[str], own: Iterable[str]
 
 
 def _choices(path: _Path, leaves: Mapping[str, tuple[int, ...]], ours: _Layers) -> list[_Choice]:
-    """Every module of ours with these tensors that `path` could become: numbers kept, surplus leading parts dropped."""
+    """Every module of ours with these tensors that `path` could map to: numbers kept, extra leading parts dropped."""
     choices = []
     for target, wanted in ours.items():
         without_counter = {leaf: shape for leaf, shape in wanted.items() if leaf != _COUNTER}
@@ -232,8 +232,8 @@ def _choices(path: _Path, leaves: Mapping[str, tuple[int, ...]], ours: _Layers) 
         becomes: dict[str, str] = {}
         for word, new in zip(path, ("",) * surplus + target, strict=True):
             if word.isdecimal() and not new:
-                continue  # nn.Sequential(normalise, network) saves `1.conv1`; other numbers named 1 stay
-            final = word.removeprefix(_SAID) if word.startswith(_SAID) or word.isdecimal() else new
+                continue  # nn.Sequential(normalise, network) saves `1.conv1`; a 1 elsewhere is kept
+            final = word.removeprefix(_FINAL) if word.startswith(_FINAL) or word.isdecimal() else new
             if new != final or becomes.setdefault(word, new) != new:
                 break
         else:
@@ -242,10 +242,10 @@ def _choices(path: _Path, leaves: Mapping[str, tuple[int, ...]], ours: _Layers) 
 
 
 def _only_solution(rows: list[list[_Choice]]) -> list[_Choice] | None:
-    """One choice of each row, None where nothing fits. Raises ZsktError where the names leave several renamings.
+    """One choice per row, or None if nothing fits. Raises ZsktError if the names allow several renamings.
 
-    `_search` tries equal spelling first, so it finds the renaming that settles every free choice by equal spelling, if
-    there is one. There is none exactly if a component that changes could also become something else.
+    `_search` tries equal names first, so it finds the renaming that settles every free choice by equal names, if there
+    is one. There is none exactly if a component that changes could also become something else.
     """
     steps = iter(range(_MOST_SEARCHES))
     chosen = _search(rows, steps)
@@ -266,9 +266,9 @@ def _only_solution(rows: list[list[_Choice]]) -> list[_Choice] | None:
 
 
 def _search(rows: list[list[_Choice]], steps: Iterator[int]) -> list[_Choice] | None:
-    """One choice of each row, none contradicting another, no target twice; equal spelling is tried first."""
+    """One choice per row, consistent and without repeated targets; equal names are tried first."""
     if next(steps, None) is None:
-        raise ZsktError("too many ways to map the names onto ours; fix some of them with --rename A=B")
+        raise ZsktError("too many ways to map the names to ours; fix some of them with --rename A=B")
     chosen: list[_Choice] = []
     while rows and all(rows):
         row, *rest = sorted(rows, key=len)
@@ -288,13 +288,13 @@ def _search(rows: list[list[_Choice]], steps: Iterator[int]) -> list[_Choice] | 
 
 
 def _why_none(theirs: _Layers, ours: _Layers, choices: Sequence[_Choice]) -> str:
-    """One line for people: which tensors find no place or are missing."""
-    homeless = theirs.keys() - {choice.source for choice in choices}
-    bare = ours.keys() - {choice.target for choice in choices}
-    alone = next(iter(bare)) if len(bare) == len(homeless) == 1 else None
-    found: _Layers = {path: {} for path in ours if path in bare}
-    for path in (path for path in theirs if path in homeless):
-        plain = tuple(word.removeprefix(_SAID) for word in path)
+    """One line: which tensors match nothing or are missing."""
+    unmatched = theirs.keys() - {choice.source for choice in choices}
+    missing = ours.keys() - {choice.target for choice in choices}
+    alone = next(iter(missing)) if len(missing) == len(unmatched) == 1 else None
+    found: _Layers = {path: {} for path in ours if path in missing}
+    for path in (path for path in theirs if path in unmatched):
+        plain = tuple(word.removeprefix(_FINAL) for word in path)
         wrappers = next((i for i, word in enumerate(plain) if word.isdecimal()), len(plain) - 1)
         ends = (plain[cut:] for cut in range(wrappers + 1) if plain[cut:] in ours)
         found[next(ends, alone or plain)] = theirs[path]

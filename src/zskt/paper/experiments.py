@@ -1,4 +1,4 @@
-"""Networks taught, distilled and compared on one image set, for several seeds: as parts, made only once asked for."""
+"""Networks taught, distilled and compared on one image set, for several seeds: as jobs, made only once asked for."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network, save_teacher
 from zskt.paper.baselines import cross_entropy, few_shot, kd_at, teach, train_student
-from zskt.paper.jobs import Part, Show
+from zskt.paper.jobs import Job, Show
 from zskt.paper.training import Training, digest
 from zskt.run.checkpoint import owning
 from zskt.run.distill import distill
@@ -36,7 +36,7 @@ PATHS = 128
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work goes into each part."""
+    """How much work goes into each job."""
 
     updates: int
     """of a network trained on images"""
@@ -57,7 +57,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Study:
-    """A teacher and a student network on one image set, all parts in one folder. Its methods name the parts."""
+    """A teacher and a student network on one image set, all jobs in one folder. Its methods name the jobs."""
 
     root: Path
     train: Dataset
@@ -100,7 +100,7 @@ class Study:
             learning_rate=share * self.budget.learning_rate,
             schedule="step",
             random_crop=min(self.train.images.shape[2:]) // 8,
-            horizontal_flip=known is not None and known.mirrored,
+            horizontal_flip=known is not None and known.horizontal_flip,
             seed=seed,
             device=self.device,
             precision=self.precision,
@@ -113,7 +113,7 @@ class Study:
         chosen = few_shot(self.train.labels, per_class, num_classes=len(self.train.class_names))
         return self.train.images[chosen], self.train.labels[chosen]
 
-    def teacher(self, seed: int) -> Part:
+    def teacher(self, seed: int) -> Job:
         """The given teacher, measured; or one taught on all images."""
         if self.given is None:
             return self.taught(self.model, seed)
@@ -124,13 +124,13 @@ class Study:
             return True
 
         facts = {"fingerprint": given.fingerprint(), "data": self.data}
-        return Part("given-teacher", facts, 0, "networks", "measuring", lambda: lambda: None, make)
+        return Job("given-teacher", facts, 0, "networks", "measuring", lambda: lambda: None, make)
 
-    def teachers(self, seeds: Sequence[int]) -> list[Part]:
+    def teachers(self, seeds: Sequence[int]) -> list[Job]:
         """One for each seed; the given one counts once."""
         return [self.teacher(seed) for seed in (seeds if self.given is None else seeds[:1])]
 
-    def taught(self, spec: str, seed: int, per_class: int | None = None) -> Part:
+    def taught(self, spec: str, seed: int, per_class: int | None = None) -> Job:
         """A network trained from scratch by cross-entropy: on all images, or on so many of each class."""
         training = self.training(seed)
 
@@ -147,7 +147,7 @@ class Study:
                 **going_on(folder, stop_after, show),
             ).finished
 
-        return Part(
+        return Job(
             f"{spec}-on-{amount(per_class)}-seed-{seed}",
             {**vars(training), "data": self.data},
             training.updates,
@@ -157,12 +157,12 @@ class Study:
             make,
         )
 
-    def distilled(self, seed: int, per_class: int | None, *, ce: bool = True) -> Part:
+    def distilled(self, seed: int, per_class: int | None, *, ce: bool = True) -> Job:
         """KD+AT on all images, or on so many of each class; `ce`: with the labels' cross-entropy, as released."""
         name = f"kd-at{'' if ce else '-without-ce'}-{self.pair}-on-{amount(per_class)}-seed-{seed}"
         return self._trained(name, self.training(seed), per_class, self.teacher(seed), kd=True, ce=ce)
 
-    def fine_tuned(self, seed: int, recipe: str, per_class: int) -> Part:
+    def fine_tuned(self, seed: int, recipe: str, per_class: int) -> Job:
         """A zero-shot student trained on, by cross-entropy, on so many images of each class."""
         name = f"{recipe}-{self.pair}-fine-tuned-on-{amount(per_class)}-seed-{seed}"
         training = self.training(seed, self.budget.fine_tuning)
@@ -173,12 +173,12 @@ class Study:
         name: str,
         training: Training,
         per_class: int | None,
-        teacher: Part,
+        teacher: Job,
         *,
-        begun: Part | None = None,
+        begun: Job | None = None,
         kd: bool = False,
         ce: bool = True,
-    ) -> Part:
+    ) -> Job:
         def make(folder: Path, stop_after: str | None, show: Show) -> bool:
             master = load_network(teacher.folder(self.root))
             if begun is None:
@@ -195,7 +195,7 @@ class Study:
                 **going_on(folder, stop_after, show),
             ).finished
 
-        return Part(
+        return Job(
             name,
             {**vars(training), "data": self.data, "ce": ce},
             training.updates,
@@ -206,7 +206,7 @@ class Study:
             (teacher,) if begun is None else (teacher, begun),
         )
 
-    def zero_shot(self, seed: int, recipe: str) -> Part:
+    def zero_shot(self, seed: int, recipe: str) -> Job:
         """A student distilled without data."""
         teacher, steps = self.teacher(seed), self.budget.steps
         settings = {"steps": steps, "seed": seed, "machine.device": self.device, "machine.precision": self.precision}
@@ -224,7 +224,7 @@ class Study:
                 callbacks=[lambda event: show(event.step, event.steps, percent((event.line or {}).get("accuracy")))],
             ).finished
 
-        return Part(
+        return Job(
             f"{recipe}-{self.pair}-seed-{seed}",
             {**settings, "recipe": recipe, "data": self.data},
             steps,
@@ -235,14 +235,14 @@ class Study:
             (teacher,),
         )
 
-    def belief(self, student: Part, seed: int) -> Part:
+    def belief(self, student: Job, seed: int) -> Job:
         """Transition curves of a student, stepped, beside its teacher."""
         teacher, number, steps = self.teacher(seed), self.budget.images, 100
         units = -(-number * (len(self.test.class_names) - 1) // PATHS) * (steps - 1)
 
         def make(folder: Path, stop_after: str | None, show: Show) -> bool:
             where = pick_device(self.device)
-            first, second = (load_network(part.folder(self.root)).to(where) for part in (student, teacher))
+            first, second = (load_network(job.folder(self.root)).to(where) for job in (student, teacher))
             found = compare(
                 first,
                 second,
@@ -256,7 +256,7 @@ class Study:
             write_json(folder / "belief.json", found.measured | {"curves": average_curves(found.transitions)})
             return True
 
-        return Part(
+        return Job(
             f"belief-of-{student.name}",
             {"images": number, "steps": steps, "data": self.data},
             units,
@@ -316,7 +316,7 @@ class Study:
 
 
 def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]:
-    """How a training is kept in its part's folder, resumed there, left early and shown."""
+    """How a training is kept in its job's folder, resumed there, left early and shown."""
 
     def callback(event: Event) -> None:
         show(event.step, event.steps, percent((event.line or {}).get("accuracy")))
@@ -325,7 +325,7 @@ def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]
 
 
 def started(folder: Path) -> bool:
-    """Whether a part has a checkpoint to go on from; what was killed before its first one is removed."""
+    """Whether a job has a checkpoint to go on from; what was killed before its first one is removed."""
     if any((folder / "checkpoint").glob("*.safetensors")):
         return True
     if folder.exists():

@@ -1,6 +1,6 @@
-"""What tables and figures are made of: parts with a folder each, made once and gone on with where they stopped.
+"""The jobs behind tables and figures: each has a folder, runs once and resumes where it was interrupted.
 
-A part that stands there but was made with other settings is refused, never reused in silence.
+Results that were made with other settings are refused, never silently reused.
 """
 
 import contextlib
@@ -17,110 +17,111 @@ from zskt.run.checkpoint import Interrupted
 from zskt.runtime import arithmetic, seeded
 
 Show = Callable[[int, int, str], None]
-"""called with (units done, units in all, what to show beside them)"""
+"""called with (units done, total units, text to show beside them)"""
 Bar = Callable[[str, str], contextlib.AbstractContextManager[Show]]
-"""(what is made, unit) -> a progress bar"""
+"""(job name, unit) -> a progress bar"""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One network or comparison, and how it is made."""
+class Job:
+    """One network or comparison, and how to produce it."""
 
     name: str
-    """of its folder"""
+    """also the name of its folder"""
     settings: Mapping[str, Any]
-    """what it depends on besides the parts it needs: JSON values"""
+    """what the result depends on besides `needs`: JSON values"""
     units: int
-    """how much work it is"""
+    """amount of work"""
     unit: str
-    """what that is counted in"""
+    """what `units` counts"""
     pace: str
-    """parts with the same pace take as long for a unit"""
+    """jobs of the same pace take equally long per unit"""
     trial: Callable[[], Callable[[], Any]]
-    """makes a function that does a unit of such work, on noise"""
-    make: Callable[[Path, str | None, Show], bool]
-    """makes it in a folder, or goes on with it there, until a time is up; returns whether it is finished"""
-    needs: tuple["Part", ...] = ()
+    """returns a function that does one unit of this work, on noise"""
+    run: Callable[[Path, str | None, Show], bool]
+    """starts or resumes it in a folder, within a time limit; returns whether it has finished"""
+    needs: tuple["Job", ...] = ()
+    """jobs that must finish first"""
 
     def folder(self, root: Path) -> Path:
-        """Where it is kept."""
+        """Where its results are."""
         return root / "parts" / self.name
 
     def measured(self, root: Path) -> dict[str, Any] | None:
-        """What was measured of it at the last iterate; None while it is not finished."""
+        """Its measurements at the last iterate; None until it has finished."""
         for name in ("teacher.json", "student.json", "belief.json"):
             path = self.folder(root) / name
             if path.exists():
-                facts: dict[str, Any] = read_json(path)
-                return facts if name == "belief.json" else facts["measured"] | {"parameters": facts["parameters"]}
+                found: dict[str, Any] = read_json(path)
+                return found if name == "belief.json" else found["measured"] | {"parameters": found["parameters"]}
         return None
 
 
-def in_order(parts: Sequence[Part]) -> list[Part]:
-    """The parts and all that they need, each once, what is needed first."""
-    found: dict[str, Part] = {}
-    for part in parts:
-        found |= {each.name: each for each in in_order(part.needs)}
-        found[part.name] = part
+def in_order(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs and everything they need, each once, dependencies first."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        found |= {each.name: each for each in in_order(job.needs)}
+        found[job.name] = job
     return list(found.values())
 
 
-def check_settings(parts: Sequence[Part], root: Path) -> None:
-    """Raise ZsktError where a part stands under `root` that was made with other settings."""
-    for part in parts:
-        path = root / "parts" / f"{part.name}.json"
-        if not path.exists() or not part.folder(root).exists():
+def check_settings(jobs: Sequence[Job], root: Path) -> None:
+    """Raise ZsktError if `root` holds results of one of these jobs that were made with other settings."""
+    for job in jobs:
+        path = root / "parts" / f"{job.name}.json"
+        if not path.exists() or not job.folder(root).exists():
             continue
-        there, wanted = read_json(path), {**part.settings, "units": part.units}
+        there, wanted = read_json(path), {**job.settings, "units": job.units}
         different = [
             f"{key} = {there.get(key)!r}, now {wanted[key]!r}" for key in wanted if there.get(key) != wanted[key]
         ]
         if different:
             raise ZsktError(
-                f"{part.folder(root)} was made with other settings ({'; '.join(different)}); "
+                f"{job.folder(root)} was made with other settings ({'; '.join(different)}); "
                 "give the same ones or choose another --out"
             )
 
 
-def make_parts(parts: Sequence[Part], root: Path, seconds: float, bar: Bar) -> dict[str, str]:
-    """Make what is missing, in order, until the time is up; returns name -> why, for those that could not be made.
+def run_jobs(jobs: Sequence[Job], root: Path, seconds: float, bar: Bar) -> dict[str, str]:
+    """Run the unfinished jobs in order until the time is up; returns failed job -> reason.
 
-    A part that fails does not stop the others, only those that need it.
+    A failure does not stop other jobs, except those that need the failed one.
     """
     deadline = time.monotonic() + seconds
     failed: dict[str, str] = {}
-    for part in parts:
-        if part.measured(root) is not None:
+    for job in jobs:
+        if job.measured(root) is not None:
             continue
-        if missing := [need.name for need in part.needs if need.name in failed]:
-            failed[part.name] = f"needs {missing[0]}"
+        if missing := [need.name for need in job.needs if need.name in failed]:
+            failed[job.name] = f"needs {missing[0]}"
             continue
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        write_json(root / "parts" / f"{part.name}.json", {**part.settings, "units": part.units})
+        write_json(root / "parts" / f"{job.name}.json", {**job.settings, "units": job.units})
         try:
-            with bar(part.name, part.unit) as show:
-                finished = part.make(part.folder(root), None if math.isinf(left) else f"{max(left, 0.001):.3f}s", show)
+            with bar(job.name, job.unit) as show:
+                finished = job.run(job.folder(root), None if math.isinf(left) else f"{max(left, 0.001):.3f}s", show)
         except (Interrupted, UsageError):
             raise
         except ZsktError as error:
-            failed[part.name] = str(error)
+            failed[job.name] = str(error)
             continue
         if not finished:
             break
     return failed
 
 
-def time_parts(parts: Sequence[Part], root: Path, seconds: float = 20.0) -> dict[str, float]:
-    """Seconds per unit of every pace that is still needed: measured on noise, in about `seconds` altogether."""
-    missing = [part for part in parts if part.measured(root) is None and part.units]
-    paces = {part.pace: part.trial for part in missing}
+def time_jobs(jobs: Sequence[Job], root: Path, seconds: float = 20.0) -> dict[str, float]:
+    """Seconds per unit for each pace that unfinished jobs have: measured on noise, in about `seconds` in total."""
+    missing = [job for job in jobs if job.measured(root) is None and job.units]
+    paces = {job.pace: job.trial for job in missing}
     found = {}
     with arithmetic(), seeded(0):
         for pace, trial in paces.items():
             work = trial()
-            work()  # the first one is slow
+            work()  # warm-up
             begun, units = time.perf_counter(), 0
             while not units or time.perf_counter() - begun < seconds / len(paces) / 2:
                 work()

@@ -1,7 +1,7 @@
-"""The tables and figures of the paper: which parts each is made of, and the published numbers beside ours.
+"""The tables and figures of the paper: the jobs behind each cell, and the published numbers.
 
-A cell that was not run says so; nothing is estimated. Published numbers stand beside ours only where the image set is
-the one that they were measured on.
+A cell that was not run says so; nothing is estimated. A published number appears only beside a result on the image set
+that it was measured on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from zskt.evaluate.measures import noise_classes
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network
 from zskt.paper.experiments import Budget, Study
-from zskt.paper.jobs import Part
+from zskt.paper.jobs import Job
 from zskt.paper.tables import Cell, Read, Reproduction, measured
 from zskt.paper.training import updates_in
 from zskt.run.checkpoint import read_lines
@@ -31,7 +31,7 @@ PAIRS = (
     ("wrn-40-2", "wrn-16-2"),
     ("wrn-40-2", "wrn-40-1"),
 )
-"""Teachers and students of table 1."""
+"""Teacher and student, table 1."""
 
 SCRATCH = {
     "wrn-16-1": "91.04 ± 0.04",
@@ -70,8 +70,16 @@ FIGURE_2: dict[str, dict[str, Sequence[str]]] = {
 """WRN-40-2 -> WRN-16-1, by images per class, then all images; percent. From the authors' notebook."""
 AT_ZERO = {"cifar10": "83.69 ± 0.58", "svhn": "94.06 ± 0.27"}
 TABLE_2 = {"cifar10": ("0.22", "0.68"), "svhn": ("0.09", "0.64")}
-"""MTE of the zero-shot and of the KD+AT student; the latter was trained on all images, as the authors' scripts show."""
+"""Mean transition error of the zero-shot and of the KD+AT student, which the authors' scripts train on all images."""
 
+
+PSEUDO_IMAGES = {
+    "teacher confidence": ("teacher_confidence", "about 0.8"),
+    "student confidence": ("student_confidence", "about 0.3"),
+    "normalised class entropy, teacher": ("class_spread", None),
+    "normalised class entropy, student": ("student_class_spread", None),
+}
+"""Column of figure 3 -> key in metrics.jsonl, published number."""
 
 accuracy = measured("accuracy")
 mean_transition_error = measured("mean_transition_error")
@@ -79,7 +87,7 @@ mean_transition_error = measured("mean_transition_error")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be reproduced, and with what."""
+    """What to reproduce, and with which data and networks."""
 
     name: str
     train: Dataset
@@ -92,19 +100,19 @@ class Request:
     recipes: tuple[str, ...] = ()
     per_class: tuple[int, ...] = ()
     changes: Mapping[str, float] = field(default_factory=dict)
-    """fields of the published budget to change"""
+    """fields of the published budget to override"""
     scale: float = 1.0
-    """all amounts of work are shrunk alike"""
+    """factor on all amounts of work"""
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def data(self) -> str:
-        """The image set."""
+        """The name of the image set."""
         return self.train.name
 
     def study(self, model: str, student: str, **published: int) -> Study:
-        """A pair on this image set, or the pair asked for; `published` changes fields of the budget in turn."""
+        """This pair, or the one that was asked for; `published` overrides the usual budget, and `changes` both."""
         if self.teacher is not None:
             model = getattr(self.teacher.module, "spec", None) or "teacher"
         else:
@@ -121,10 +129,10 @@ class Request:
 
 
 def published_budget(train: Dataset, model: str) -> Budget:
-    """What the paper spends: 200 epochs and 80,000 steps on CIFAR-10, 100 and 50,000 on SVHN; else as on CIFAR-10.
+    """The paper's: 200 epochs and 80,000 steps on CIFAR-10, 100 and 50,000 on SVHN; other sets use CIFAR-10's.
 
-    MNIST: 25,000 steps, as in the KTH reproduction, and 10 epochs. A LeNet, without BatchNorm, diverges at rate 0.1;
-    0.01 was chosen on held-out training images, see docs/log.md.
+    MNIST: 10 epochs, and 25,000 steps as in the KTH reproduction. LeNets, which have no BatchNorm, diverge at a
+    learning rate of 0.1; 0.01 was chosen on held-out training images (docs/log.md).
     """
     epochs, steps = {"svhn": (100, 50_000), "mnist": (10, 25_000)}.get(train.name, (200, 80_000))
     updates = updates_in(epochs, len(train.images), 128)
@@ -132,7 +140,7 @@ def published_budget(train: Dataset, model: str) -> Budget:
 
 
 def reproduction(request: Request) -> Reproduction:
-    """The table or figure of that name."""
+    """The requested table or figure."""
     makers: dict[str, Callable[[Request], Reproduction]] = {
         "table-1": table_1,
         "table-2": table_2,
@@ -145,12 +153,12 @@ def reproduction(request: Request) -> Reproduction:
     if request.name not in makers:
         raise unknown("table or figure", request.name, NAMES)
     if not request.seeds or len(set(request.seeds)) < len(request.seeds):
-        raise UsageError(f"seeds {request.seeds}: expected at least one, each once")
+        raise UsageError(f"seeds {request.seeds}: expected at least one, without repetition")
     return makers[request.name](request)
 
 
 def table_1(request: Request) -> Reproduction:
-    """Six pairs: both networks from scratch, KD+AT with 200 images per class, zero-shot."""
+    """Six pairs: both networks trained from scratch, KD+AT on 200 images per class, zero-shot."""
     own = request.model or request.student or request.teacher
     cells = []
     for model, student in PAIRS[2:3] if own else PAIRS:
@@ -158,7 +166,7 @@ def table_1(request: Request) -> Reproduction:
         pair = (study.model, study.student)
         known = request.data == "cifar10"
         row = f"{study.model} → {study.student}"
-        parts = {
+        jobs = {
             "teacher": (study.teachers(request.seeds), SCRATCH.get(study.model)),
             "student from scratch": (
                 [study.taught(study.student, s) for s in request.seeds],
@@ -167,22 +175,21 @@ def table_1(request: Request) -> Reproduction:
         }
         for per_class in request.per_class or (200,):
             students = [study.distilled(s, per_class) for s in request.seeds]
-            parts[f"KD+AT, {per_class} per class"] = (students, KD_AT_200.get(pair) if per_class == 200 else None)
+            jobs[f"KD+AT, {per_class} per class"] = (students, KD_AT_200.get(pair) if per_class == 200 else None)
         for recipe in request.recipes or ("zskt",):
             runs = [study.zero_shot(s, recipe) for s in request.seeds]
-            parts[f"zero-shot, {recipe}"] = (runs, ZERO_SHOT.get(pair) if recipe == "zskt" else None)
+            jobs[f"zero-shot, {recipe}"] = (runs, ZERO_SHOT.get(pair) if recipe == "zskt" else None)
         cells += [
-            Cell(row, column, tuple(each), accuracy, paper if known else None)
-            for column, (each, paper) in parts.items()
+            Cell(row, column, tuple(each), accuracy, paper if known else None) for column, (each, paper) in jobs.items()
         ]
     return Reproduction("table-1", f"Table 1: test accuracy (%) on {request.data}", tuple(cells))
 
 
 def table_2(request: Request) -> Reproduction:
-    """Mean transition errors of zero-shot and KD+AT students with their teacher."""
+    """Mean transition error between zero-shot and KD+AT students and their teacher."""
     study = request.study("wrn-40-2", "wrn-16-1")
     zero_shot, kd_at = TABLE_2[request.data] if request.published(study, PAIRS[2]) else (None, None)
-    students: dict[str, tuple[list[Part], str | None]] = {
+    students: dict[str, tuple[list[Job], str | None]] = {
         f"zero-shot, {recipe}": (
             [study.zero_shot(s, recipe) for s in request.seeds],
             zero_shot if recipe == "zskt" else None,
@@ -193,27 +200,26 @@ def table_2(request: Request) -> Reproduction:
     for per_class in request.per_class or (200,):
         students[f"KD+AT, {per_class} per class"] = ([study.distilled(s, per_class) for s in request.seeds], None)
     cells = []
-    for row, (parts, paper) in students.items():
-        beliefs = [study.belief(part, s) for part, s in zip(parts, request.seeds, strict=True)]
+    for row, (jobs, paper) in students.items():
+        beliefs = [study.belief(job, s) for job, s in zip(jobs, request.seeds, strict=True)]
         cells.append(Cell(row, "mean transition error", tuple(beliefs), mean_transition_error, paper, percent=False))
-        cells.append(Cell(row, "accuracy, %", tuple(parts), accuracy))
+        cells.append(Cell(row, "accuracy, %", tuple(jobs), accuracy))
         cells.append(Cell(row, "agreement with the teacher, %", tuple(beliefs), measured("agreement")))
     title = f"Table 2: mean transition error on {request.data}, {study.model} → {study.student}, K = 100, ξ = 1"
     return Reproduction("table-2", title, tuple(cells))
 
 
 def figure_4(request: Request) -> Reproduction:
-    """Average transition curves of the same students, drawn."""
+    """Average transition curves of the students of table 2."""
     table = table_2(request)
-    beliefs = {cell.row: cell.parts for cell in table.cells if not cell.percent}
+    beliefs = {cell.row: cell.jobs for cell in table.cells if not cell.percent}
 
     def draw(root: Path, note: str) -> bytes | None:
         panels = {}
-        for row, parts in beliefs.items():
-            for part in parts[:1]:  # curves of one student, as in the paper
-                if found := part.measured(root):
-                    title = f"{row}\nMTE {found['mean_transition_error']:.3f}, {found['followed']:,} images{note}"
-                    panels[title] = found["curves"]
+        for row, jobs in beliefs.items():
+            if found := jobs[0].measured(root):  # one student, as in the paper
+                title = f"{row}\nMTE {found['mean_transition_error']:.3f}, {found['followed']:,} images{note}"
+                panels[title] = found["curves"]
         return average_transitions(panels, ("student", "teacher")) if panels else None
 
     title = table.title.replace("Table 2: mean transition error", "Figure 4: transition curves")
@@ -221,7 +227,7 @@ def figure_4(request: Request) -> Reproduction:
 
 
 def figure_2(request: Request) -> Reproduction:
-    """Accuracy against real images per class: without teacher, KD+AT with and without CE, zero-shot and fine-tuned."""
+    """Accuracy against real images per class: no teacher, KD+AT with and without CE, zero-shot and fine-tuned."""
     study = request.study("wrn-40-2", "wrn-16-1")
     amounts = request.per_class or PER_CLASS
     known = FIGURE_2[request.data] if request.published(study, PAIRS[2]) else {}
@@ -237,15 +243,15 @@ def figure_2(request: Request) -> Reproduction:
         runs = tuple(study.zero_shot(s, recipe) for s in seeds)
         cells.append(Cell(recipe, "M = 0", runs, accuracy, zero if recipe == "zskt" else None))
         for per_class in amounts:
-            parts = tuple(study.fine_tuned(s, recipe, per_class) for s in seeds)
-            cells.append(Cell(recipe, f"M = {per_class}", parts, accuracy, paper(recipe, per_class)))
+            jobs = tuple(study.fine_tuned(s, recipe, per_class) for s in seeds)
+            cells.append(Cell(recipe, f"M = {per_class}", jobs, accuracy, paper(recipe, per_class)))
     for number in (*amounts, None):
         column = "all" if number is None else f"M = {number}"
         scratch = tuple(study.taught(study.student, s, number) for s in seeds)
         cells.append(Cell("no teacher", column, scratch, accuracy, paper("no teacher", number)))
         for ce, row in ((True, "KD+AT"), (False, "KD+AT without CE")):
-            parts = tuple(study.distilled(s, number, ce=ce) for s in seeds)
-            cells.append(Cell(row, column, parts, accuracy, paper(row, number)))
+            jobs = tuple(study.distilled(s, number, ce=ce) for s in seeds)
+            cells.append(Cell(row, column, jobs, accuracy, paper(row, number)))
     cells.append(Cell("teacher", "all", tuple(study.teachers(seeds)), accuracy))
 
     def draw(root: Path, note: str) -> bytes | None:
@@ -262,16 +268,15 @@ def figure_2(request: Request) -> Reproduction:
 
 
 def figure_3(request: Request) -> Reproduction:
-    """What the pseudo images are like: beliefs about them over a run, their classes, and themselves."""
+    """The pseudo images of a run: both networks' confidence over the steps, class histograms, samples."""
     study = request.study("wrn-40-2", "wrn-16-1")
-    log = {"teacher_confidence": "about 0.8", "student_confidence": "about 0.3"}
     published = request.published(study, PAIRS[2]) and request.data == "cifar10"
     cells = []
     runs = {recipe: tuple(study.zero_shot(s, recipe) for s in request.seeds) for recipe in request.recipes or ("zskt",)}
-    for recipe, parts in runs.items():
-        for key in ("teacher_confidence", "student_confidence", "class_spread", "student_class_spread"):
-            paper = log.get(key) if published and recipe == "zskt" else None
-            cells.append(Cell(recipe, key.replace("_", " "), parts, _last(key), paper, percent=False))
+    for recipe, jobs in runs.items():
+        for column, (key, paper) in PSEUDO_IMAGES.items():
+            known = paper if published and recipe == "zskt" else None
+            cells.append(Cell(recipe, column, jobs, _last(key), known, percent=False))
 
     def draw(root: Path, note: str) -> bytes | None:
         folder = next((p[0].folder(root) for p in runs.values() if p[0].measured(root)), None)
@@ -285,17 +290,17 @@ def figure_3(request: Request) -> Reproduction:
 
 
 def _last(key: str) -> Read:
-    def read(root: Path, part: Part) -> float | None:
-        if part.measured(root) is None:
+    def read(root: Path, job: Job) -> float | None:
+        if job.measured(root) is None:
             return None
-        found: list[float] = [line[key] for line in read_lines(part.folder(root) / "metrics.jsonl") if key in line]
+        found: list[float] = [line[key] for line in read_lines(job.folder(root) / "metrics.jsonl") if key in line]
         return found[-1]
 
     return read
 
 
 def figure_5(request: Request) -> Reproduction:
-    """The classes that trained networks see in uniform noise."""
+    """The classes that trained networks assign to uniform noise."""
     own = request.model or request.student or request.teacher
     study = request.study("wrn-40-2", "wrn-16-1")
     specs = [study.model, study.student] if own else ["lenet-5", "wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2"]
@@ -306,21 +311,21 @@ def figure_5(request: Request) -> Reproduction:
         for spec in specs
     }
 
-    def counts(root: Path, part: Part) -> list[int] | None:
-        return None if part.measured(root) is None else noise_classes(load_network(part.folder(root)))
+    def counts(root: Path, job: Job) -> list[int] | None:
+        return None if job.measured(root) is None else noise_classes(load_network(job.folder(root)))
 
-    def two_largest(root: Path, part: Part) -> float | None:
-        found = counts(root, part)
+    def two_largest(root: Path, job: Job) -> float | None:
+        found = counts(root, job)
         return None if found is None else sum(sorted(found)[-2:]) / sum(found)
 
     cells = [
-        Cell(spec, "noise in the two commonest classes, %", tuple(parts), two_largest)
-        for spec, parts in networks.items()
+        Cell(spec, "noise in the two most common classes, %", tuple(jobs), two_largest)
+        for spec, jobs in networks.items()
     ]
-    cells += [Cell(spec, "accuracy, %", tuple(parts), accuracy) for spec, parts in networks.items()]
+    cells += [Cell(spec, "accuracy, %", tuple(jobs), accuracy) for spec, jobs in networks.items()]
 
     def draw(root: Path, note: str) -> bytes | None:
-        bars = {spec: found for spec, parts in networks.items() if (found := counts(root, parts[0]))}
+        bars = {spec: found for spec, jobs in networks.items() if (found := counts(root, jobs[0]))}
         title = f"Classes of 1,000 images of uniform noise, networks trained on {request.data}{note}"
         return class_histograms(bars, study.test.class_names, title) if bars else None
 
@@ -328,18 +333,18 @@ def figure_5(request: Request) -> Reproduction:
 
 
 def mmrazor(request: Request) -> Reproduction:
-    """ResNet-34 -> ResNet-18, the strongest published accuracy of plain ZSKT."""
+    """ResNet-34 -> ResNet-18, the highest published accuracy of plain ZSKT."""
     study = request.study("resnet-34", "resnet-18", steps=25_000)
     row = f"{study.model} → {study.student}"
-    parts: dict[str, tuple[list[Part], str | None]] = {
+    jobs: dict[str, tuple[list[Job], str | None]] = {
         "teacher": (study.teachers(request.seeds), "95.34"),
         "student from scratch": ([study.taught(study.student, s) for s in request.seeds], "94.82"),
     }
     published = {"zskt-mmrazor": "93.05 (metafile), 93.50 (page)"}
     for recipe in request.recipes or tuple(published):
-        parts[f"zero-shot, {recipe}"] = ([study.zero_shot(s, recipe) for s in request.seeds], published.get(recipe))
+        jobs[f"zero-shot, {recipe}"] = ([study.zero_shot(s, recipe) for s in request.seeds], published.get(recipe))
     known = request.data == "cifar10" and (study.model, study.student) == ("resnet-34", "resnet-18")
     cells = [
-        Cell(row, column, tuple(each), accuracy, paper if known else None) for column, (each, paper) in parts.items()
+        Cell(row, column, tuple(each), accuracy, paper if known else None) for column, (each, paper) in jobs.items()
     ]
     return Reproduction("mmrazor", f"mmrazor's ZSKT: test accuracy (%) on {request.data}", tuple(cells))

@@ -1,4 +1,4 @@
-"""A table or a figure as cells: each a number from a part for every seed, beside what was published."""
+"""A table or figure as cells: one number per seed, each measured by a job, beside the published number."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -7,29 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from zskt.files import replacing, write_json, write_text
-from zskt.paper.jobs import Part, in_order
+from zskt.paper.jobs import Job, in_order
 
-Read = Callable[[Path, Part], float | None]
-"""(folder of all parts, part) -> a number of it, or None while the part is not finished"""
+Read = Callable[[Path, Job], float | None]
+"""(folder of all jobs, job) -> one of its numbers, or None until it has finished"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: a part for each seed and what is read of it."""
+    """One number of a table: one job per seed, and which of its measurements to read."""
 
     row: str
     column: str
-    parts: tuple[Part, ...]
+    jobs: tuple[Job, ...]
     read: Read
     paper: str | None = None
     percent: bool = True
 
     def values(self, root: Path) -> list[float]:
-        """What was measured so far, one number per finished seed."""
-        return [value for part in self.parts if (value := self.read(root, part)) is not None]
+        """One number per finished seed."""
+        return [value for job in self.jobs if (value := self.read(root, job)) is not None]
 
-    def facts(self, root: Path) -> dict[str, Any]:
-        """For JSON: values, mean, sample standard deviation, the published number."""
+    def to_json(self, root: Path) -> dict[str, Any]:
+        """Values, mean, sample standard deviation and the published number."""
         values = self.values(root)
         return {
             "row": self.row,
@@ -41,41 +41,41 @@ class Cell:
         }
 
     def text(self, root: Path, failed: Mapping[str, str] | None = None) -> str:
-        """Mean ± std, or why there is none; `failed` has part -> why it could not be made."""
+        """Mean ± std, or why there is none; `failed` maps jobs to the reason of their failure."""
         values = [100 * value if self.percent else value for value in self.values(root)]
         if not values:
-            return "failed" if any(part.name in (failed or {}) for part in self.parts) else "not run"
+            return "failed" if any(job.name in (failed or {}) for job in self.jobs) else "not run"
         digits = 2 if self.percent else 3
         text = f"{statistics.fmean(values):.{digits}f}"
         if len(values) > 1:
             text += f" ± {statistics.stdev(values):.{digits}f}"
-        missing = len(self.parts) - len(values)
-        return text + (f" ({len(values)} of {len(self.parts)} seeds)" if missing else "")
+        missing = len(self.jobs) - len(values)
+        return text + (f" ({len(values)} of {len(self.jobs)} seeds)" if missing else "")
 
 
 def measured(key: str) -> Read:
-    """Reads one measure of a finished part."""
+    """A reader of one measurement of a finished job."""
 
-    def read(root: Path, part: Part) -> float | None:
-        return (part.measured(root) or {}).get(key)
+    def read(root: Path, job: Job) -> float | None:
+        return (job.measured(root) or {}).get(key)
 
     return read
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A table or a figure: its cells and, where there is something to draw, its PNG."""
+    """A table or figure: its cells and, for a figure, how to draw it."""
 
     name: str
     title: str
     cells: tuple[Cell, ...]
     draw: Callable[[Path, str], bytes | None] = lambda root, note: None
-    """(folder, what to stamp on it) -> the PNG, or None while nothing of it is there"""
+    """(folder of all jobs, note for the title) -> the PNG, or None if no job it shows has finished"""
 
     @property
-    def parts(self) -> list[Part]:
-        """All that it is made of."""
-        return [part for cell in self.cells for part in cell.parts]
+    def jobs(self) -> list[Job]:
+        """All jobs that its cells read."""
+        return [job for cell in self.cells for job in cell.jobs]
 
 
 def write_result(
@@ -86,18 +86,18 @@ def write_result(
     failed: Mapping[str, str] | None = None,
     circumstances: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write NAME.json, NAME.md and, where there is something to draw, NAME.png; returns what the JSON holds.
+    """Write NAME.json, NAME.md and, if there is something to draw, NAME.png; returns the content of the JSON.
 
-    `failed` has part -> why it could not be made; `circumstances` what the result depends on, `seeds` among it.
+    `failed` maps jobs to the reason of their failure; `circumstances` (with `seeds`) is what the result depends on.
     """
     stamp = "" if scale == 1 else f" (scale {scale:g})"
-    budgets = {part.name: {"units": part.units, "unit": part.unit} for part in in_order(made.parts)}
+    budgets = {job.name: {"units": job.units, "unit": job.unit} for job in in_order(made.jobs)}
     result = {
         "name": made.name,
         "title": made.title + stamp,
-        "finished": all(len(cell.values(root)) == len(cell.parts) for cell in made.cells),
+        "finished": all(len(cell.values(root)) == len(cell.jobs) for cell in made.cells),
         **({} if scale == 1 else {"scale": scale}),
-        "cells": [cell.facts(root) for cell in made.cells],
+        "cells": [cell.to_json(root) for cell in made.cells],
         **({"failed": dict(failed)} if failed else {}),
         **circumstances,
     }
@@ -111,29 +111,35 @@ def write_result(
         lines += [f"![{made.title}]({made.name}.png)", ""]
     for name, why in (failed or {}).items():
         lines += [f"Failed: {name}: {why}", ""]
-    work = sorted({f"{part.units:,} {part.unit} ({part.pace})" for part in in_order(made.parts) if part.units})
+    work = sorted({f"{job.units:,} {job.unit} ({job.pace})" for job in in_order(made.jobs) if job.units})
     seeds = ", ".join(map(str, circumstances["seeds"]))
     lines += [f"Mean ± sample standard deviation over seeds {seeds}; last iterate, measured on test images.", ""]
-    lines += ["Work per part: " + "; ".join(work) + ".", ""]
-    versions = ", ".join(f"{name} {version}" for name, version in circumstances["versions"].items())
-    lines += [
-        f"{circumstances['date']}, `{circumstances['command']}`, commit {circumstances.get('commit', 'unknown')},"
-    ]
-    threads = "one thread" if circumstances["threads"] == 1 else f"{circumstances['threads']} threads"
-    lines += [f"{circumstances['precision']}, {circumstances['hardware']}, {threads}, {versions}."]
+    lines += ["Work per job: " + "; ".join(work) + ".", ""]
+    lines += provenance(circumstances)
     write_text(root / f"{made.name}.md", "\n".join(lines) + "\n")
     return result
 
 
+def provenance(circumstances: Mapping[str, Any]) -> list[str]:
+    """Two lines of Markdown: date, command and commit; precision if given, hardware, threads and versions."""
+    threads = "one thread" if circumstances["threads"] == 1 else f"{circumstances['threads']} threads"
+    how = [*([circumstances["precision"]] if "precision" in circumstances else []), circumstances["hardware"], threads]
+    versions = [f"{name} {version}" for name, version in circumstances["versions"].items()]
+    return [
+        f"{circumstances['date']}, `{circumstances['command']}`, commit {circumstances.get('commit', 'unknown')},",
+        ", ".join(how + versions) + ".",
+    ]
+
+
 def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] | None = None) -> list[str]:
-    """The lines of a table: ours, and the paper's beside it in every column that it has numbers for."""
+    """The lines of a table: our numbers, with the paper's beside them in every column that it published."""
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*((c.row, c.column) for c in cells), strict=True))
     at = {(cell.row, cell.column): cell for cell in cells}
     published = {column for column in columns if any(c.paper for c in cells if c.column == column)}
     head = [""]
     for column in columns:
         head += [column, "paper"] if column in published else [column]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
         texts = [row]
         for column in columns:
@@ -141,5 +147,10 @@ def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] 
             texts.append("" if cell is None else cell.text(root, failed))
             if column in published:
                 texts.append("" if cell is None else cell.paper or "")
-        lines.append("| " + " | ".join(texts) + " |")
-    return lines
+        lines.append(texts)
+    return markdown(head, lines)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]

@@ -1,16 +1,16 @@
-"""The paper's toy experiment: adversarial belief matching in two dimensions, where all of it can be seen.
+"""The paper's toy experiment: adversarial belief matching in two dimensions, where everything can be plotted.
 
-Three classes form a butterfly in the plane. Fifty pseudo points, learned directly instead of by a generator, look for
-places where student and teacher disagree, and a student that never sees the data is trained to agree there. Geometry
-and numbers are those of the paper's notebook (polo5/ZeroShotKnowledgeTransfer, notebooks/toy_experiment.ipynb).
-N points, K classes, G x G grid; everything runs in float32 on one thread of the CPU.
+Three classes form a butterfly in the plane. Fifty pseudo points, optimised directly instead of by a generator, move to
+where student and teacher disagree, and a student that never sees the data is trained to agree there. Geometry and
+numbers are those of the paper's notebook (polo5/ZeroShotKnowledgeTransfer, notebooks/toy_experiment.ipynb).
+N points, K classes, G x G grid; everything runs in float32 on one CPU thread.
 """
 
 import contextlib
 import io
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from zskt.errors import UsageError
 from zskt.files import replacing
 from zskt.method.losses import forward_kl
+from zskt.paper.tables import markdown, provenance
 from zskt.run.plots import save_image
 from zskt.runtime import arithmetic, seeded, stream
 
@@ -37,25 +38,25 @@ GAUSSIANS = (  # class, centre, standard deviations, radius of the hole around t
     (2, (0.0, -1.0), (0.06, 0.06), 0.0),
 )
 DRAWN, TRAINING_SHARE, EPOCHS, BATCH, RATE = 1000, 0.7, 30, 50, 1e-3
-"""points from each Gaussian before its hole is cut; share to train on; teacher's training; Adam's rate everywhere"""
+"""points per Gaussian including the hole; training split; the teacher's epochs and batch size; Adam's learning rate"""
 LARGEST = 3.0
-"""points stay within +-3; so do the elements of their gradient, and the student's gradient norm"""
+"""limit on the points' coordinates, on the elements of their gradient, and on the student's gradient norm"""
 POINTS, ROUNDS, POINT_STEPS, STUDENT_STEPS = 50, 2000, 50, 10
-"""the points search longer than the student learns, the opposite of what is done for images"""
+"""the points take more steps than the student, the opposite of the experiments on images"""
 GRID, FRAMES = 151, 50
-"""points on a side of the grid over the plane; intervals between recorded rounds"""
+"""grid points per side of the plane; number of intervals between recorded rounds"""
 COLORS, PALE = ("#4477aa", "#ddaa33", "#bb5566"), ListedColormap(["#c3d3e4", "#f6e7c4", "#eccdd3"])
-"""of the classes' points and regions: told apart by the colour-blind, and in grey"""
+"""of the classes' points and regions: colour-blind safe, and distinct in greyscale"""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What is recorded of a round."""
+    """The record of a round."""
 
     round: int
     """rounds done"""
     agreement: float
-    """share of the plane where student and teacher name the same class"""
+    """share of the plane where student and teacher predict the same class"""
     points: Tensor
     """pseudo points (N, 2)"""
     classes: Tensor
@@ -69,13 +70,13 @@ class ToyResult:
     teacher: nn.Sequential
     """trained on the butterfly, frozen"""
     student: nn.Sequential
-    """trained on pseudo points alone; in eval mode, like the teacher"""
+    """trained on pseudo points only; in eval mode, like the teacher"""
     teacher_accuracy: float
     """on the test points"""
     agreement: float
-    """of the last frame"""
+    """in the last frame"""
     course: list[tuple[int, float]]
-    """(round, agreement) of all frames"""
+    """(round, agreement) in all frames"""
     frames: list[Frame]
     """the recorded rounds, first and last included"""
     classes: Tensor
@@ -83,11 +84,11 @@ class ToyResult:
     test: tuple[Tensor, Tensor]
     """points (M, 2) and their labels (M,)"""
     seconds: float
-    """wall time, drawing not included"""
+    """wall time without drawing"""
 
 
 def butterfly(seed: int) -> tuple[Tensor, Tensor]:
-    """Points (M, 2) of three classes and their labels (M,), in random order: any part of them is a random split."""
+    """Points (M, 2) of three classes and their labels (M,), in random order, so any slice of them is a random split."""
     rng = torch.Generator().manual_seed(stream(seed, "toy data"))
     points, labels = [], []
     for label, centre, deviation, hole in GAUSSIANS:
@@ -100,12 +101,12 @@ def butterfly(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def mlp() -> nn.Sequential:
-    """2-100-500-3, of teacher and student; its weights come from torch's global random numbers."""
+    """The 2-100-500-3 network of teacher and student, initialised from torch's global generator."""
     return nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 500), nn.ReLU(), nn.Linear(500, 3))
 
 
 def train_teacher(points: Tensor, labels: Tensor, seed: int) -> nn.Sequential:
-    """An MLP trained by cross-entropy on points (M, 2) with labels (M,); each epoch drops the incomplete batch."""
+    """An MLP trained with cross-entropy on points (M, 2) and labels (M,); incomplete batches are dropped."""
     with seeded(stream(seed, "toy teacher")):
         network = mlp()
         optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
@@ -119,16 +120,16 @@ def train_teacher(points: Tensor, labels: Tensor, seed: int) -> nn.Sequential:
 
 
 def squash(points: Tensor) -> Tensor:
-    """Anywhere in the plane -> the square from -3 to 3, element by element."""
+    """The plane -> the square from -3 to 3, element by element."""
     return 2 * LARGEST * torch.sigmoid(points) - LARGEST
 
 
 def point_gradient(points: Tensor, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """Gradient (N, 2) at `points` (N, 2) of the per-class forward KL between two MLPs' beliefs about squash(points).
 
-    By hand: for networks this small autograd costs as much again as the arithmetic, and this is most of the run. With
-    t and s the probabilities and d = log t - log s, N K times the KL has the gradients s - t at the student's logits
-    and t (d - sum_k t_k d_k) at the teacher's. A network is given as its parameters in order.
+    Written out, because for networks this small autograd doubles the cost, and this is most of the run. With t and s
+    the probabilities and d = log t - log s, the gradients of N K times the KL are s - t at the student's logits and
+    t (d - sum_k t_k d_k) at the teacher's. A network is given as its parameters in order.
     """
     x = squash(points)  # (N, 2)
     *seen_by_teacher, log_t = _activations(x, teacher)
@@ -136,24 +137,24 @@ def point_gradient(points: Tensor, teacher: Sequence[Tensor], student: Sequence[
     t, d = log_t.exp(), log_t - log_s  # (N, K)
     at_teacher = t * (d - (t * d).sum(dim=1, keepdim=True))  # (N, K)
     at_x = _back(at_teacher, teacher, seen_by_teacher) + _back(log_s.exp() - t, student, seen_by_student)  # (N, 2)
-    return at_x * (LARGEST - x) * (LARGEST + x) / (2 * LARGEST * d.numel())  # the slope of squash, and 1 / N K
+    return at_x * (LARGEST - x) * (LARGEST + x) / (2 * LARGEST * d.numel())  # the derivative of squash, and 1 / N K
 
 
 def _activations(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Both hidden layers (N, 100) and (N, 500), and log-probabilities (N, K)."""
+    """The hidden layers (N, 100) and (N, 500), and the log-probabilities (N, K)."""
     first = F.linear(x, *weights[:2]).relu_()
     second = F.linear(first, *weights[2:4]).relu_()
     return first, second, F.log_softmax(F.linear(second, *weights[4:]), dim=1)
 
 
 def _back(gradient: Tensor, weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> Tensor:
-    """A gradient at the logits (N, K) carried back to the input (N, 2)."""
-    gradient = (gradient @ weights[4]) * hidden[1].sign()  # (N, 500); the sign of a ReLU's output is its slope
+    """A gradient at the logits (N, K) propagated back to the input (N, 2)."""
+    gradient = (gradient @ weights[4]) * hidden[1].sign()  # (N, 500); the sign of a ReLU's output is its derivative
     return ((gradient @ weights[2]) * hidden[0].sign()) @ weights[0]
 
 
 class PointMatching:
-    """The two players: pseudo points (N, 2), learned in place, and a student against a frozen teacher."""
+    """The two players: pseudo points (N, 2), which are optimised in place, and a student; the teacher is frozen."""
 
     def __init__(self, teacher: nn.Sequential, student: nn.Sequential, points: Tensor) -> None:
         self.teacher, self.student, self.points = teacher, student, points
@@ -162,16 +163,16 @@ class PointMatching:
         self.student_optimizer = torch.optim.Adam(student.parameters(), lr=RATE, fused=True)
 
     @torch.no_grad()
-    def search(self) -> None:
+    def move_points(self) -> None:
         """Move the points to where the student disagrees with the teacher."""
         for _ in range(POINT_STEPS):
             self.points.grad = point_gradient(self.points, *self.weights).clamp_(-LARGEST, LARGEST)  # (N, 2)
             self.point_optimizer.step()
 
-    def learn(self) -> None:
+    def train_student(self) -> None:
         """Train the student to agree with the teacher on the points."""
         x = squash(self.points)  # (N, 2)
-        teacher_logits = self.teacher(x)  # (N, K), the same for all updates
+        teacher_logits = self.teacher(x)  # (N, K), constant over the updates
         for _ in range(STUDENT_STEPS):
             loss = forward_kl(self.student(x), teacher_logits, scale="per_class")
             self.student_optimizer.zero_grad()
@@ -181,11 +182,9 @@ class PointMatching:
 
 
 def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None] | None = None) -> ToyResult:
-    """The whole experiment; about fifty rounds are recorded, evenly spaced, and `callback` gets each as it is."""
+    """The experiment; about fifty evenly spaced rounds are recorded, and `callback` is called with each."""
     started = time.monotonic()
-    with arithmetic(), contextlib.ExitStack() as restoring:
-        restoring.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # enough for matrices this small, and the same sums on every machine
+    with arithmetic(), _one_thread():
         points, labels = butterfly(seed)
         training = round(TRAINING_SHARE * len(points))
         teacher = train_teacher(points[:training], labels[:training], seed)
@@ -199,8 +198,8 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
         recorded = {round(rounds * i / FRAMES) for i in range(FRAMES + 1)}
         for done in range(rounds + 1):
             if done > 0:
-                matching.search()
-                matching.learn()
+                matching.move_points()
+                matching.train_student()
             if done in recorded:
                 belief = classes(student)  # (G, G)
                 frames.append(Frame(done, float((belief == truth).float().mean()), squash(matching.points), belief))
@@ -212,33 +211,42 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
 
 
 def seconds_per_round(rounds: int = 20) -> float:
-    """How long a round takes on this machine, from so many of them between untrained networks; drawing not included."""
-    with arithmetic(), seeded(0), contextlib.ExitStack() as restoring:
-        restoring.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
+    """Seconds of a round on this machine without drawing, the mean of `rounds` with untrained networks."""
+    with arithmetic(), seeded(0), _one_thread():
         matching = PointMatching(mlp().requires_grad_(False), mlp(), torch.randn(POINTS, 2))
         started = time.monotonic()
         for _ in range(rounds):
-            matching.search()
-            matching.learn()
+            matching.move_points()
+            matching.train_student()
         return (time.monotonic() - started) / rounds
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: enough for matrices this small, and sums come out the same on every machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
 def classes(network: nn.Module) -> Tensor:
-    """The class (G, G) that a network names at each point of the grid over the square, rows from the bottom."""
+    """The class (G, G) that a network predicts at each point of the grid over the square, rows from the bottom."""
     axis = torch.linspace(-LARGEST, LARGEST, GRID)  # (G,)
     logits: Tensor = network(torch.cartesian_prod(axis, axis).flip(1))  # (G G, K), x running faster than y
     return logits.argmax(dim=1).view(GRID, GRID)
 
 
 def draw_frame(result: ToyResult, frame: Frame, *, scale: float = 1.0) -> Image.Image:
-    """Both networks' decision regions side by side, the pseudo points over them, test data faint on the teacher's."""
+    """Both networks' decision regions and the pseudo points, with the test data on the teacher's side."""
     figure = Figure(figsize=(9, 4.9), dpi=100)
     figure.subplots_adjust(left=0.04, right=0.98, bottom=0.06, top=0.86, wspace=0.1)
     left, right = figure.subplots(1, 2)
     left.set_title(f"teacher: {100 * result.teacher_accuracy:.1f} % on the test data shown", fontsize=10)
-    right.set_title("student: trained on the white points alone", fontsize=10)
+    right.set_title("student: trained on the white points only", fontsize=10)
     x, y = result.test[0].T.numpy()  # (M,) each
     left.scatter(x, y, s=4, c=[COLORS[label] for label in result.test[1]], alpha=0.4, linewidths=0)
     x, y = frame.points.T.numpy()  # (N,) each
@@ -263,7 +271,7 @@ def draw_courses(courses: dict[int, list[tuple[int, float]]], *, scale: float = 
 
 
 def _render(figure: Figure, scale: float) -> Image.Image:
-    """The figure in colour, stamped where the experiment was cut short."""
+    """The figure in RGB, with the scale in a corner if it is not 1."""
     if scale != 1:
         figure.text(0.01, 0.985, f"scale {scale:g}", color="#bb0000", weight="bold", fontsize=12, va="top")
     figure.savefig(buffer := io.BytesIO(), format="png")
@@ -271,10 +279,12 @@ def _render(figure: Figure, scale: float) -> Image.Image:
 
 
 def save_animation(path: Path, images: Sequence[Image.Image], *, seconds: float = 0.12) -> None:
-    """Write a looping .gif or .webp, each image shown that long and the last one 2 s, or nothing."""
+    """Write a looping .gif or .webp; each image is shown for `seconds`, the last one for 2 s."""
     kind = {".gif": "GIF", ".webp": "WEBP"}.get(path.suffix)
     if kind is None or not images:
-        raise UsageError(f"cannot animate {len(images)} images in {path}: expected some, and a name in .gif or .webp")
+        raise UsageError(
+            f"{path}: expected at least one image and the suffix .gif or .webp, found {len(images)} images"
+        )
     shown = [round(1000 * seconds)] * (len(images) - 1) + [2000]
     with replacing(path) as file:
         images[0].save(file, format=kind, save_all=True, append_images=images[1:], duration=shown, loop=0)
@@ -283,13 +293,15 @@ def save_animation(path: Path, images: Sequence[Image.Image], *, seconds: float 
 def reproduce_toy(
     seeds: Sequence[int], out: Path, *, scale: float = 1.0, progress: Callable[[int, int, str], None] | None = None
 ) -> dict[str, Any]:
-    """Run every seed and draw it in `out`: toy-seed-S/round-R.png, toy-seed-S.gif, and toy-agreement.png for all.
+    """Run every seed and plot it in `out`: toy-seed-S/round-R.png, toy-seed-S.gif, and toy-agreement.png for all.
 
-    `scale` is the share of the rounds to run; `progress` gets (rounds done, of how many, what to show beside them).
-    Returns medians over seeds, seconds in all and every seed's numbers, ready for JSON.
+    `scale` is the share of the rounds to run; `progress` is called with (rounds done, total, text to show beside them).
+    Returns medians over seeds, the total time and every seed's numbers, ready for JSON.
     """
     if not seeds or not 0 < scale <= 1:
-        raise UsageError(f"{len(seeds)} seeds, scale = {scale}: expected at least one, and more than 0 up to 1")
+        raise UsageError(
+            f"expected at least one seed and 0 < scale <= 1, found {len(seeds)} seeds and scale = {scale}; correct them"
+        )
     started = time.monotonic()
     rounds = max(1, round(ROUNDS * scale))
     per_seed: list[dict[str, Any]] = []
@@ -315,23 +327,21 @@ def reproduce_toy(
 
 
 def toy_table(result: Mapping[str, Any]) -> str:
-    """The Markdown page of what `reproduce_toy` returned, with the circumstances in which it was run."""
+    """The Markdown page for what `reproduce_toy` returned, with the `circumstances` of the run."""
     stamp = f" (scale {result['scale']:g})" if "scale" in result else ""
     lines = [f"# Toy experiment: agreement with the teacher over the plane{stamp}", ""]
-    lines += ["| seed | agreement | teacher accuracy | seconds |", "|---|---|---|---|"]
-    for run in result["per_seed"]:
-        lines.append(
-            f"| {run['seed']} | {run['agreement']:.3f} | {run['teacher_accuracy']:.3f} | {run['seconds']:.0f} |"
-        )
-    lines.append(f"| median | {result['agreement']:.3f} | {result['teacher_accuracy']:.3f} | |")
+    rows = [
+        [str(run["seed"]), f"{run['agreement']:.3f}", f"{run['teacher_accuracy']:.3f}", f"{run['seconds']:.0f}"]
+        for run in result["per_seed"]
+    ]
+    rows.append(["median", f"{result['agreement']:.3f}", f"{result['teacher_accuracy']:.3f}", ""])
+    lines += markdown(["seed", "agreement", "teacher accuracy", "seconds"], rows)
     lines += [
         "",
-        "The paper states the teacher's accuracy, 0.968, and shows the student's regions without a number.",
+        "The paper gives the teacher's accuracy, 0.968, and shows the student's regions without a number.",
         "",
     ]
     lines += ["![agreement over the rounds](toy-agreement.png)", ""]
-    lines += [f"![both networks' regions](toy-seed-{result['seeds'][0]}.gif)"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines += ["", f"{result['date']}, `{result['command']}`, commit {result.get('commit', 'unknown')},"]
-    lines += [f"{result['hardware']}, one thread, {versions}."]
+    lines += [f"![both networks' regions](toy-seed-{result['seeds'][0]}.gif)", ""]
+    lines += provenance({**result, "threads": 1})
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""PNG figures: curves over a run's steps, grids of pseudo images, transition curves."""
+"""Plots as PNGs: curves over a run's steps, grids of pseudo images, transition curves."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ CAPTION_LINE = 12
 
 
 def styled() -> AbstractContextManager[None]:
-    """Small print and faint grids, no formulas in names, without changing the settings of the process."""
+    """Small fonts, faint grids, no math in names; matplotlib's global settings stay as they are."""
     return matplotlib.rc_context(
         {
             "text.parse_math": False,
@@ -38,15 +38,15 @@ def styled() -> AbstractContextManager[None]:
 
 
 def visible(name: str) -> str:
-    """A name as matplotlib shows it in a legend: it leaves out those that begin with an underscore."""
+    """A name for a legend, from which matplotlib omits those that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 
 def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32, captions: Sequence[str] = ()) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1] side by side, enlarged to at least `smallest` pixels each, one pixel apart.
+    """Images (N, C, H, W) in [0, 1] side by side, one pixel apart, enlarged to at least `smallest` pixels each.
 
-    One channel is shown grey, three in colour; of any other number the mean. `captions`, of one or more lines each,
-    stand below the images.
+    One channel is greyscale, three are colour, and of any other number the mean is shown. `captions` may have several
+    lines and go below the images.
     """
     n, channels, height, width = images.shape
     if channels not in (1, 3):
@@ -72,24 +72,24 @@ def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32, captions
 def believed_grid(
     images: Tensor, beliefs: Mapping[str, Tensor], class_names: Sequence[str] | None = None, *, columns: int = 8
 ) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1], below each what networks take it for: `beliefs` has a letter -> logits (N, K)."""
+    """Images (N, C, H, W) in [0, 1] with predictions below; `beliefs` maps a letter per network to logits (N, K)."""
     captions = [""] * len(images)
     for letter, logits in beliefs.items():
-        sure, classes = logits.float().softmax(dim=1).cpu().max(dim=1)  # (N,), (N,)
-        for i, (probability, k) in enumerate(zip(sure.tolist(), classes.tolist(), strict=True)):
+        confidence, classes = logits.float().softmax(dim=1).cpu().max(dim=1)  # (N,), (N,)
+        for i, (probability, k) in enumerate(zip(confidence.tolist(), classes.tolist(), strict=True)):
             name = str(class_names[k])[:6] if class_names else str(k)
             captions[i] += f"{letter} {name}: {100 * probability:.0f}%\n"
     return image_grid(images, columns=columns, smallest=72, captions=[caption.rstrip() for caption in captions])
 
 
 def save_image(path: Path, image: Image.Image) -> None:
-    """Write a PNG, or nothing."""
+    """Write a PNG, completely or not at all."""
     with replacing(path) as file:
         image.save(file, format="PNG")
 
 
 def series(lines: Lines, key: str, pick: int | None = None) -> tuple[list[float], list[float]]:
-    """Steps and values of `key` where the lines have it; `pick` takes one entry of a list."""
+    """Steps and values of `key` in the lines that have it; `pick` selects an entry if the values are lists."""
     found = [(line["step"], line[key] if pick is None else line[key][pick]) for line in lines if key in line]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -101,7 +101,7 @@ PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
     "student loss": {"last update of a step": ("student_loss", -1), "first": ("student_loss", 0)},
     "generator loss": {"": ("generator_loss", -1)},
     "confidence on pseudo images": {"teacher": ("teacher_confidence", None), "student": ("student_confidence", None)},
-    "spread over pseudo classes (1 = uniform)": {
+    "normalised class entropy (1 = uniform)": {
         "teacher": ("class_spread", None),
         "student": ("student_class_spread", None),
     },
@@ -111,11 +111,11 @@ PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
         "on pseudo images": ("pseudo_agreement", None),
     },
 }
-"""title -> label -> key in metrics.jsonl, and which entry where it is a list"""
+"""title -> label -> key in metrics.jsonl, and which entry if its values are lists"""
 
 
 def run_curves(runs: Mapping[str, Lines]) -> bytes:
-    """A PNG of losses, confidences, class spread and accuracy over the steps of one or several runs."""
+    """A PNG of losses, confidences, class entropy and accuracy over the steps of one or several runs."""
     with styled():
         figure = Figure(figsize=(10, 5), layout="constrained")
         figure.subplots(2, 3)
@@ -136,7 +136,7 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
             if not measured:
                 axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
         if len(runs) > 1:
-            generator = figure.axes[1]  # the panel with room for the names of the runs
+            generator = figure.axes[1]  # the panel with room for the runs' names
             generator.legend(generator.lines[: len(runs)], [visible(name) for name in runs])
         return _png(figure)
 
@@ -144,16 +144,13 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
 def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> bytes:
     """A PNG of two networks' mean probability of the target class over the steps, with 2 standard errors over images.
 
-    One panel for each title -> what `average_curves` returns. `names` are the two networks'. ZSKT, figure 4.
+    `panels` maps a title to the result of `average_curves`; `names` are the two networks'. ZSKT, figure 4.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with styled():
         figure = Figure(figsize=(1 + 3.3 * columns, 0.4 + 2.8 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes in grid.flatten()[len(panels) :]:
-            axes.remove()
-        for axes, (title, curves) in zip(grid.flatten(), panels.items(), strict=False):
+        for axes, (title, curves) in zip(_panels(figure, len(panels), columns), panels.items(), strict=True):
             for key, name, style in zip(("first", "second"), names, ("-", "--"), strict=True):
                 mean, error = np.array(curves[key]), 2 * np.array(curves[f"{key}_standard_error"])  # (S,) each
                 steps = np.arange(len(mean))
@@ -170,16 +167,14 @@ def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence
 def single_transitions(
     transitions: Transitions, names: Sequence[str], class_names: Sequence[str] | None = None
 ) -> bytes:
-    """A PNG of single transition curves: eight images at most, each towards one other class."""
+    """A PNG of individual transition curves: at most eight images, each towards one other class."""
     _, count, targets, steps = transitions.examples.shape
     columns = min(4, count)
     rows = -(-count // columns)
     with styled():
         figure = Figure(figsize=(2.6 * columns, 2.2 * rows + 0.5), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-        for axes in panels[count:]:
-            axes.set_axis_off()
-        for i, axes in enumerate(panels[:count]):
+        panels = _panels(figure, count, columns)
+        for i, axes in enumerate(panels):
             start = int(transitions.starts[i])
             turn = i % targets
             target = (start + 1 + turn) % (targets + 1)
@@ -197,6 +192,14 @@ def single_transitions(
         return _png(figure)
 
 
+def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
+    """So many panels in rows of `columns`, with shared axes."""
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for unused in axes[count:]:
+        unused.remove()
+    return list(axes[:count])
+
+
 def _fractions(images: Tensor) -> Tensor:
     return images / 255 if images.dtype == torch.uint8 else images
 
@@ -212,7 +215,7 @@ def few_shot_curves(
 ) -> bytes:
     """A PNG of test accuracy against real images per class, mean ± std over seeds. ZSKT, figure 2.
 
-    `lines` has label -> images per class -> accuracies; `levels` has label -> accuracies with all images.
+    `lines` maps label -> images per class -> accuracies; `levels` maps label -> accuracies with all images.
     """
     with styled():
         figure = Figure(figsize=(6, 4), layout="constrained")
@@ -245,7 +248,7 @@ def class_histograms(counts: Mapping[str, Sequence[int]], class_names: Sequence[
 
 
 def recent_classes(lines: Lines) -> dict[str, list[int]]:
-    """Teacher's and student's classes of the pseudo images, counted over the last fifth of a run's lines."""
+    """Both networks' predicted classes on the pseudo images, counted over the last fifth of a run's lines."""
     found = {}
     for who, key in (("teacher", "class_counts"), ("student", "student_class_counts")):
         if counts := [line[key] for line in lines if key in line]:
@@ -254,7 +257,7 @@ def recent_classes(lines: Lines) -> dict[str, list[int]]:
 
 
 def run_classes(lines: Lines, class_names: Sequence[str] | None) -> bytes | None:
-    """A PNG of the classes of a run's pseudo images at its end; None where nothing was logged."""
+    """A PNG of the classes of the pseudo images at the end of a run; None if nothing was logged."""
     counts = recent_classes(lines)
     return class_histograms(counts, class_names, "share of pseudo images, last fifth of the run") if counts else None
 
@@ -262,7 +265,7 @@ def run_classes(lines: Lines, class_names: Sequence[str] | None) -> bytes | None
 def nature_of_pseudo_data(
     lines: Lines, samples: Sequence[Path], class_names: Sequence[str] | None, title: str
 ) -> bytes:
-    """A PNG of a run's pseudo images: beliefs over the steps, classes at the end, images over time. ZSKT, figure 3."""
+    """A PNG of a run's pseudo images: confidence over the steps, final classes, samples over time. ZSKT, figure 3."""
     shown = [samples[round(i * (len(samples) - 1) / 3)] for i in range(4)] if len(samples) > 4 else samples
     with styled():
         figure = Figure(figsize=(9, 5.4), layout="constrained")
@@ -279,8 +282,8 @@ def nature_of_pseudo_data(
             axes.set_title(f"classes of the pseudo images, {who}")
         for axes, path in zip(lower.subplots(1, max(1, len(shown)), squeeze=False).flatten(), shown, strict=False):
             with Image.open(path) as image:
-                quarter = image.convert("RGB").crop((0, 0, image.width // 2, image.height // 2))  # or it is too small
-                axes.imshow(np.asarray(quarter))
+                quarter = (0, 0, image.width // 2, image.height // 2)  # all images would be too small to see
+                axes.imshow(np.asarray(image.convert("RGB").crop(quarter)))
             axes.set_title(f"step {int(path.stem):,}")
             axes.set_axis_off()
         figure.suptitle(title, fontsize=9)
@@ -288,7 +291,7 @@ def nature_of_pseudo_data(
 
 
 def _histogram(axes: Axes, counts: Sequence[int], class_names: Sequence[str] | None) -> None:
-    """Shares of the classes as bars; with the even share as a line. Names only where they can be read."""
+    """Shares of the classes as bars, the uniform share as a line; names only if there is room for them."""
     classes = range(len(counts))
     axes.bar(classes, np.array(counts) / max(1, sum(counts)), width=0.8)
     axes.axhline(1 / len(counts), color="0.4", linewidth=1, linestyle=":")

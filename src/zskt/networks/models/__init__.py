@@ -1,7 +1,7 @@
-"""The field's small image classifiers that no library ships, each `forward(x) -> logits` and nothing else.
+"""Small image classifiers of the data-free literature, each `forward(x) -> logits`.
 
-Every network carries `spec`, the string that `build` rebuilds it from, and `stages`, the names of the submodules whose
-outputs are its stage outputs, coarsest last.
+Every network has `spec`, the string that `build` accepts, and `stages`, the names of the submodules whose outputs are
+its stage outputs, coarsest last.
 """
 
 import re
@@ -9,18 +9,18 @@ import re
 from torch import nn
 
 from zskt.errors import UsageError, unknown
+from zskt.networks.models.common import WIDTH, Size
 from zskt.networks.models.convnet import ConvNet, convnet
 from zskt.networks.models.lenet import LeNet5, lenet5
-from zskt.networks.models.resnet import WIDTH, ResNet, resnet
-from zskt.networks.models.size import Size
+from zskt.networks.models.resnet import ResNet, resnet
 from zskt.networks.models.vgg import VGG, vgg11
 from zskt.networks.models.wide_resnet import WideResNet, wide_resnet
 
 MOST = 100_000
-"""classes, channels or pixels: more than any network here could mean"""
+"""classes, channels, or pixels on a side; more are taken for a mistake"""
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
-"""Examples of what `build` accepts: wrn-DEPTH-WIDTH and convnet-WIDTH take any fitting number, resnet-18, resnet-34 and
-vgg-11 may be followed by another -WIDTH than 64."""
+"""Examples for `build`, which also accepts any wrn-DEPTH-WIDTH and convnet-WIDTH, and -WIDTH after resnet-18, resnet-34
+and vgg-11."""
 
 __all__ = [
     "SPECS",
@@ -41,14 +41,14 @@ __all__ = [
 
 
 def build(spec: str, num_classes: int, input_size: Size) -> nn.Module:
-    """A freshly initialised network for images of `input_size` = (C, H, W).
+    """A network with random weights for images of `input_size` = (C, H, W).
 
     Raises UsageError for an unknown spec or one that does not fit the size.
     """
     if not 2 <= num_classes <= MOST or len(input_size) != 3 or not all(1 <= side <= MOST for side in input_size):
         raise UsageError(
-            f"expected at least 2 classes and an input size C H W of positive numbers below {MOST:,}, found "
-            f"{num_classes} and {list(input_size)}"
+            f"expected 2 to {MOST:,} classes and an input size C H W of 1 to {MOST:,}, found {num_classes} classes "
+            f"and {' '.join(map(str, input_size))}; correct them"
         )
     channels = input_size[0]
     if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4})", spec):

@@ -1,12 +1,12 @@
-"""The smallest sensible BatchNorm network: two convolution stages, for 8x8 digits and for tests."""
+"""A small BatchNorm network of two convolution stages, for 8x8 digits and for tests."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zskt.errors import UsageError
+from zskt.networks.models.common import check_width
 
 GRID = 4
-"""side of the grid that the last stage is averaged to: where things are matters in images this small"""
+"""side of the grid that the last stage is pooled to, as global pooling would lose positions"""
 
 
 class ConvNet(nn.Module):
@@ -16,9 +16,8 @@ class ConvNet(nn.Module):
 
     def __init__(self, width: int, *, num_classes: int = 10, channels: int = 3) -> None:
         super().__init__()
-        if width < 1:
-            raise UsageError(f"convnet-{width}: the width must be at least 1")
         self.spec = f"convnet-{width}"
+        check_width(self.spec, width)
         self.stage1 = self._stage(channels, width)
         self.stage2 = self._stage(width, 2 * width)
         self.fc = nn.Linear(2 * width * GRID**2, num_classes)

@@ -1,10 +1,9 @@
-"""LeNet-5 with ReLU and max pooling (after LeCun et al. 1998), and the half of it, as in the data-free literature."""
+"""LeNet-5 with ReLU and max pooling (after LeCun et al. 1998) and LeNet-5-half, as in the data-free literature."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zskt.errors import UsageError
-from zskt.networks.models.size import Size
+from zskt.networks.models.common import Size, check_size
 
 
 class LeNet5(nn.Module):
@@ -15,10 +14,8 @@ class LeNet5(nn.Module):
     def __init__(self, *, half: bool = False, num_classes: int = 10, input_size: Size) -> None:
         super().__init__()
         self.spec = "lenet-5-half" if half else "lenet-5"
+        check_size(self.spec, input_size, 12)
         channels, height, width = input_size
-        if min(height, width) < 12:
-            size = f"{channels} x {height} x {width}"
-            raise UsageError(f"{self.spec} needs images of at least 12 x 12, found {size}: choose another model")
         share = 2 if half else 1
         c1, c2, f1, f2 = 6 // share, 16 // share, 120 // share, 84 // share
         self.conv1 = nn.Conv2d(channels, c1, 5, padding=2)
@@ -37,5 +34,5 @@ class LeNet5(nn.Module):
 
 
 def lenet5(*, half: bool = False, num_classes: int = 10, input_size: Size = (1, 28, 28)) -> LeNet5:
-    """LeNet-5 for images of `input_size` = (C, H, W), or its half: every layer half as wide."""
+    """LeNet-5 for images of `input_size` = (C, H, W), or LeNet-5-half, with every layer half as wide."""
     return LeNet5(half=half, num_classes=num_classes, input_size=input_size)

@@ -1,15 +1,13 @@
 """ResNet-18 and -34 for small images (He et al. 2016, 3x3 stem without pooling), with torchvision's attribute names.
 
-And narrower ones, for students: resnet-18-16 is a quarter as wide.
+Students may be narrower: resnet-18-16 is a quarter as wide.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zskt.errors import UsageError
-
-WIDTH = 64
-"""channels of the first stage as published"""
+from zskt.networks.models.common import WIDTH, check_width, initialise_convolutions
 
 
 class _BasicBlock(nn.Module):
@@ -41,9 +39,8 @@ class ResNet(nn.Module):
         blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}.get(depth)
         if blocks is None:
             raise UsageError(f"resnet-{depth}: expected a depth of 18 or 34")
-        if width < 1:
-            raise UsageError(f"resnet-{depth}-{width}: the width must be at least 1")
         self.spec = f"resnet-{depth}" if width == WIDTH else f"resnet-{depth}-{width}"
+        check_width(self.spec, width)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = self._stage(blocks[0], width, width, stride=1)
@@ -51,9 +48,7 @@ class ResNet(nn.Module):
         self.layer3 = self._stage(blocks[2], 2 * width, 4 * width, stride=2)
         self.layer4 = self._stage(blocks[3], 4 * width, 8 * width, stride=2)
         self.fc = nn.Linear(8 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
 
     @staticmethod
     def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:

@@ -1,14 +1,12 @@
 """VGG-11 with BatchNorm for small images (Simonyan & Zisserman 2015; one linear layer after global pooling).
 
-And narrower ones, for students: vgg-11-16 is a quarter as wide.
+Students may be narrower: vgg-11-16 is a quarter as wide.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zskt.errors import UsageError
-from zskt.networks.models.resnet import WIDTH
-from zskt.networks.models.size import Size
+from zskt.networks.models.common import WIDTH, Size, check_size, check_width, initialise_convolutions
 
 
 class VGG(nn.Module):
@@ -19,22 +17,16 @@ class VGG(nn.Module):
     def __init__(self, width: int = WIDTH, *, num_classes: int = 10, input_size: Size) -> None:
         super().__init__()
         self.spec = "vgg-11" if width == WIDTH else f"vgg-11-{width}"
-        if width < 1:
-            raise UsageError(f"{self.spec}: the width must be at least 1")
-        channels = input_size[0]
-        if min(input_size[1:]) < 16:
-            size = " x ".join(map(str, input_size))
-            raise UsageError(f"{self.spec} needs images of at least 16 x 16, found {size}: choose another model")
-        self.stage1 = self._stage(channels, width)
+        check_width(self.spec, width)
+        check_size(self.spec, input_size, 16)
+        self.stage1 = self._stage(input_size[0], width)
         self.stage2 = self._stage(width, 2 * width)
         self.stage3 = self._stage(2 * width, 4 * width, 4 * width)
         self.stage4 = self._stage(4 * width, 8 * width, 8 * width)
         self.stage5 = self._stage(8 * width, 8 * width, 8 * width)
         self.pool = nn.MaxPool2d(2)
         self.fc = nn.Linear(8 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
 
     @staticmethod
     def _stage(inputs: int, *widths: int) -> nn.Sequential:

@@ -1,9 +1,10 @@
-"""WideResNet-d-k with pre-activation blocks (Zagoruyko & Komodakis 2016), the networks of the ZSKT paper."""
+"""WideResNet-d-k with pre-activation blocks (Zagoruyko & Komodakis 2016), the ZSKT paper's networks."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zskt.errors import UsageError
+from zskt.networks.models.common import check_width, initialise_convolutions
 
 
 class _Block(nn.Module):
@@ -26,7 +27,7 @@ class _Block(nn.Module):
 
 
 class _Stage(nn.Module):
-    """A run of blocks at one resolution; the first one changes width and stride."""
+    """Blocks at one resolution; the first one changes width and stride."""
 
     def __init__(self, blocks: int, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -46,20 +47,17 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, width: int, *, num_classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
-        if rest or blocks < 1 or width < 1:
-            raise UsageError(
-                f"wrn-{depth}-{width}: the depth must be 6 n + 4 (10, 16, 22, 28, 40, ...) and the width at least 1"
-            )
         self.spec = f"wrn-{depth}-{width}"
+        check_width(self.spec, width)
+        if rest or blocks < 1:
+            raise UsageError(f"{self.spec}: expected a depth of 6 n + 4 (10, 16, 22, 28, 34, 40, ...), found {depth}")
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.block1 = _Stage(blocks, 16, 16 * width, stride=1)
         self.block2 = _Stage(blocks, 16 * width, 32 * width, stride=2)
         self.block3 = _Stage(blocks, 32 * width, 64 * width, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:

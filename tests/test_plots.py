@@ -1,4 +1,4 @@
-"""Figures of tables: readable PNGs of any number of classes, images and seeds, that show the numbers given."""
+"""Plots: readable PNGs of the given numbers, for any number of classes, images and seeds."""
 
 import dataclasses
 import io
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zskt.evaluate.transitions import Transitions, average_curves
-from zskt.run import plots as figures
+from zskt.run import plots
 from zskt.run.plots import (
     average_transitions,
     class_histograms,
@@ -32,18 +33,18 @@ STEPS = 5
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures behind the PNGs."""
     found: list[Figure] = []
-    real = figures._png
+    real = plots._png
 
-    def noting(figure: Figure) -> bytes:
+    def recording(figure: Figure) -> bytes:
         found.append(figure)
         return real(figure)
 
-    monkeypatch.setattr(figures, "_png", noting)
+    monkeypatch.setattr(plots, "_png", recording)
     return found
 
 
 def pixels(png: bytes) -> NDArray[np.uint8]:
-    """A PNG (H, W, 3) that was read whole, is large enough to read and shows something."""
+    """The pixels (H, W, 3) of a PNG that is large enough and not blank."""
     with Image.open(io.BytesIO(png)) as image:
         assert image.format == "PNG"
         found = np.asarray(image.convert("RGB"))
@@ -125,7 +126,7 @@ def test_single_transitions_show_the_image(as_fractions: bool, drawn: list[Figur
 
 
 @pytest.mark.parametrize("name", ["_hidden", "a$\\frac$", "a$b", "<b>"])
-def test_names_are_shown_whatever_they_are(name: str, drawn: list[Figure]) -> None:
+def test_any_name_is_shown_as_it_is(name: str, drawn: list[Figure]) -> None:
     """Names of folders stand for networks and classes."""
     found = transitions(3, 2)
     pixels(average_transitions({"a title": average_curves(found)}, (name, "b")))
@@ -216,16 +217,14 @@ def test_only_the_last_fifth_of_a_run_counts(drawn: list[Figure]) -> None:
     assert [label.get_text() for label in drawn[0].axes[1].get_xticklabels()] == ["cat", "dog"]
 
 
-def test_numbers_of_a_figure_are_json(tmp_path: Path) -> None:
-    """The curves in a part's file are what is drawn."""
+def test_curves_survive_json() -> None:
+    """The curves in a job's file are what is drawn."""
     curves = average_curves(transitions(3, 4))
     again = json.loads(json.dumps(curves))
     assert average_transitions({"a": again}, "ab") == average_transitions({"a": curves}, "ab")
 
 
-def test_settings_of_the_process_are_left_alone() -> None:
-    import matplotlib
-
+def test_global_settings_are_unchanged() -> None:
     before = dict(matplotlib.rcParams)
     average_transitions({"a": average_curves(transitions(3, 4))}, "ab")
     class_histograms({"a": [1, 2]}, None, "a title")

@@ -1,4 +1,4 @@
-"""Studies: the right networks on the right images, gone on with exactly, teacher and data left alone."""
+"""Experiments: the right networks on the right images, exact resumption, teacher and data unchanged."""
 
 import contextlib
 import inspect
@@ -19,10 +19,10 @@ from zskt.evaluate.measures import measure
 from zskt.files import read_json
 from zskt.networks import models
 from zskt.networks.folder import load_network
-from zskt.paper import experiments as studies
+from zskt.paper import experiments
 from zskt.paper.baselines import kd_at, train_student
 from zskt.paper.experiments import Budget, Study, normalisation
-from zskt.paper.jobs import Part, Show, check_settings, in_order, make_parts, time_parts
+from zskt.paper.jobs import Job, Show, check_settings, in_order, run_jobs, time_jobs
 from zskt.paper.training import Training, digest
 from zskt.runtime import seeded
 
@@ -49,22 +49,22 @@ def quiet(*arguments: str) -> AbstractContextManager[Show]:
     return contextlib.nullcontext(lambda done, total, beside: None)
 
 
-def make(study: Study, *wanted: Part) -> None:
-    """Make parts and all that they need."""
-    assert make_parts(in_order(wanted), study.root, math.inf, quiet) == {}
+def make(study: Study, *wanted: Job) -> None:
+    """Make jobs and all that they need."""
+    assert run_jobs(in_order(wanted), study.root, math.inf, quiet) == {}
 
 
-def weights(study: Study, part: Part) -> bytes:
-    (path,) = (path for path in part.folder(study.root).glob("*.safetensors") if path.stem != "generator")
+def weights(study: Study, job: Job) -> bytes:
+    (path,) = (path for path in job.folder(study.root).glob("*.safetensors") if path.stem != "generator")
     return path.read_bytes()
 
 
-def network(study: Study, part: Part) -> zskt.Classifier:
-    return load_network(part.folder(study.root))
+def network(study: Study, job: Job) -> zskt.Classifier:
+    return load_network(job.folder(study.root))
 
 
-def measured(study: Study, part: Part) -> dict[str, Any]:
-    found = part.measured(study.root)
+def measured(study: Study, job: Job) -> dict[str, Any]:
+    found = job.measured(study.root)
     assert found is not None
     return found
 
@@ -98,22 +98,22 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
         found.objectives.append(dict(bound.arguments))
         return kd_at(*arguments, **more)
 
-    monkeypatch.setattr(studies, "train_student", training)
-    monkeypatch.setattr(studies, "kd_at", objective)
+    monkeypatch.setattr(experiments, "train_student", training)
+    monkeypatch.setattr(experiments, "kd_at", objective)
     return found
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_recipes: None) -> Study:
-    """A study with a part of every kind, for two seeds."""
+    """A study with a job of every kind, for two seeds."""
     study = make_study(tmp_path_factory.mktemp("study"))
     for seed in (0, 1):
         make(study, *every_kind(study, seed).values())
     return study
 
 
-def every_kind(study: Study, seed: int = 0) -> dict[str, Part]:
-    """A part of every kind that is trained, with whatever it needs; and a comparison."""
+def every_kind(study: Study, seed: int = 0) -> dict[str, Job]:
+    """A job of every kind that is trained, with whatever it needs; and a comparison."""
     zero_shot = study.zero_shot(seed, "zskt")
     return {
         "teacher": study.teacher(seed),
@@ -129,26 +129,26 @@ def every_kind(study: Study, seed: int = 0) -> dict[str, Part]:
 def test_every_kind_is_measured_on_the_test_images(made: Study) -> None:
     images, labels = made.test.images, made.test.labels
     for seed in (0, 1):
-        parts = every_kind(made, seed)
-        teacher = network(made, parts["teacher"])
-        for name, part in parts.items():
+        jobs = every_kind(made, seed)
+        teacher = network(made, jobs["teacher"])
+        for name, job in jobs.items():
             if name == "belief":
                 continue
             expected = measure(
-                network(made, part), images, labels, None if "student.json" not in files(made, part) else teacher
+                network(made, job), images, labels, None if "student.json" not in files(made, job) else teacher
             )
-            found = measured(made, part)
+            found = measured(made, job)
             if name == "from scratch":
                 assert "agreement" not in found
             for key in expected.keys() & found.keys():
                 assert found[key] == pytest.approx(expected[key], abs=1e-5), (name, key)
             assert found["accuracy"] == expected["accuracy"]
-            assert found["parameters"] == sum(p.numel() for p in network(made, part).parameters())
+            assert found["parameters"] == sum(p.numel() for p in network(made, job).parameters())
     assert measured(made, made.teacher(0))["accuracy"] > 0.9  # 1/3 by chance
 
 
-def files(study: Study, part: Part) -> set[str]:
-    return {path.name for path in part.folder(study.root).iterdir()}
+def files(study: Study, job: Job) -> set[str]:
+    return {path.name for path in job.folder(study.root).iterdir()}
 
 
 def test_seeds_have_teachers_and_students_of_their_own(made: Study) -> None:
@@ -158,12 +158,12 @@ def test_seeds_have_teachers_and_students_of_their_own(made: Study) -> None:
             assert weights(made, first) != weights(made, second)
     for seed in (0, 1):
         fingerprint = network(made, made.teacher(seed)).fingerprint()
-        for part in every_kind(made, seed).values():
-            path = part.folder(made.root) / "student.json"
+        for job in every_kind(made, seed).values():
+            path = job.folder(made.root) / "student.json"
             assert not path.exists() or read_json(path)["teacher_fingerprint"] == fingerprint
 
 
-def test_names_are_different_for_whatever_differs(tmp_path: Path) -> None:
+def test_different_jobs_have_different_names(tmp_path: Path) -> None:
     names = []
     given = make_teacher(models.convnet(4, num_classes=3, channels=1), size=(1, 12, 12))
     for study in (make_study(tmp_path), make_study(tmp_path, student="convnet-3"), make_study(tmp_path, given=given)):
@@ -189,18 +189,18 @@ STOPPED = {
 
 
 @pytest.mark.parametrize("kind", STOPPED)
-def test_a_part_goes_on_where_it_stopped_bit_for_bit(kind: str, made: Study, tmp_path: Path) -> None:
+def test_an_interrupted_job_resumes_bit_for_bit(kind: str, made: Study, tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    part: Part = STOPPED[kind](study)
-    make(study, *part.needs)
+    job: Job = STOPPED[kind](study)
+    make(study, *job.needs)
     shown: list[int] = []
-    for stop in ("1", "0.001s") if part.units > 2 else ("1",):
-        assert not part.make(part.folder(tmp_path), stop, lambda done, total, beside: shown.append(done))
-        assert part.measured(tmp_path) is None
+    for stop in ("1", "0.001s") if job.units > 2 else ("1",):
+        assert not job.run(job.folder(tmp_path), stop, lambda done, total, beside: shown.append(done))
+        assert job.measured(tmp_path) is None
     assert shown == [1, 2][: len(shown)]
-    make(study, part)
-    assert weights(study, part) == weights(made, part)
-    assert measured(study, part) == measured(made, part)
+    make(study, job)
+    assert weights(study, job) == weights(made, job)
+    assert measured(study, job) == measured(made, job)
 
 
 def test_few_shot_images_are_nested_balanced_and_the_same_for_all_seeds(watched: Watched, tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_kd_at_is_the_published_baseline(watched: Watched, tmp_path: Path) -> No
 
 def test_fine_tuning_starts_from_the_zero_shot_student(watched: Watched, tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    part = study.fine_tuned(0, "zskt", 3)
-    make(study, part)
+    job = study.fine_tuned(0, "zskt", 3)
+    make(study, job)
     zero_shot = network(study, study.zero_shot(0, "zskt"))
     (state,) = watched.modules
     for name, tensor in zero_shot.module.state_dict().items():
@@ -245,14 +245,14 @@ def test_fine_tuning_starts_from_the_zero_shot_student(watched: Watched, tmp_pat
     assert training.updates == UPDATES // 4
     assert training.learning_rate == pytest.approx(0.1 / 4)
     assert Budget(UPDATES, STEPS).fine_tuning == 0.1
-    tuned = network(study, part).module.state_dict()
+    tuned = network(study, job).module.state_dict()
     assert not torch.equal(tuned["fc.weight"], state["fc.weight"])
 
 
 def test_updates_do_not_depend_on_the_number_of_images(made: Study, watched: Watched, tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    parts = [study.distilled(0, m) for m in (1, 7, None)] + [study.taught("convnet-2", 0, m) for m in (1, 7, None)]
-    assert {part.units for part in parts} == {UPDATES}
+    jobs = [study.distilled(0, m) for m in (1, 7, None)] + [study.taught("convnet-2", 0, m) for m in (1, 7, None)]
+    assert {job.units for job in jobs} == {UPDATES}
     counted: list[int] = []
 
     def show(done: int, total: int, beside: str) -> None:
@@ -260,9 +260,9 @@ def test_updates_do_not_depend_on_the_number_of_images(made: Study, watched: Wat
         counted.append(done)
 
     make(study, study.teacher(0))
-    for part in parts:
-        part.make(part.folder(tmp_path), None, show)
-    assert counted == [*range(1, UPDATES + 1)] * len(parts)
+    for job in jobs:
+        job.run(job.folder(tmp_path), None, show)
+    assert counted == [*range(1, UPDATES + 1)] * len(jobs)
     assert len(set(map(str, watched.trainings))) == 1
     assert [len(labels) for _, labels in watched.images] == [3, 21, 60]
 
@@ -303,7 +303,7 @@ def test_beliefs_are_those_of_compare(made: Study) -> None:
         assert len(found["curves"]["second_standard_error"]) == 100
 
 
-def test_nothing_of_teacher_or_data_is_changed(tmp_path: Path) -> None:
+def test_teacher_and_data_are_unchanged(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     before = [digest(*pair) for pair in ((study.train.images, study.train.labels), study.measuring)]
     teacher = study.teacher(0)
@@ -314,15 +314,15 @@ def test_nothing_of_teacher_or_data_is_changed(tmp_path: Path) -> None:
     assert [digest(*pair) for pair in ((study.train.images, study.train.labels), study.measuring)] == before
 
 
-def test_other_random_numbers_do_not_matter(made: Study, tmp_path: Path) -> None:
+def test_the_global_generator_does_not_matter(made: Study, tmp_path: Path) -> None:
     torch.manual_seed(7)
     study = make_study(tmp_path)
-    part = study.zero_shot(0, "zskt")
-    make(study, part)
-    assert weights(study, part) == weights(made, part)
+    job = study.zero_shot(0, "zskt")
+    make(study, job)
+    assert weights(study, job) == weights(made, job)
 
 
-CHANGES: list[tuple[Callable[[Study], Part], dict[str, Any], str]] = [
+CHANGES: list[tuple[Callable[[Study], Job], dict[str, Any], str]] = [
     (lambda s: s.teacher(0), {"budget": Budget(9, STEPS, 4)}, r"\(updates = 8, now 9"),
     (
         lambda s: s.teacher(0),
@@ -338,8 +338,8 @@ CHANGES: list[tuple[Callable[[Study], Part], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "change", "words"), CHANGES)
-def test_what_was_made_otherwise_is_refused(
-    kind: Callable[[Study], Part], change: dict[str, Any], words: str, made: Study
+def test_results_with_other_settings_are_refused(
+    kind: Callable[[Study], Job], change: dict[str, Any], words: str, made: Study
 ) -> None:
     """Other images of the same name among them."""
     check_settings([kind(made)], made.root)
@@ -359,7 +359,7 @@ def test_budgets_shrink_alike() -> None:
     assert budget.scaled(1) == budget
 
 
-def test_what_is_known_of_an_image_set_is_used(tmp_path: Path) -> None:
+def test_constants_of_known_image_sets_are_used(tmp_path: Path) -> None:
     known = {"cifar10": True, "svhn": False, "fashion-mnist": True, "mnist": False, "images": False}
     for name, mirrored in known.items():
         size = (1, 28, 28) if "mnist" in name else (3, 32, 32)
@@ -372,20 +372,20 @@ def test_what_is_known_of_an_image_set_is_used(tmp_path: Path) -> None:
         (0.2023, 0.1994, 0.2010),
     )
     for other in (coloured(90, size=(3, 16, 16), name="cifar10"), coloured(90, size=(3, 32, 32))):
-        mean, std = normalisation(other)  # resized, or of nobody's
+        mean, std = normalisation(other)  # resized, or an unknown set
         pixels = other.images.double().numpy() / 255
         assert mean == pytest.approx(pixels.mean(axis=(0, 2, 3)), abs=1e-4)
         assert std == pytest.approx(pixels.std(axis=(0, 2, 3)), abs=1e-4)
 
 
 @pytest.mark.parametrize("change", [{}, {"precision": "bf16"}, {"given": True}])
-def test_every_kind_of_work_can_be_timed(change: dict[str, Any], tmp_path: Path) -> None:
+def test_every_kind_of_job_can_be_timed(change: dict[str, Any], tmp_path: Path) -> None:
     given = make_teacher(models.convnet(4, num_classes=3, channels=1), size=(1, 12, 12))
     study = make_study(tmp_path, **{"given": given} if "given" in change else change)
     before = given.fingerprint()
-    parts = in_order(list(every_kind(study).values()))
-    found = time_parts(parts, tmp_path, seconds=0.01)
-    assert found.keys() == {part.pace for part in parts if part.units}
+    jobs = in_order(list(every_kind(study).values()))
+    found = time_jobs(jobs, tmp_path, seconds=0.01)
+    assert found.keys() == {job.pace for job in jobs if job.units}
     assert len(found) == (4 if "given" in change else 5)  # cross-entropy of both networks, KD+AT, zskt, curves
     assert all(0 < seconds < 5 for seconds in found.values())
     assert given.fingerprint() == before
@@ -393,10 +393,10 @@ def test_every_kind_of_work_can_be_timed(change: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 30])
-def test_steps_of_curves_are_counted_as_they_are_taken(
+def test_units_of_transition_curves_are_their_gradient_steps(
     classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "PATHS", 16)
+    monkeypatch.setattr(experiments, "PATHS", 16)
     given = make_teacher(models.convnet(2, num_classes=classes, channels=1), size=(1, 12, 12))
     study = make_study(tmp_path, test=coloured(60, classes=classes), given=given, budget=Budget(1, 1, 3))
     make(study, study.teacher(0))
@@ -409,18 +409,18 @@ def test_steps_of_curves_are_counted_as_they_are_taken(
         return real(*arguments, **more)
 
     monkeypatch.setattr(torch.autograd, "grad", counting)
-    part = study.belief(study.teacher(0), 0)  # with itself, as both agree on all images
-    make(study, part)
-    assert part.units == len(gradients) == math.ceil(3 * (classes - 1) / 16) * 99
-    assert measured(study, part)["mean_transition_error"] == 0
+    job = study.belief(study.teacher(0), 0)  # with itself, as both agree on all images
+    make(study, job)
+    assert job.units == len(gradients) == math.ceil(3 * (classes - 1) / 16) * 99
+    assert measured(study, job)["mean_transition_error"] == 0
 
 
 @pytest.mark.parametrize("kind", ["zero-shot", "taught"])
-def test_a_part_killed_before_its_first_checkpoint_is_begun_again(kind: str, tmp_path: Path) -> None:
+def test_a_job_killed_before_its_first_checkpoint_starts_again(kind: str, tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    part = study.zero_shot(0, "zskt") if kind == "zero-shot" else study.taught("convnet-2", 0)
-    left = part.folder(tmp_path) / ("config.toml" if kind == "zero-shot" else "checkpoint/.00000001.safetensors.x7")
+    job = study.zero_shot(0, "zskt") if kind == "zero-shot" else study.taught("convnet-2", 0)
+    left = job.folder(tmp_path) / ("config.toml" if kind == "zero-shot" else "checkpoint/.00000001.safetensors.x7")
     left.parent.mkdir(parents=True)
     left.write_text("half")
-    make(study, part)
-    assert part.measured(tmp_path) is not None
+    make(study, job)
+    assert job.measured(tmp_path) is not None

@@ -1,4 +1,0 @@
-"""The size of an image."""
-
-Size = tuple[int, int, int]
-"""(C, H, W)"""
