@@ -17,10 +17,8 @@ from zskt.evaluate.measures import (
     bootstrap,
     calibration_error,
     disagreements,
-    judge,
     measure,
     noise_classes,
-    per_image,
     predict,
     pseudo_beliefs,
 )
@@ -180,15 +178,6 @@ def test_warnings(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], wor
     confident = 5 * torch.eye(K).repeat(10, 1)
     found = pseudo_image_warnings(pseudo_beliefs(*change(confident, confident)))
     assert all(word in line for word, line in zip(words, found, strict=True))
-
-
-def test_per_image_measures_average_to_those_of_judge(answers: tuple[Tensor, Tensor, Tensor]) -> None:
-    first, second, labels = answers
-    values = per_image(first, second, labels)
-    whole = judge(first, labels, second)
-    assert all(value.shape == (M,) for value in values.values())
-    for name, value in values.items():
-        assert float(value.mean()) == pytest.approx(whole[name], rel=1e-5), name
 
 
 def test_bootstrap_intervals_have_their_coverage() -> None:

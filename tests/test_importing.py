@@ -328,7 +328,6 @@ def test_mmclassification_resnet18(tmp_path: Path) -> None:
         CLASSES,
         (125.307, 122.961, 113.8575),
         (51.5865, 50.847, 51.255),
-        class_names=[f"class {i}" for i in range(CLASSES)],
     )
     assert same_outputs(teacher, source)
     assert teacher.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zskt.errors import ZsktError
-from zskt.method.losses import forward_kl
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import evaluating, layout
 
@@ -36,6 +35,18 @@ def check_images(network: Classifier, images: Tensor, labels: Tensor | None = No
         raise ZsktError(
             f"expected labels of {network.num_classes} classes, found label {lowest if lowest < 0 else highest}; give "
             "data with the network's classes"
+        )
+
+
+def check_networks(first: Classifier, second: Classifier) -> None:
+    """Raise ZsktError unless two networks have equally many classes and take images of the same size."""
+    if first.num_classes != second.num_classes:
+        a, b = first.num_classes, second.num_classes
+        raise ZsktError(f"expected networks of equal class count, found {a} and {b}; compare networks for one task")
+    if first.input_size != second.input_size:
+        size, other = (" x ".join(map(str, network.input_size)) for network in (first, second))
+        raise ZsktError(
+            f"expected networks for images of equal size, found {size} and {other}; compare networks for one task"
         )
 
 
@@ -84,30 +95,16 @@ def measure(network: Classifier, images: Tensor, labels: Tensor, teacher: Classi
     """
     check_images(network, images, labels)
     if teacher is not None:
-        check_class_counts(network, teacher)
+        check_networks(network, teacher)
     answers = None if teacher is None else predict(teacher, images)  # (M, K)
     return judge(predict(network, images), labels, answers)
-
-
-def check_class_counts(first: Classifier, second: Classifier) -> None:
-    """Raise ZsktError unless two networks have equally many classes."""
-    if first.num_classes != second.num_classes:
-        raise ZsktError(
-            f"expected two networks of equal class count, found {first.num_classes} and {second.num_classes}; compare "
-            "networks for the same classes"
-        )
 
 
 def judge(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> dict[str, float]:
     """The result of `measure`, from logits (M, K), labels (M,) and the teacher's logits `answers` (M, K)."""
     result = {"accuracy": accuracy(logits, labels), "calibration_error": calibration_error(logits, labels)}
     if answers is not None:
-        result |= {
-            "teacher_accuracy": accuracy(answers, labels),
-            "agreement": agreement(logits, answers),
-            "kl_teacher_student": float(forward_kl(logits, answers)),
-            "kl_student_teacher": float(forward_kl(answers, logits)),
-        }
+        result |= {name: float(value.mean()) for name, value in per_image(logits, answers, labels).items()}
     return result
 
 

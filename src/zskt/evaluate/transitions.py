@@ -14,15 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.measures import (
-    bootstrap,
-    calibration_error,
-    check_class_counts,
-    check_images,
-    disagreements,
-    per_image,
-    predict,
-)
+from zskt.evaluate.measures import bootstrap, calibration_error, check_images, disagreements, per_image, predict
+from zskt.evaluate.measures import check_networks as check_networks
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import at_least_float32, layout
@@ -148,16 +141,6 @@ def believed(logits: Tensor, target: Tensor) -> Tensor:
     """The probability (B,) of class `target` (B,) under logits (B, K)."""
     probabilities = logits.double().softmax(dim=1)  # (B, K)
     return probabilities.gather(1, target[:, None]).squeeze(1)
-
-
-def check_networks(first: Classifier, second: Classifier) -> None:
-    """Raise ZsktError unless two networks take images of the same size and have equally many classes."""
-    check_class_counts(first, second)
-    if first.input_size != second.input_size:
-        a, b = (" x ".join(map(str, network.input_size)) for network in (first, second))
-        raise ZsktError(
-            f"expected two networks for images of equal size, found {a} and {b}; compare networks for the same images"
-        )
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,6 @@ def import_weights(
     mean: _Values,
     std: _Values,
     rename: Mapping[str, str] | None = None,
-    class_names: Sequence[str] | None = None,
 ) -> tuple[Classifier, ImportReport]:
     """A foreign checkpoint as a `Classifier` of our network `spec` for images (C, H, W) and `num_classes` classes.
 
@@ -136,9 +135,7 @@ def import_weights(
     mean, std, notices = unit_normalisation(mean, std)
     module = models.build(spec, num_classes, input_size)
     keys = fill(module, path, rename)
-    teacher = as_teacher(
-        Classifier(module, input_size=input_size, mean=mean, std=std, class_names=class_names), copied=False
-    )
+    teacher = as_teacher(Classifier(module, input_size=input_size, mean=mean, std=std), copied=False)
     if renamed := _renamed(keys):
         changes = ", ".join(f"{old} -> {new}" if new else f"{old} dropped" for old, new in renamed.items())
         notices = (*notices, f"{len(keys)} tensors mapped by name: {changes}")

@@ -160,51 +160,52 @@ def reproduction(request: Request) -> Reproduction:
 def table_1(request: Request) -> Reproduction:
     """Six pairs: both networks trained from scratch, KD+AT on 200 images per class, zero-shot."""
     own = request.model or request.student or request.teacher
-    cells = []
+    cells: list[Cell] = []
     for model, student in PAIRS[2:3] if own else PAIRS:
         study = request.study(model, student)
         pair = (study.model, study.student)
-        known = request.data == "cifar10"
-        row = f"{study.model} → {study.student}"
-        jobs = {
-            "teacher": (study.teachers(request.seeds), SCRATCH.get(study.model)),
-            "student from scratch": (
-                [study.taught(study.student, s) for s in request.seeds],
-                SCRATCH.get(study.student),
-            ),
+        published = {
+            "teacher": SCRATCH.get(study.model),
+            "student from scratch": SCRATCH.get(study.student),
+            "KD+AT, 200 per class": KD_AT_200.get(pair),
+            "zero-shot, zskt": ZERO_SHOT.get(pair),
         }
-        for per_class in request.per_class or (200,):
-            students = [study.distilled(s, per_class) for s in request.seeds]
-            jobs[f"KD+AT, {per_class} per class"] = (students, KD_AT_200.get(pair) if per_class == 200 else None)
-        for recipe in request.recipes or ("zskt",):
-            runs = [study.zero_shot(s, recipe) for s in request.seeds]
-            jobs[f"zero-shot, {recipe}"] = (runs, ZERO_SHOT.get(pair) if recipe == "zskt" else None)
-        cells += [
-            Cell(row, column, tuple(each), accuracy, paper if known else None) for column, (each, paper) in jobs.items()
-        ]
+        cells += _accuracies(
+            request, study, published if request.data == "cifar10" else {}, "zskt", request.per_class or (200,)
+        )
     return Reproduction("table-1", f"Table 1: test accuracy (%) on {request.data}", tuple(cells))
+
+
+def _accuracies(
+    request: Request, study: Study, published: Mapping[str, str | None], recipe: str, per_class: Sequence[int]
+) -> list[Cell]:
+    """A row of accuracies: teacher, student from scratch, KD+AT on some images per class, zero-shot."""
+    seeds = request.seeds
+    columns = {
+        "teacher": study.teachers(seeds),
+        "student from scratch": [study.taught(study.student, s) for s in seeds],
+    }
+    columns |= {f"KD+AT, {m} per class": [study.distilled(s, m) for s in seeds] for m in per_class}
+    columns |= {f"zero-shot, {r}": [study.zero_shot(s, r) for s in seeds] for r in request.recipes or (recipe,)}
+    row = f"{study.model} → {study.student}"
+    return [Cell(row, column, tuple(jobs), accuracy, published.get(column)) for column, jobs in columns.items()]
 
 
 def table_2(request: Request) -> Reproduction:
     """Mean transition error between zero-shot and KD+AT students and their teacher."""
-    study = request.study("wrn-40-2", "wrn-16-1")
-    zero_shot, kd_at = TABLE_2[request.data] if request.published(study, PAIRS[2]) else (None, None)
-    students: dict[str, tuple[list[Job], str | None]] = {
-        f"zero-shot, {recipe}": (
-            [study.zero_shot(s, recipe) for s in request.seeds],
-            zero_shot if recipe == "zskt" else None,
-        )
-        for recipe in request.recipes or ("zskt",)
-    }
-    students["KD+AT, all images"] = ([study.distilled(s, None) for s in request.seeds], kd_at)
+    study, seeds = request.study("wrn-40-2", "wrn-16-1"), request.seeds
+    published = dict(zip(("zero-shot, zskt", "KD+AT, all images"), TABLE_2.get(request.data, ()), strict=False))
+    students = {f"zero-shot, {r}": [study.zero_shot(s, r) for s in seeds] for r in request.recipes or ("zskt",)}
+    students["KD+AT, all images"] = [study.distilled(s, None) for s in seeds]
     for per_class in request.per_class or (200,):
-        students[f"KD+AT, {per_class} per class"] = ([study.distilled(s, per_class) for s in request.seeds], None)
+        students[f"KD+AT, {per_class} per class"] = [study.distilled(s, per_class) for s in seeds]
     cells = []
-    for row, (jobs, paper) in students.items():
-        beliefs = [study.belief(job, s) for job, s in zip(jobs, request.seeds, strict=True)]
-        cells.append(Cell(row, "mean transition error", tuple(beliefs), mean_transition_error, paper, percent=False))
+    for row, jobs in students.items():
+        beliefs = tuple(study.belief(job, s) for job, s in zip(jobs, seeds, strict=True))
+        paper = published.get(row) if request.published(study, PAIRS[2]) else None
+        cells.append(Cell(row, "mean transition error", beliefs, mean_transition_error, paper, percent=False))
         cells.append(Cell(row, "accuracy, %", tuple(jobs), accuracy))
-        cells.append(Cell(row, "agreement with the teacher, %", tuple(beliefs), measured("agreement")))
+        cells.append(Cell(row, "agreement with the teacher, %", beliefs, measured("agreement")))
     title = f"Table 2: mean transition error on {request.data}, {study.model} → {study.student}, K = 100, ξ = 1"
     return Reproduction("table-2", title, tuple(cells))
 
@@ -335,16 +336,11 @@ def figure_5(request: Request) -> Reproduction:
 def mmrazor(request: Request) -> Reproduction:
     """ResNet-34 -> ResNet-18, the highest published accuracy of plain ZSKT."""
     study = request.study("resnet-34", "resnet-18", steps=25_000)
-    row = f"{study.model} → {study.student}"
-    jobs: dict[str, tuple[list[Job], str | None]] = {
-        "teacher": (study.teachers(request.seeds), "95.34"),
-        "student from scratch": ([study.taught(study.student, s) for s in request.seeds], "94.82"),
+    published = {
+        "teacher": "95.34",
+        "student from scratch": "94.82",
+        "zero-shot, zskt-mmrazor": "93.05 (metafile), 93.50 (page)",
     }
-    published = {"zskt-mmrazor": "93.05 (metafile), 93.50 (page)"}
-    for recipe in request.recipes or tuple(published):
-        jobs[f"zero-shot, {recipe}"] = ([study.zero_shot(s, recipe) for s in request.seeds], published.get(recipe))
     known = request.data == "cifar10" and (study.model, study.student) == ("resnet-34", "resnet-18")
-    cells = [
-        Cell(row, column, tuple(each), accuracy, paper if known else None) for column, (each, paper) in jobs.items()
-    ]
+    cells = _accuracies(request, study, published if known else {}, "zskt-mmrazor", ())
     return Reproduction("mmrazor", f"mmrazor's ZSKT: test accuracy (%) on {request.data}", tuple(cells))

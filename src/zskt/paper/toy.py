@@ -75,8 +75,6 @@ class ToyResult:
     """on the test points"""
     agreement: float
     """in the last frame"""
-    course: list[tuple[int, float]]
-    """(round, agreement) in all frames"""
     frames: list[Frame]
     """the recorded rounds, first and last included"""
     classes: Tensor
@@ -205,20 +203,19 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
                 frames.append(Frame(done, float((belief == truth).float().mean()), squash(matching.points), belief))
                 if callback is not None:
                     callback(frames[-1])
-    course = [(frame.round, frame.agreement) for frame in frames]
     seconds = time.monotonic() - started
-    return ToyResult(teacher, student.eval(), accuracy, frames[-1].agreement, course, frames, truth, test, seconds)
+    return ToyResult(teacher, student.eval(), accuracy, frames[-1].agreement, frames, truth, test, seconds)
 
 
-def seconds_per_round(rounds: int = 20) -> float:
-    """Seconds of a round on this machine without drawing, the mean of `rounds` with untrained networks."""
+def seconds_per_round() -> float:
+    """Seconds of a round on this machine without drawing: the mean of 20 with untrained networks."""
     with arithmetic(), seeded(0), _one_thread():
         matching = PointMatching(mlp().requires_grad_(False), mlp(), torch.randn(POINTS, 2))
         started = time.monotonic()
-        for _ in range(rounds):
+        for _ in range(20):
             matching.move_points()
             matching.train_student()
-        return (time.monotonic() - started) / rounds
+        return (time.monotonic() - started) / 20
 
 
 @contextlib.contextmanager
@@ -278,14 +275,14 @@ def _render(figure: Figure, scale: float) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def save_animation(path: Path, images: Sequence[Image.Image], *, seconds: float = 0.12) -> None:
-    """Write a looping .gif or .webp; each image is shown for `seconds`, the last one for 2 s."""
+def save_animation(path: Path, images: Sequence[Image.Image]) -> None:
+    """Write a looping .gif or .webp; each image is shown for 0.12 s, the last one for 2 s."""
     kind = {".gif": "GIF", ".webp": "WEBP"}.get(path.suffix)
     if kind is None or not images:
         raise UsageError(
             f"{path}: expected at least one image and the suffix .gif or .webp, found {len(images)} images"
         )
-    shown = [round(1000 * seconds)] * (len(images) - 1) + [2000]
+    shown = [120] * (len(images) - 1) + [2000]
     with replacing(path) as file:
         images[0].save(file, format=kind, save_all=True, append_images=images[1:], duration=shown, loop=0)
 
@@ -318,7 +315,7 @@ def reproduce_toy(
             save_image(out / f"toy-seed-{seed}" / f"round-{frame.round:05d}.png", image)
         save_animation(out / f"toy-seed-{seed}.gif", images)
         measured = {name: round(getattr(result, name), 4) for name in ("agreement", "teacher_accuracy")}
-        course = [[done, round(agreement, 4)] for done, agreement in result.course]
+        course = [[frame.round, round(frame.agreement, 4)] for frame in result.frames]
         per_seed.append({"seed": seed, **measured, "seconds": round(result.seconds, 1), "course": course})
     save_image(out / "toy-agreement.png", draw_courses({run["seed"]: run["course"] for run in per_seed}, scale=scale))
     medians = {name: statistics.median(run[name] for run in per_seed) for name in ("agreement", "teacher_accuracy")}

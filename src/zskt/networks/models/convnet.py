@@ -35,6 +35,4 @@ class ConvNet(nn.Module):
         return logits
 
 
-def convnet(width: int, *, num_classes: int = 10, channels: int = 3) -> ConvNet:
-    """Two convolution stages, `width` and twice `width` channels wide."""
-    return ConvNet(width, num_classes=num_classes, channels=channels)
+convnet = ConvNet

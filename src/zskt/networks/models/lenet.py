@@ -7,11 +7,11 @@ from zskt.networks.models.common import Size, check_size
 
 
 class LeNet5(nn.Module):
-    """(N, C, H, W) -> (N, K): two 5x5 convolutions, each with 2x2 max pooling, then three linear layers."""
+    """(N, C, H, W) -> (N, K): two 5x5 convolutions with 2x2 pooling, three linear layers; `half` halves every width."""
 
     stages = ("conv1", "conv2")
 
-    def __init__(self, *, half: bool = False, num_classes: int = 10, input_size: Size) -> None:
+    def __init__(self, *, half: bool = False, num_classes: int = 10, input_size: Size = (1, 28, 28)) -> None:
         super().__init__()
         self.spec = "lenet-5-half" if half else "lenet-5"
         check_size(self.spec, input_size, 12)
@@ -33,6 +33,4 @@ class LeNet5(nn.Module):
         return logits
 
 
-def lenet5(*, half: bool = False, num_classes: int = 10, input_size: Size = (1, 28, 28)) -> LeNet5:
-    """LeNet-5 for images of `input_size` = (C, H, W), or LeNet-5-half, with every layer half as wide."""
-    return LeNet5(half=half, num_classes=num_classes, input_size=input_size)
+lenet5 = LeNet5

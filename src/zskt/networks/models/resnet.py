@@ -62,6 +62,4 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet(depth: int, width: int = WIDTH, *, num_classes: int = 10, channels: int = 3) -> ResNet:
-    """CIFAR ResNet of depth 18 or 34, its first stage `width` channels wide."""
-    return ResNet(depth, width, num_classes=num_classes, channels=channels)
+resnet = ResNet

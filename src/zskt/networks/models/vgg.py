@@ -14,7 +14,7 @@ class VGG(nn.Module):
 
     stages = ("stage1", "stage2", "stage3", "stage4", "stage5")
 
-    def __init__(self, width: int = WIDTH, *, num_classes: int = 10, input_size: Size) -> None:
+    def __init__(self, width: int = WIDTH, *, num_classes: int = 10, input_size: Size = (3, 32, 32)) -> None:
         super().__init__()
         self.spec = "vgg-11" if width == WIDTH else f"vgg-11-{width}"
         check_width(self.spec, width)
@@ -46,6 +46,4 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg11(width: int = WIDTH, *, num_classes: int = 10, input_size: Size = (3, 32, 32)) -> VGG:
-    """VGG-11 with BatchNorm for images of `input_size` = (C, H, W), its first stage `width` channels wide."""
-    return VGG(width, num_classes=num_classes, input_size=input_size)
+vgg11 = VGG

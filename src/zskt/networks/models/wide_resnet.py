@@ -68,6 +68,4 @@ class WideResNet(nn.Module):
         return logits
 
 
-def wide_resnet(depth: int, width: int, *, num_classes: int = 10, channels: int = 3) -> WideResNet:
-    """WideResNet-`depth`-`width`; depth = 6 n + 4."""
-    return WideResNet(depth, width, num_classes=num_classes, channels=channels)
+wide_resnet = WideResNet
