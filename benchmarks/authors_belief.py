@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 import record
 from zskt.data.images import KNOWN, read
-from zskt.evaluate.transitions import average_curves, compare
+from zskt.evaluate.transitions import Paths, average_curves, compare
 from zskt.networks.weights import import_weights
 from zskt.run.plots import average_transitions
 from zskt.runtime import arithmetic
@@ -40,10 +40,7 @@ def main() -> None:
                 second,
                 test.images,
                 test.labels,
-                number=arguments.images,
-                steps=arguments.steps,
-                start=start,  # type: ignore[arg-type]
-                precision=precision,  # type: ignore[arg-type]
+                Paths(arguments.images, arguments.steps, start=start, precision=precision),  # type: ignore[arg-type]
                 progress=lambda done, total: progress.update(task, completed=done, total=total),  # noqa: B023
             )
         results[f"{precision} {start}"] = found.measured

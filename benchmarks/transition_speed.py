@@ -16,7 +16,7 @@ from rich.progress import track
 
 import record
 from zskt.bench.reference import released_transitions
-from zskt.evaluate.transitions import transition_curves
+from zskt.evaluate.transitions import Paths, transition_curves
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.runtime import arithmetic, pick_device, seeded, synchronise
@@ -47,7 +47,7 @@ def main() -> None:
         return released_transitions(first, second, x[:count], starts[:count], 10, steps=steps, step_size=1.0)
 
     def ours(count: int = arguments.images, steps: int = arguments.steps) -> Any:
-        return transition_curves(first, second, images[:count], starts[:count], steps=steps)
+        return transition_curves(first, second, images[:count], starts[:count], Paths(steps=steps))
 
     def timed(work: Callable[[], Any]) -> float:
         synchronise(device)

@@ -101,7 +101,7 @@ def test_belief_is_compare(
     found = run(capsys, "belief", *pair, "--data", data, "--images", 9, "--steps", 7, *words, "--out", out)
     student, teacher = (zskt.load_teacher(folder) for folder in pair)
     named = {name.replace("-", "_"): value for name, value in options.items()}
-    expected = zskt.compare(student, teacher, *images_of(data), number=9, steps=7, **named)
+    expected = zskt.compare(student, teacher, *images_of(data), zskt.Paths(images=9, steps=7, **named))
     assert {"mean_transition_error", "agreement", "kl_teacher_student", "accuracy", "intervals"} <= found.keys()
     assert found == expected.measured | {"out": str(out)}
     assert 0 < found["mean_transition_error"] < 1
@@ -159,8 +159,8 @@ def test_belief_of_a_network_of_nan(capsys: Capture, pair: tuple[str, str], data
 def test_belief_takes_positive_numbers(
     option: str, value: object, capsys: Capture, pair: tuple[str, str], data: Path
 ) -> None:
-    line = refused(capsys, 1, "belief", *pair, "--data", data, f"--{option}", value)
-    assert f"--{option} {value}: expected a positive number" in line
+    line = refused(capsys, 2, "belief", *pair, "--data", data, f"--{option}", value)
+    assert f"{option.replace('-', '_')} = {value}: expected a positive number" in line
 
 
 def test_belief_leaves_whole_files_or_none(

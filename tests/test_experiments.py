@@ -292,8 +292,7 @@ def test_beliefs_are_those_of_compare(made: Study) -> None:
             zskt.load_teacher(teacher.folder(made.root)),
             made.test.images,
             made.test.labels,
-            number=4,
-            seed=seed,
+            zskt.Paths(images=4, seed=seed),
         )
         found = measured(made, made.belief(student, seed))
         assert {name: found[name] for name in expected.measured} == expected.measured

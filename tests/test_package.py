@@ -76,6 +76,19 @@ def test_the_package_itself_needs_no_data() -> None:
     assert done.stdout.strip() == "False False"
 
 
+def test_the_package_imports_without_modules_of_one_platform() -> None:
+    """As on Windows, where there is no fcntl and no resource."""
+    script = "import sys; sys.modules.update(fcntl=None, resource=None, grp=None, pwd=None); import zskt, zskt.cli.main"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_api_page_lists_the_public_names() -> None:
+    """Everything else is private."""
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^\| `zskt\.(\w+)`", text, re.MULTILINE)) == sorted(set(zskt.__all__) - {"__version__"})
+
+
 def test_reference_imports_nothing_of_ours() -> None:
     assert imports(SOURCE / "bench" / "reference.py") == set()
 

@@ -88,8 +88,8 @@ def test_cells_and_jobs_match_a_count_by_hand(name: str, data: str, tmp_path: Pa
 
 def test_requests_change_the_jobs() -> None:
     asked: dict[str, Any] = {
-        "recipes": ("zskt", "zskt-prior"),
-        "per_class": (5, 200),
+        "recipe": ("zskt", "zskt-prior"),
+        "images_per_class": (5, 200),
         "seeds": (7,),
         "student": "wrn-16-2",
     }
@@ -191,7 +191,7 @@ def test_published_numbers_are_only_for_the_published_networks(name: str) -> Non
             assert {column for _, column in found} <= {"teacher", "student from scratch"}
         else:
             assert found == {}
-    recipe = published(reproduction(request(name, recipes=("zskt-prior",), per_class=(7,))))
+    recipe = published(reproduction(request(name, recipe=("zskt-prior",), images_per_class=(7,))))
     numbers = expected_numbers(name, "cifar10")
     of_ours = {key for key in numbers if "zskt" in " ".join(key) or "200 per" in key[1] or key[1].startswith("M = ")}
     assert recipe == {key: number for key, number in numbers.items() if key not in of_ours}
@@ -289,7 +289,9 @@ class Results:
     def make(self, name: str, seeds: tuple[int, ...]) -> None:
         changes = {"updates": 8, "steps": 2, "images": 2}
         data = coloured(60), coloured(30, seed=1)
-        asked = Request(name, *data, self.root, seeds, "convnet-4", "convnet-2", per_class=(3,), changes=changes)
+        asked = Request(
+            name, *data, self.root, None, changes, "convnet-4", "convnet-2", images_per_class=(3,), seeds=seeds
+        )
         self.made[name] = reproduction(asked)
         assert run_jobs(in_order(self.made[name].jobs), self.root, math.inf, self.bar) == {}
         facts = {**circumstances(), "seeds": list(seeds), "precision": "fp32"}
@@ -368,7 +370,7 @@ def test_transition_errors_are_those_of_the_students_named(results: Results) -> 
         "KD+AT, all images": f"kd-at-{pair}-on-all-seed-0",
         "KD+AT, 3 per class": f"kd-at-{pair}-on-3-per-class-seed-0",
     }.items():
-        found = zskt.compare(results.network(job), teacher, test.images, test.labels, number=2).measured
+        found = zskt.compare(results.network(job), teacher, test.images, test.labels, zskt.Paths(images=2)).measured
         assert cells.pop((row, "mean transition error")) == [found["mean_transition_error"]]
         assert cells.pop((row, "accuracy, %")) == [found["accuracy"]]
         assert cells.pop((row, "agreement with the teacher, %")) == [found["agreement"]]

@@ -10,7 +10,7 @@ import zskt
 from small import make_teacher
 from zskt.bench.reference import released_transitions
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.transitions import Transitions, compare, transition_curves
+from zskt.evaluate.transitions import Paths, Transitions, compare, transition_curves
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 
@@ -63,7 +63,7 @@ def test_curves_are_those_of_the_plain_loop(stepped: Any, batch_size: int) -> No
     first, second = make_pair()
     images, starts = make_images()
     found = transition_curves(
-        first, second, images, starts, steps=STEPS, step_size=XI, stepped=stepped, batch_size=batch_size
+        first, second, images, starts, Paths(steps=STEPS, step_size=XI, stepped=stepped, batch_size=batch_size)
     )
     if stepped == "first":
         one, two = plain(first, second, images, starts)
@@ -118,7 +118,7 @@ class _Rescaled(nn.Module):
 def test_each_known_mistake_changes_the_curves(how: str) -> None:
     first, second = make_pair()
     images, starts = make_images()
-    found = transition_curves(first, second, images, starts, steps=STEPS, step_size=XI)
+    found = transition_curves(first, second, images, starts, Paths(steps=STEPS, step_size=XI))
     assert (wrong_curves(how, first, second, images, starts) - found.examples).abs().max() > 1e-3
 
 
@@ -126,7 +126,7 @@ def test_networks_are_unchanged() -> None:
     first, second = make_pair()
     before = [first.fingerprint(), second.fingerprint()]
     images, starts = make_images()
-    transition_curves(first, second, images, starts, steps=3)
+    transition_curves(first, second, images, starts, Paths(steps=3))
     assert [first.fingerprint(), second.fingerprint()] == before
     assert all(p.grad is None for p in (*first.parameters(), *second.parameters()))
 
@@ -136,7 +136,7 @@ def test_equal_networks_have_no_error_and_memory_is_bounded() -> None:
     images, starts = make_images()
     shapes: list[int] = []
     handle = first.module.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
-    found = transition_curves(first, first, images, starts, steps=2, batch_size=4)
+    found = transition_curves(first, first, images, starts, Paths(steps=2, batch_size=4))
     handle.remove()
     assert found.error == 0
     assert 2 < max(shapes) <= 4
@@ -146,8 +146,8 @@ def test_bf16_is_close_and_off_by_default() -> None:
     first, second = make_pair()
     first.float(), second.float()
     images, starts = make_images()
-    exact = transition_curves(first, second, images, starts, steps=3)
-    near = transition_curves(first, second, images, starts, steps=3, precision="bf16")
+    exact = transition_curves(first, second, images, starts, Paths(steps=3))
+    near = transition_curves(first, second, images, starts, Paths(steps=3, precision="bf16"))
     assert 0 < abs(near.error - exact.error) < 0.05
 
 
@@ -163,7 +163,7 @@ def test_a_network_that_needs_contiguous_feature_maps_can_be_followed() -> None:
 
     network = Classifier(Viewing(), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
     images, starts = make_images()
-    assert transition_curves(network, network, images.float(), starts, steps=2).error == 0
+    assert transition_curves(network, network, images.float(), starts, Paths(steps=2)).error == 0
 
 
 def test_compare_agrees_with_its_definitions() -> None:
@@ -173,7 +173,7 @@ def test_compare_agrees_with_its_definitions() -> None:
     agreeing = (second(second.normalise(images)).argmax(dim=1) == labels).nonzero().squeeze(1)
     number = len(agreeing) - 2
     assert number > 2
-    result = compare(first, second, images, labels, number=number, steps=3, seed=1)
+    result = compare(first, second, images, labels, Paths(images=number, steps=3, seed=1))
     measured = result.measured
     assert measured["agreement"] == pytest.approx(len(agreeing) / 40)
     assert measured["accuracy"] == 1
@@ -183,8 +183,8 @@ def test_compare_agrees_with_its_definitions() -> None:
         assert low <= measured[name] <= high, name
     low, high = measured["intervals"]["mean_transition_error"]
     assert low < high
-    again = compare(first, second, images, labels, number=number, steps=3, seed=1)
-    other = compare(first, second, images, labels, number=number, steps=3, seed=2)
+    again = compare(first, second, images, labels, Paths(images=number, steps=3, seed=1))
+    other = compare(first, second, images, labels, Paths(images=number, steps=3, seed=2))
     assert again.measured == measured
     assert other.mean_transition_error != result.mean_transition_error
     assert set(result.transitions.starts.tolist()) <= set(labels[agreeing].tolist())
@@ -195,7 +195,8 @@ def test_paths_start_from_the_label_if_requested() -> None:
     images, _ = make_images(20)
     labels = (first(first.normalise(images)).argmax(dim=1) + 1) % K  # always wrong
     found = [
-        compare(first, second, images, labels, number=2, steps=2, start=start) for start in ("prediction", "label")
+        compare(first, second, images, labels, Paths(images=2, steps=2, start=start))
+        for start in ("prediction", "label")
     ]
     starts = [result.transitions.starts for result in found]
     assert torch.equal((starts[0] + 1) % K, starts[1])
@@ -204,11 +205,11 @@ def test_paths_start_from_the_label_if_requested() -> None:
 def test_a_bare_module_uses_the_other_normalisation() -> None:
     first, second = make_pair()
     images, labels = make_images(20)
-    bare = compare(first.module, second, images, labels, number=2, steps=2)
+    bare = compare(first.module, second, images, labels, Paths(images=2, steps=2))
     wrapped = Classifier(
         first.module, input_size=SIZE, mean=second.mean.flatten().tolist(), std=second.std.flatten().tolist()
     )
-    assert bare.measured == compare(wrapped, second, images, labels, number=2, steps=2).measured
+    assert bare.measured == compare(wrapped, second, images, labels, Paths(images=2, steps=2)).measured
     assert zskt.compare is compare
     with pytest.raises(UsageError, match="two bare modules"):
         compare(first.module, second.module, images)
@@ -223,10 +224,8 @@ def test_too_few_agreeing_images_are_counted_in_the_error() -> None:
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"step_size": -1.0}, {"step_size": float("nan")}, {"batch_size": 0}])
 def test_settings_must_be_positive(change: dict[str, Any]) -> None:
-    first, second = make_pair()
-    images, starts = make_images()
-    with pytest.raises(ZsktError, match=f"expected a positive {next(iter(change))}, found"):
-        transition_curves(first, second, images, starts, **change)
+    with pytest.raises(UsageError, match=f"{next(iter(change))} = .*: expected a positive number"):
+        Paths(**change)
 
 
 def test_networks_that_do_not_fit_together_are_refused() -> None:
@@ -254,13 +253,13 @@ def test_steps_so_large_that_logits_are_nan_are_refused() -> None:
     first, second = make_pair()
     images, starts = make_images()
     with pytest.raises(ZsktError, match="smaller --step-size"):
-        transition_curves(first, second, images, starts, steps=4, step_size=1e308)
+        transition_curves(first, second, images, starts, Paths(steps=4, step_size=1e308))
 
 
 def test_transitions_keep_examples_for_plots() -> None:
     first, second = make_pair()
     images, starts = make_images(10)
-    found: Transitions = transition_curves(first, second, images, starts, steps=2, batch_size=5)
+    found: Transitions = transition_curves(first, second, images, starts, Paths(steps=2, batch_size=5))
     assert found.examples.shape == (2, 8, K - 1, 2)
     assert torch.equal(found.images, images[:8])
     torch.testing.assert_close(found.examples[0].mean(dim=1).double(), found.first[:8], rtol=0, atol=1e-6)

@@ -6,7 +6,7 @@ result = zskt.distill(teacher, student, steps=2_000, seed=0, out="runs/a")
 """
 
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.transitions import Comparison, compare
+from zskt.evaluate.transitions import Comparison, Paths, compare
 from zskt.export.export import Exported, export
 from zskt.method import losses
 from zskt.method.build import belief_matching
@@ -44,6 +44,7 @@ __all__ = [
     "Losses",
     "Method",
     "Observer",
+    "Paths",
     "ReplayBuffer",
     "Same",
     "Updates",

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.table import Table
 
+from zskt.cli.options import File, Text, Time, options, typed
 from zskt.cli.progress import bar, console, notice
 from zskt.cli.teachers import (
     FOREIGN,
@@ -23,8 +24,9 @@ from zskt.cli.teachers import (
     test_images,
 )
 from zskt.errors import UsageError, ZsktError, unknown
-from zskt.evaluate.transitions import Comparison, Start, Stepped, average_curves, check_networks, compare
+from zskt.evaluate.transitions import Comparison, Paths, average_curves, check_networks, compare
 from zskt.files import fresh_folder, replacing, write_json, write_text
+from zskt.paper.experiments import Budget
 from zskt.paper.jobs import Job, check_settings, in_order, run_jobs, time_jobs
 from zskt.paper.reproduce import NAMES, Request, reproduction
 from zskt.paper.tables import markdown_table, write_result
@@ -37,50 +39,57 @@ ASK_ABOVE = 600.0
 """Seconds of work that are started without --yes."""
 
 
+DEFAULT_PATHS = {name: f"default: {value}" for name, value in vars(Paths()).items()}
+PUBLISHED = "default: the published"
+if TYPE_CHECKING:
+    PathOptions = Any
+    RequestOptions = Any
+    BudgetOptions = Any
+else:
+    PathOptions = options(Paths, "", notes=DEFAULT_PATHS)
+    RequestOptions = options(
+        Request,
+        PUBLISHED,
+        leave_out={"name", "train", "test", "root", "teacher", "changes"},
+        notes={
+            "seeds": "default: 0 1 2",
+            "scale": "default: 1",
+            "device": "default: auto",
+            "precision": "default: fp32",
+        },
+    )
+    BudgetOptions = options(Budget, PUBLISHED, leave_out={"fine_tuning"})
+PATHS, REQUEST, BUDGET = PathOptions(), RequestOptions(), BudgetOptions()
+
+
 def run_belief(
     student: tyro.conf.Positional[Network],
     teacher: tyro.conf.Positional[Network],
     /,
     *,
     data: Data,
-    images: int = 1_000,
-    steps: int = 100,
-    step_size: float = 1.0,
-    stepped: Stepped = "first",
-    start: Start = "prediction",
-    out: Path | None = None,
-    seed: int = 0,
-    batch_size: int = 128,
+    out: File = None,
+    given: Annotated[PathOptions, tyro.conf.arg(name="")] = PATHS,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
     foreign: Options = FOREIGN,
 ) -> Result:
     """Measure how closely two networks' beliefs match, near decision boundaries above all.
 
-    From images on which both agree, one network is followed by gradient steps into every other class; the mean
-    transition error is how far apart the two believe themselves to be on the way: 0 is the same, 1 the opposite.
+    From images on which both agree, gradient steps on one network lead to every other class; the mean transition error
+    is how far apart the two networks' probabilities of that class are along the way: 0 is equal, 1 opposite.
 
     Example: zskt belief runs/a teacher --data cifar10-test.zip --out belief
 
     Args:
         student: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
-        teacher: the network to compare it with, likewise.
+        teacher: the network to compare it with, specified in the same way.
         data: labelled images, as in zskt teach; their test split is used.
-        images: how many images to follow, drawn from those on which both networks agree.
-        steps: gradient steps towards each class, K in the paper.
-        step_size: of a gradient step in the stepped network's normalised space, xi in the paper.
-        stepped: the network whose gradient is followed.
-        start: the class a path starts from: the common prediction (the paper) or the label (the released code).
         out: folder for belief.json and the figures; by default none are written.
-        seed: of the choice of images.
-        batch_size: paths followed together; smaller needs less memory.
+        given: how the paths are followed.
         device: auto, cpu, cuda or cuda:N.
-        precision: bf16 is faster on hardware that has it and changes the error by a little; see docs/method.md.
     """
-    for name, value in (("images", images), ("steps", steps), ("step-size", step_size), ("batch-size", batch_size)):
-        if not value > 0:
-            raise ZsktError(f"--{name} {value}: expected a positive number; leave it out for the paper's")
+    paths = Paths(**typed(given))
     if out is not None and out.exists() and not out.is_dir():
         raise ZsktError(f"expected a folder or nothing at {out}, found a file; choose another --out")
     where = pick_device(device)
@@ -89,21 +98,7 @@ def run_belief(
     check_networks(first, second)
     pictures, labels = test_images(data, second)
     with bar("following", "paths") as show:
-        found = compare(
-            first,
-            second,
-            pictures,
-            labels,
-            number=images,
-            steps=steps,
-            step_size=step_size,
-            stepped=stepped,
-            start=start,
-            seed=seed,
-            batch_size=batch_size,
-            precision=precision,
-            progress=lambda done, total: show(done, total, ""),
-        )
+        found = compare(first, second, pictures, labels, paths, progress=lambda done, total: show(done, total, ""))
     show_comparison(found)
     if out is None:
         notice("give --out for the transition curves as figures")
@@ -145,23 +140,13 @@ def run_reproduce(
     /,
     *,
     data: Data = (),
-    teacher: str | None = None,
-    model: str | None = None,
-    student: str | None = None,
-    recipe: tuple[str, ...] = (),
-    images_per_class: tuple[int, ...] = (),
-    seeds: tuple[int, ...] = (0, 1, 2),
-    scale: float = 1.0,
-    steps: int | None = None,
-    updates: int | None = None,
-    images: int | None = None,
-    learning_rate: float | None = None,
-    out: Path | None = None,
+    teacher: Text = None,
+    request: Annotated[RequestOptions, tyro.conf.arg(name="")] = REQUEST,
+    budget: Annotated[BudgetOptions, tyro.conf.arg(name="")] = BUDGET,
+    out: File = None,
     yes: bool = False,
-    stop_after: str | None = None,
+    stop_after: Time = None,
     resume: bool = False,
-    device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
     foreign: Options = FOREIGN,
 ) -> Result:
     """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
@@ -173,39 +158,29 @@ def run_reproduce(
     Args:
         name: table-1, table-2, figure-2, figure-3, figure-4, figure-5, toy or mmrazor.
         data: labelled images, as in zskt teach; toy makes its own.
-        teacher: a network, spelled as in zskt distill, to use instead of training one.
-        model: another teacher network than the paper's.
-        student: another student network than the paper's.
-        recipe: other recipes than the paper's, each a row of its own.
-        images_per_class: real images per class for the students that see data.
-        seeds: of all networks and runs; each seed trains its own teacher, unless one is given.
-        scale: shrink all amounts of work alike, say to 0.01 for a rehearsal; stamped on every output.
-        steps: pseudo batches of a run without data; by default the published number.
-        updates: of a network trained on images; by default the published number.
-        images: followed in transition curves; by default 1,000.
-        learning_rate: of training on images; by default 0.1, or 0.01 for LeNets, which diverge at 0.1.
+        teacher: a network, specified as in zskt distill, to use instead of training one.
+        request: what to reproduce.
+        budget: how much work to spend.
         out: folder for the results and for all jobs; by default runs/NAME. Several tables can share one.
         yes: start even if it takes more than ten minutes.
         stop_after: leave early, after a time (90s, 9m, 2h), to go on with --resume.
         resume: reuse the finished jobs in --out and continue the interrupted ones.
-        device: auto, cpu, cuda or cuda:N.
-        precision: bf16 is faster on hardware that has it.
     """
+    asked, given = typed(request), typed(budget)
+    seeds, scale = asked.get("seeds", Request.seeds), asked.get("scale", Request.scale)
     if name not in NAMES:
         raise unknown("table or figure", name, NAMES)
     if not 0 < scale <= 1:
         raise UsageError(f"--scale {scale}: expected a number above 0, up to 1")
-    options = {"steps": steps, "updates": updates, "images": images, "learning_rate": learning_rate}
-    given = {option: value for option, value in options.items() if value is not None}
-    for option, value in (*given.items(), *(("images_per_class", number) for number in images_per_class)):
+    amounts = [("images_per_class", number) for number in asked.get("images_per_class", ())]
+    for option, value in (*given.items(), *amounts):
         if not value > 0:
             raise UsageError(f"--{option.replace('_', '-')} {value}: expected a positive number")
-    if teacher is not None and model is not None:
+    if teacher is not None and "model" in asked:
         raise UsageError("--teacher and --model: a given teacher is a network already, leave one of them out")
     begun = time.monotonic()
     if name == "toy":
-        unused = [data, teacher, model, student, recipe, images_per_class, given]
-        if any(unused) or stop_after or resume:
+        if data or teacher or stop_after or resume or given or asked.keys() - {"seeds", "scale"}:
             raise UsageError("toy takes --seeds, --scale, --out and --yes only: it makes its own data and networks")
         return reproduce_the_toy(seeds, out or fresh_folder(Path("runs"), "toy"), scale, yes)
     folder = out or Path("runs") / name
@@ -221,23 +196,7 @@ def run_reproduce(
             f"expected data of {network.num_classes} classes, found {len(test.class_names)}; give the data that the "
             "teacher was trained for"
         )
-    request = Request(
-        name,
-        train,
-        test,
-        folder,
-        seeds,
-        model,
-        student,
-        network,
-        recipe,
-        images_per_class,
-        given,
-        scale,
-        device,
-        precision,
-    )
-    made = reproduction(request)
+    made = reproduction(Request(name, train, test, folder, network, given, **asked))
     jobs = in_order(made.jobs)
     check_settings(jobs, folder)
     seconds, _ = parse_budget(stop_after)
@@ -249,7 +208,7 @@ def run_reproduce(
     facts = circumstances() | {
         "data": train.name,
         "seeds": list(seeds),
-        "precision": precision,
+        "precision": asked.get("precision", Request.precision),
         "seconds": round(time.monotonic() - begun, 1),
     }
     result = write_result(made, folder, scale=scale, failed=failed, circumstances=facts)

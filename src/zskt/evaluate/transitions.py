@@ -30,6 +30,33 @@ EXAMPLES = 8
 
 
 @dataclass(frozen=True)
+class Paths:
+    """How images are followed into the other classes."""
+
+    images: int = 1_000
+    """images to follow, drawn from those on which both networks agree"""
+    steps: int = 100
+    """gradient steps towards each class, K in the paper"""
+    step_size: float = 1.0
+    """of a gradient step in the stepped network's normalised space, xi in the paper"""
+    stepped: Stepped = "first"
+    """the network whose gradient is followed"""
+    start: Start = "prediction"
+    """the class that a path starts from: the common prediction (the paper) or the label (the released code)"""
+    seed: int = 0
+    """of the choice of images"""
+    batch_size: int = 128
+    """paths followed together; smaller needs less memory"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is faster where the hardware supports it and changes the error slightly, see docs/method.md"""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "step_size", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} = {getattr(self, name)}: expected a positive number")
+
+
+@dataclass(frozen=True)
 class Transitions:
     """Two networks' beliefs along the paths from M images to all other classes, over S steps.
 
@@ -60,35 +87,30 @@ def transition_curves(
     second: Classifier,
     images: Tensor,
     starts: Tensor,
+    paths: Paths | None = None,
     *,
-    steps: int = 100,
-    step_size: float = 1.0,
-    stepped: Stepped = "first",
-    batch_size: int = 128,
-    precision: Literal["fp32", "bf16"] = "fp32",
     progress: Progress = lambda done, total: None,
 ) -> Transitions:
     """Follow images (M, C, H, W) from their classes `starts` (M,) to every other class.
 
-    `steps` plain gradient steps of `step_size` on the stepped network's cross-entropy towards the target, in that
-    network's normalised space; the other network sees the same image in its own normalisation. `batch_size` paths, of
-    any images and classes, are followed together, which bounds the memory. Source: ZSKT, Algorithm 2.
+    Plain gradient steps on the stepped network's cross-entropy towards the target, in that network's normalised space;
+    the other network sees the same image in its own normalisation. Paths of any images and classes are followed
+    together, which bounds the memory. Source: ZSKT, Algorithm 2.
     """
-    for name, value in (("steps", steps), ("step_size", step_size), ("batch_size", batch_size)):
-        if not value > 0:
-            raise ZsktError(f"expected a positive {name}, found {value}; the paper takes 100 steps of size 1")
+    how = paths or Paths()
+    steps = how.steps
     check_networks(first, second)
     check_images(first, images)
-    walker, watcher = (first, second) if stepped == "first" else (second, first)
+    walker, watcher = (first, second) if how.stepped == "first" else (second, first)
     device, classes, count, starts = walker.mean.device, walker.num_classes, len(images), starts.cpu()
     formats = [layout(network.module, network.input_size) for network in (walker, watcher)]
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16) if how.precision == "bf16" else contextlib.nullcontext()
 
-    paths = count * (classes - 1)
+    total = count * (classes - 1)
     sums = torch.zeros(3, count, steps, dtype=torch.float64)  # of first, second and |first - second|
     examples = torch.zeros(2, min(EXAMPLES, count), classes - 1, steps)
-    even = -(-paths // -(-paths // batch_size))  # the same number of batches, of nearly equal size
-    for chunk in torch.split(torch.arange(paths), even):
+    even = -(-total // -(-total // how.batch_size))  # the same number of batches, of nearly equal size
+    for chunk in torch.split(torch.arange(total), even):
         image, turn = chunk // (classes - 1), chunk % (classes - 1)  # (B,) each
         target = ((starts[image] + 1 + turn) % classes).to(device)  # (B,)
         x = walker.normalise(images[image])  # (B, C, H, W)
@@ -105,8 +127,8 @@ def transition_curves(
                 with torch.enable_grad():
                     # A sum, so that each image takes the step that it would take alone.
                     loss = F.cross_entropy(at_least_float32(logits), target, reduction="sum")  # ()
-                x = x.detach() - step_size * torch.autograd.grad(loss, x)[0]
-        if stepped == "second":
+                x = x.detach() - how.step_size * torch.autograd.grad(loss, x)[0]
+        if how.stepped == "second":
             curves = curves.flip(0)
         curves = curves.cpu()
         if not torch.isfinite(curves).all():
@@ -116,7 +138,7 @@ def transition_curves(
             sums[side].index_add_(0, image, values)
         kept = image < examples.shape[1]
         examples[:, image[kept], turn[kept]] = curves[:, kept].to(examples)
-        progress(int(chunk[-1]) + 1, paths)
+        progress(int(chunk[-1]) + 1, total)
     p, q, gap = (sums / (classes - 1)).unbind()  # (M, S) each
     return Transitions(p, q, gap, starts, examples, images[:EXAMPLES])
 
@@ -162,61 +184,42 @@ def compare(
     teacher: nn.Module,
     images: Tensor,
     labels: Tensor | None = None,
+    paths: Paths | None = None,
     *,
-    number: int = 1_000,
-    steps: int = 100,
-    step_size: float = 1.0,
-    stepped: Stepped = "first",
-    start: Start = "prediction",
-    seed: int = 0,
-    batch_size: int = 128,
-    precision: Literal["fp32", "bf16"] = "fp32",
     progress: Progress = lambda done, total: None,
 ) -> Comparison:
     """Compare two networks' beliefs on images (M, C, H, W), uint8 or in [0, 1], with or without labels (M,).
 
     Each network is a `Classifier`; one of them may be a bare module, which then uses the other's normalisation.
-    Agreement and KL (nats) are over all images; transition curves are over `number` of those on which both agree, drawn
-    with `seed`, and start from the common prediction (the paper) or the label (the released code). Intervals are 95 %
-    bootstrap intervals over images. Raises ZsktError if the networks do not fit together or agree on too few images.
+    Agreement and KL (nats) are over all images; transition curves, as `paths` says, over some of those on which both
+    agree. Intervals are 95 % bootstrap intervals over images. Raises ZsktError if the networks do not fit together or
+    agree on too few images.
     """
     first, second = read_pair(student, teacher)
     check_networks(first, second)
     check_images(first, images, labels)
-    if number < 1:
-        raise ZsktError(f"expected at least 1 image to follow, found number = {number}; the paper follows 1,000")
-    if start == "label" and labels is None:
+    how = paths or Paths()
+    if how.start == "label" and labels is None:
         raise UsageError("start = 'label': expected labels, found none; give them or start from the prediction")
     logits, answers = predict(first, images), predict(second, images)  # (M, K) each
     predictions = logits.argmax(dim=1).cpu()  # (M,)
     agreeing = (predictions == answers.argmax(dim=1).cpu()).nonzero().squeeze(1)
-    if len(agreeing) < number:
+    if len(agreeing) < how.images:
         raise ZsktError(
-            f"expected {number:,} images on which both networks agree, found {len(agreeing):,} of {len(images):,}; "
+            f"expected {how.images:,} images on which both networks agree, found {len(agreeing):,} of {len(images):,}; "
             "ask for fewer or give more images"
         )
-    order = torch.randperm(len(agreeing), generator=torch.Generator().manual_seed(seed))
-    chosen = agreeing[order[:number]]  # (number,)
-    starts = predictions if start == "prediction" or labels is None else labels.cpu()
-    transitions = transition_curves(
-        first,
-        second,
-        images[chosen],
-        starts[chosen],
-        steps=steps,
-        step_size=step_size,
-        stepped=stepped,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
-    )
+    order = torch.randperm(len(agreeing), generator=torch.Generator().manual_seed(how.seed))
+    chosen = agreeing[order[: how.images]]  # (images,)
+    starts = predictions if how.start == "prediction" or labels is None else labels.cpu()
+    transitions = transition_curves(first, second, images[chosen], starts[chosen], how, progress=progress)
     values = per_image(logits, answers, None if labels is None else labels.cpu())
     measured: dict[str, Any] = {
         "mean_transition_error": transitions.error,
         **{name: float(value.mean()) for name, value in values.items()},
         "intervals": {
-            "mean_transition_error": bootstrap(transitions.gaps.mean(dim=1), seed=seed),
-            **{name: bootstrap(value, seed=seed) for name, value in values.items()},
+            "mean_transition_error": bootstrap(transitions.gaps.mean(dim=1), seed=how.seed),
+            **{name: bootstrap(value, seed=how.seed) for name, value in values.items()},
         },
     }
     if labels is not None:
@@ -225,13 +228,8 @@ def compare(
     measured |= disagreements(logits, answers, second.class_names)
     measured |= {
         "images": len(images),
-        "followed": number,
-        "steps": steps,
-        "step_size": step_size,
-        "stepped": stepped,
-        "start": start,
-        "seed": seed,
-        "precision": precision,
+        "followed": how.images,
+        **{name: value for name, value in vars(how).items() if name not in ("images", "batch_size")},
     }
     return Comparison(measured, transitions)
 

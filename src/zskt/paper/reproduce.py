@@ -93,18 +93,25 @@ class Request:
     train: Dataset
     test: Dataset
     root: Path
-    seeds: tuple[int, ...] = (0, 1, 2)
-    model: str | None = None
-    student: str | None = None
     teacher: Classifier | None = None
-    recipes: tuple[str, ...] = ()
-    per_class: tuple[int, ...] = ()
     changes: Mapping[str, float] = field(default_factory=dict)
     """fields of the published budget to override"""
+    model: str | None = None
+    """another teacher network than the paper's"""
+    student: str | None = None
+    """another student network than the paper's"""
+    recipe: tuple[str, ...] = ()
+    """other recipes than the paper's, each a row"""
+    images_per_class: tuple[int, ...] = ()
+    """real images per class for the students that see data"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of all networks and runs; each seed trains its own teacher, unless one is given"""
     scale: float = 1.0
-    """factor on all amounts of work"""
+    """factor on all amounts of work, say 0.01 for a rehearsal; stamped on every output"""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is faster where the hardware supports it"""
 
     @property
     def data(self) -> str:
@@ -171,7 +178,7 @@ def table_1(request: Request) -> Reproduction:
             "zero-shot, zskt": ZERO_SHOT.get(pair),
         }
         cells += _accuracies(
-            request, study, published if request.data == "cifar10" else {}, "zskt", request.per_class or (200,)
+            request, study, published if request.data == "cifar10" else {}, "zskt", request.images_per_class or (200,)
         )
     return Reproduction("table-1", f"Table 1: test accuracy (%) on {request.data}", tuple(cells))
 
@@ -186,7 +193,7 @@ def _accuracies(
         "student from scratch": [study.taught(study.student, s) for s in seeds],
     }
     columns |= {f"KD+AT, {m} per class": [study.distilled(s, m) for s in seeds] for m in per_class}
-    columns |= {f"zero-shot, {r}": [study.zero_shot(s, r) for s in seeds] for r in request.recipes or (recipe,)}
+    columns |= {f"zero-shot, {r}": [study.zero_shot(s, r) for s in seeds] for r in request.recipe or (recipe,)}
     row = f"{study.model} → {study.student}"
     return [Cell(row, column, tuple(jobs), accuracy, published.get(column)) for column, jobs in columns.items()]
 
@@ -195,9 +202,9 @@ def table_2(request: Request) -> Reproduction:
     """Mean transition error between zero-shot and KD+AT students and their teacher."""
     study, seeds = request.study("wrn-40-2", "wrn-16-1"), request.seeds
     published = dict(zip(("zero-shot, zskt", "KD+AT, all images"), TABLE_2.get(request.data, ()), strict=False))
-    students = {f"zero-shot, {r}": [study.zero_shot(s, r) for s in seeds] for r in request.recipes or ("zskt",)}
+    students = {f"zero-shot, {r}": [study.zero_shot(s, r) for s in seeds] for r in request.recipe or ("zskt",)}
     students["KD+AT, all images"] = [study.distilled(s, None) for s in seeds]
-    for per_class in request.per_class or (200,):
+    for per_class in request.images_per_class or (200,):
         students[f"KD+AT, {per_class} per class"] = [study.distilled(s, per_class) for s in seeds]
     cells = []
     for row, jobs in students.items():
@@ -230,7 +237,7 @@ def figure_4(request: Request) -> Reproduction:
 def figure_2(request: Request) -> Reproduction:
     """Accuracy against real images per class: no teacher, KD+AT with and without CE, zero-shot and fine-tuned."""
     study = request.study("wrn-40-2", "wrn-16-1")
-    amounts = request.per_class or PER_CLASS
+    amounts = request.images_per_class or PER_CLASS
     known = FIGURE_2[request.data] if request.published(study, PAIRS[2]) else {}
     zero = AT_ZERO.get(request.data) if known else None
 
@@ -240,7 +247,7 @@ def figure_2(request: Request) -> Reproduction:
 
     cells = []
     seeds = request.seeds
-    for recipe in request.recipes or ("zskt",):
+    for recipe in request.recipe or ("zskt",):
         runs = tuple(study.zero_shot(s, recipe) for s in seeds)
         cells.append(Cell(recipe, "M = 0", runs, accuracy, zero if recipe == "zskt" else None))
         for per_class in amounts:
@@ -273,7 +280,7 @@ def figure_3(request: Request) -> Reproduction:
     study = request.study("wrn-40-2", "wrn-16-1")
     published = request.published(study, PAIRS[2]) and request.data == "cifar10"
     cells = []
-    runs = {recipe: tuple(study.zero_shot(s, recipe) for s in request.seeds) for recipe in request.recipes or ("zskt",)}
+    runs = {recipe: tuple(study.zero_shot(s, recipe) for s in request.seeds) for recipe in request.recipe or ("zskt",)}
     for recipe, jobs in runs.items():
         for column, (key, paper) in PSEUDO_IMAGES.items():
             known = paper if published and recipe == "zskt" else None
