@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import zskt
 from small import FourStages, make_teacher, without_batchnorm
+from zskt.method import recipe
 from zskt.method.generator import SAMPLES
-from zskt.networks import models
+from zskt.networks import checks, models
 from zskt.run import checkpoint
 from zskt.run.checkpoint import Interrupted
 from zskt.run.distill import distill
@@ -208,6 +209,39 @@ def test_process_wide_state_is_restored_and_the_student_is_ready() -> None:
     assert not any(module._forward_hooks for module in student.modules())
 
 
+def test_a_pair_is_checked_once_and_no_evaluation_copies_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def counted(name: str, call: Any) -> Any:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            return call(*arguments, **options)
+
+        return wrapper
+
+    monkeypatch.setattr("zskt.method.recipe.check_pair", counted("check", recipe.check_pair))
+    monkeypatch.setattr("zskt.networks.checks.probe", counted("probe", checks.probe))
+    teacher, student = make_teacher(), new_student()
+    done.clear()
+    copies: list[int] = []
+    monkeypatch.setattr(type(student), "__deepcopy__", lambda self, memo: copied(self, memo, copies), raising=False)
+    planned = recipe.plan(teacher, student, "zskt", TINY | {"evaluate_every": 1})
+    before = len(copies)
+    distill(teacher, student, planned, evaluate=images())
+    assert done == ["check"]
+    assert before == 3  # the student to try training mode, both networks to try channels_last
+    assert len(copies) == before + 1  # the private copy of the teacher, of the same class
+
+
+def copied(self: nn.Module, memo: dict[int, Any], copies: list[int]) -> nn.Module:
+    """What copy.deepcopy does without a method of its own; counted."""
+    copies.append(id(self))
+    twin = self.__class__.__new__(self.__class__)
+    memo[id(self)] = twin
+    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return twin
+
+
 def test_seed_decides_everything() -> None:
     outcomes = []
     for seed in (0, 0, 1):
@@ -225,7 +259,8 @@ import torch
 sys.path.insert(0, {tests!r})
 from small import make_teacher
 from zskt.method.generator import SAMPLES
-from zskt.networks import models
+from zskt.method import recipe
+from zskt.networks import checks, models
 from zskt.run.distill import distill
 teacher, student = make_teacher(), models.wide_resnet(10, 1)
 DATA = tuple("_batch _batch_1 .png .jpg .jpeg .webp .gif .bmp .zip .tar .gz .npy .npz .mat .bin ubyte".split())

@@ -84,7 +84,8 @@ def train_student(
     there, `metadata` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
     `load_student` returns is frozen: train its `.module.requires_grad_()`.
     """
-    check_pair(teacher, module)
+    if objective is None:  # else `kd_at` has checked it
+        check_pair(teacher, module)
     return fit(
         "student",
         module,
