@@ -101,7 +101,7 @@ def test_another_identity_is_refused_and_another_machine_is_said(
     same.restore()
     assert same.step == 2
     (line,) = same.warnings
-    assert "processor another processor after" in line
+    assert "processor another processor instead of" in line
     assert "not bit for bit" in line
 
 
