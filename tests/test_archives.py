@@ -215,6 +215,6 @@ def test_a_damaged_program_is_refused(length: int, program: Path, tmp_path: Path
         (linear,) = (node for node in model["graph_module"]["graph"]["nodes"] if "linear" in node["target"])
         linear["inputs"][1]["arg"]["as_tensor"]["name"] = "p_conv_weight"
 
-    for change, words in ((b"{", "cannot load"), (b"{}", "cannot load"), (other_shape, "does not take images")):
+    for change, words in ((b"{", "cannot load"), (b"{}", "cannot load"), (other_shape, "does not accept images")):
         broken = rewritten(program, tmp_path / "broken.pt2", {MODEL: change})
         assert words in refused(lambda path=broken: load_teacher(path, trust=True, **GREY))

@@ -154,13 +154,13 @@ def test_beliefs_on_pseudo_images(answers: tuple[Tensor, Tensor, Tensor]) -> Non
     counts = [sum(best(row) == k for row in p) for k in range(K)]
     assert found["class_counts"] == counts
     entropy = -sum(c / M * math.log(c / M) for c in counts if c)
-    assert found["class_spread"] == pytest.approx(entropy / math.log(K), rel=1e-5)
+    assert found["class_entropy"] == pytest.approx(entropy / math.log(K), rel=1e-5)
 
 
 def test_normalised_class_entropy_is_one_for_uniform_and_zero_for_one_class() -> None:
     uniform, single = torch.eye(K).repeat(3, 1), torch.eye(K)[:1].repeat(9, 1)
-    assert pseudo_beliefs(uniform, uniform)["class_spread"] == pytest.approx(1)
-    entropy = pseudo_beliefs(single, single)["class_spread"]
+    assert pseudo_beliefs(uniform, uniform)["class_entropy"] == pytest.approx(1)
+    entropy = pseudo_beliefs(single, single)["class_entropy"]
     assert (entropy, math.copysign(1, entropy)) == (0, 1)  # not -0.0
 
 

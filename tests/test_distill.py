@@ -305,7 +305,7 @@ def test_metrics_hold_losses_and_no_clock(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "accuracy" in line] == [3, 6]
     for line in (lines[2], lines[5]):
         assert sum(line["class_counts"]) == sum(line["student_class_counts"]) == SAMPLES
-        assert 0 <= line["student_class_spread"] <= 1
+        assert 0 <= line["student_class_entropy"] <= 1
     assert not any("second" in key or "time" in key for line in lines for key in line)
     timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in timing] == [1, 2, 3, 4, 5, 6]
@@ -339,7 +339,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     teacher, out = make_teacher(), tmp_path / "run"
     wrong: list[tuple[nn.Module, dict[str, Any], str]] = [
         (models.wide_resnet(10, 1, num_classes=7), {}, "10 classes, found 7"),
-        (models.wide_resnet(10, 1, channels=1), {}, "does not take the teacher's images of 3 x 16 x 16"),
+        (models.wide_resnet(10, 1, channels=1), {}, "rejects the teacher's images of 3 x 16 x 16"),
         (new_student(), {"settings": {"student.learning_rat": 1.0}}, "did you mean student.learning_rate"),
         (new_student(), {"settings": {"student.updates": "ten"}}, "expected a whole number"),
         (new_student(), {"recipe": "zskt-prio"}, "did you mean zskt-prior"),
@@ -381,7 +381,7 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) ->
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     def meanwhile(event: Event) -> None:
-        with pytest.raises(zskt.ZsktError, match="another process is at work"), checkpoint.owning(tmp_path / "run"):
+        with pytest.raises(zskt.ZsktError, match="another process is using"), checkpoint.owning(tmp_path / "run"):
             pass
 
     distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", callbacks=[meanwhile])
@@ -411,14 +411,14 @@ def test_resuming_otherwise_than_begun_is_refused_or_said(tmp_path: Path, monkey
         for line in distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).warnings
         if "resumed" in line
     )
-    assert "threads 64 after 1" in line
+    assert "threads 64 instead of 1" in line
 
 
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        (nn.Flatten(), "found none that wants gradients"),
-        (new_student().requires_grad_(False), "found none that wants gradients"),
+        (nn.Flatten(), "with trainable parameters, found none"),
+        (new_student().requires_grad_(False), "with trainable parameters, found none"),
         (new_student().double(), "both in float32 or both in float64"),
         (new_student().half(), "both in float32 or both in float64"),
     ],
@@ -448,7 +448,7 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
 
 def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
     distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", stop_after=2)
-    with pytest.raises(zskt.ZsktError, match="another teacher"):
+    with pytest.raises(zskt.ZsktError, match="differs in teacher"):
         distill(make_teacher(seed=9), new_student(), "zskt", settings=TINY, out=tmp_path / "run", resume=True)
 
 

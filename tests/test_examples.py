@@ -75,15 +75,23 @@ def test_what_an_own_method_needs_is_said(digits: Path, tmp_path: Path, capsys: 
     own = f"{EXAMPLES / 'own_method.py'}:ImageBank"
     head = ["distill", digits / "teacher", "--student", "convnet-8", "--out", tmp_path / "run"]
     for arguments, words, status in (
-        ([*head, "--method", own, "--steps", 5], "runs that code: give --trust", 2),
-        ([*head, "--method", own, "--trust"], "does not say how long it takes: give steps", 2),
+        ([*head, "--method", own, "--steps", 5], "runs that code: add --trust", 2),
+        ([*head, "--method", own, "--trust"], "has no default number of steps: give steps", 2),
         (
             [*head, "--method", own, "--trust", "--recipe", "zskt", "--steps", 5],
-            "leave out the recipe or the method",
+            "give a recipe or a method, not both",
             2,
         ),
-        (["sample", digits / "run", "--out", tmp_path / "s.png"], "give --method FILE:MAKE --trust, and --teacher", 1),
-        (["export", digits / "run", "--out", tmp_path / "s.onnx"], "give --method FILE:MAKE --trust, and --teacher", 1),
+        (
+            ["sample", digits / "run", "--out", tmp_path / "s.png"],
+            "give --teacher, --method FILE:FUNCTION and --trust",
+            1,
+        ),
+        (
+            ["export", digits / "run", "--out", tmp_path / "s.onnx"],
+            "give --teacher, --method FILE:FUNCTION and --trust",
+            1,
+        ),
     ):
         assert command(*arguments) == status
         assert words in capsys.readouterr().err

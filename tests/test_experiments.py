@@ -21,7 +21,7 @@ from zskt.networks import models
 from zskt.networks.folder import load_network
 from zskt.paper import experiments
 from zskt.paper.baselines import kd_at, train_student
-from zskt.paper.experiments import Budget, Study, normalisation
+from zskt.paper.experiments import Budget, Experiment, normalisation
 from zskt.paper.jobs import Job, Show, check_settings, in_order, run_jobs, time_jobs
 from zskt.paper.training import Training, digest
 from zskt.runtime import seeded
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("tiny_recipes")
 UPDATES, STEPS = 8, 2
 
 
-def make_study(root: Path, **changes: Any) -> Study:
+def make_study(root: Path, **changes: Any) -> Experiment:
     """ConvNet-4 -> ConvNet-2 on three classes of grey images."""
     fields: dict[str, Any] = {
         "root": root,
@@ -41,7 +41,7 @@ def make_study(root: Path, **changes: Any) -> Study:
         "student": "convnet-2",
         "budget": Budget(UPDATES, STEPS, images=4, fine_tuning=0.25),
     }
-    return Study(**fields | changes)
+    return Experiment(**fields | changes)
 
 
 def quiet(*arguments: str) -> AbstractContextManager[Show]:
@@ -49,21 +49,21 @@ def quiet(*arguments: str) -> AbstractContextManager[Show]:
     return contextlib.nullcontext(lambda done, total, beside: None)
 
 
-def make(study: Study, *wanted: Job) -> None:
+def make(study: Experiment, *wanted: Job) -> None:
     """Make jobs and all that they need."""
     assert run_jobs(in_order(wanted), study.root, math.inf, quiet) == {}
 
 
-def weights(study: Study, job: Job) -> bytes:
+def weights(study: Experiment, job: Job) -> bytes:
     (path,) = (path for path in job.folder(study.root).glob("*.safetensors") if path.stem != "generator")
     return path.read_bytes()
 
 
-def network(study: Study, job: Job) -> zskt.Classifier:
+def network(study: Experiment, job: Job) -> zskt.Classifier:
     return load_network(job.folder(study.root))
 
 
-def measured(study: Study, job: Job) -> dict[str, Any]:
+def measured(study: Experiment, job: Job) -> dict[str, Any]:
     found = job.measured(study.root)
     assert found is not None
     return found
@@ -104,7 +104,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_recipes: None) -> Study:
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_recipes: None) -> Experiment:
     """A study with a job of every kind, for two seeds."""
     study = make_study(tmp_path_factory.mktemp("study"))
     for seed in (0, 1):
@@ -112,7 +112,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_recipes: None) -> Study:
     return study
 
 
-def every_kind(study: Study, seed: int = 0) -> dict[str, Job]:
+def every_kind(study: Experiment, seed: int = 0) -> dict[str, Job]:
     """A job of every kind that is trained, with whatever it needs; and a comparison."""
     zero_shot = study.zero_shot(seed, "zskt")
     return {
@@ -126,7 +126,7 @@ def every_kind(study: Study, seed: int = 0) -> dict[str, Job]:
     }
 
 
-def test_every_kind_is_measured_on_the_test_images(made: Study) -> None:
+def test_every_kind_is_measured_on_the_test_images(made: Experiment) -> None:
     images, labels = made.test.images, made.test.labels
     for seed in (0, 1):
         jobs = every_kind(made, seed)
@@ -147,11 +147,11 @@ def test_every_kind_is_measured_on_the_test_images(made: Study) -> None:
     assert measured(made, made.teacher(0))["accuracy"] > 0.9  # 1/3 by chance
 
 
-def files(study: Study, job: Job) -> set[str]:
+def files(study: Experiment, job: Job) -> set[str]:
     return {path.name for path in job.folder(study.root).iterdir()}
 
 
-def test_seeds_have_teachers_and_students_of_their_own(made: Study) -> None:
+def test_seeds_have_teachers_and_students_of_their_own(made: Experiment) -> None:
     for first, second in zip(every_kind(made, 0).values(), every_kind(made, 1).values(), strict=True):
         assert first.name != second.name
         if first.unit != "steps of 128 paths":
@@ -189,7 +189,7 @@ STOPPED = {
 
 
 @pytest.mark.parametrize("kind", STOPPED)
-def test_an_interrupted_job_resumes_bit_for_bit(kind: str, made: Study, tmp_path: Path) -> None:
+def test_an_interrupted_job_resumes_bit_for_bit(kind: str, made: Experiment, tmp_path: Path) -> None:
     study = make_study(tmp_path)
     job: Job = STOPPED[kind](study)
     make(study, *job.needs)
@@ -249,7 +249,7 @@ def test_fine_tuning_starts_from_the_zero_shot_student(watched: Watched, tmp_pat
     assert not torch.equal(tuned["fc.weight"], state["fc.weight"])
 
 
-def test_updates_do_not_depend_on_the_number_of_images(made: Study, watched: Watched, tmp_path: Path) -> None:
+def test_updates_do_not_depend_on_the_number_of_images(made: Experiment, watched: Watched, tmp_path: Path) -> None:
     study = make_study(tmp_path)
     jobs = [study.distilled(0, m) for m in (1, 7, None)] + [study.taught("convnet-2", 0, m) for m in (1, 7, None)]
     assert {job.units for job in jobs} == {UPDATES}
@@ -284,7 +284,7 @@ def test_a_given_teacher_is_measured_and_not_trained(tmp_path: Path) -> None:
         check_settings(in_order([make_study(tmp_path, given=other).zero_shot(0, "zskt")]), tmp_path)
 
 
-def test_beliefs_are_those_of_compare(made: Study) -> None:
+def test_beliefs_are_those_of_compare(made: Experiment) -> None:
     for seed in (0, 1):
         student, teacher = made.zero_shot(seed, "zskt"), made.teacher(seed)
         expected = zskt.compare(
@@ -313,7 +313,7 @@ def test_teacher_and_data_are_unchanged(tmp_path: Path) -> None:
     assert [digest(*pair) for pair in ((study.train.images, study.train.labels), study.measuring)] == before
 
 
-def test_the_global_generator_does_not_matter(made: Study, tmp_path: Path) -> None:
+def test_the_global_generator_does_not_matter(made: Experiment, tmp_path: Path) -> None:
     torch.manual_seed(7)
     study = make_study(tmp_path)
     job = study.zero_shot(0, "zskt")
@@ -321,7 +321,7 @@ def test_the_global_generator_does_not_matter(made: Study, tmp_path: Path) -> No
     assert weights(study, job) == weights(made, job)
 
 
-CHANGES: list[tuple[Callable[[Study], Job], dict[str, Any], str]] = [
+CHANGES: list[tuple[Callable[[Experiment], Job], dict[str, Any], str]] = [
     (lambda s: s.teacher(0), {"budget": Budget(9, STEPS, 4)}, r"\(updates = 8, now 9"),
     (
         lambda s: s.teacher(0),
@@ -338,7 +338,7 @@ CHANGES: list[tuple[Callable[[Study], Job], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "change", "words"), CHANGES)
 def test_results_with_other_settings_are_refused(
-    kind: Callable[[Study], Job], change: dict[str, Any], words: str, made: Study
+    kind: Callable[[Experiment], Job], change: dict[str, Any], words: str, made: Experiment
 ) -> None:
     """Other images of the same name among them."""
     check_settings([kind(made)], made.root)

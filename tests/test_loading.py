@@ -525,7 +525,7 @@ def test_options_go_to_the_network_from_elsewhere(script: Path, tmp_path: Path) 
     assert isinstance(second, Loaded)
     assert none is None
     assert (first.kind, second.kind) == ("folder of zskt", "factory")
-    with pytest.raises(UsageError, match="go to one factory"):
+    with pytest.raises(UsageError, match="are for one factory"):
         open_networks([f"{script}:make", f"{script}:Net"], foreign)
     with pytest.raises(UsageError, match="has no use"):
         open_network(tmp_path / "teacher", foreign)

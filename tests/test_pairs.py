@@ -93,8 +93,8 @@ def test_names_override() -> None:
             ("block1=layer1",),
             "unknown student stage 'layer1': did you mean stage1? valid are stage1, stage2, stage3, stage4",
         ),
-        (("block1",), "expected teacher's=student's, as in layer1=block1"),
-        (("block1=stage1=stage2",), "expected teacher's=student's"),
+        (("block1",), "expected TEACHER=STUDENT, as in layer1=block1"),
+        (("block1=stage1=stage2",), "expected TEACHER=STUDENT"),
         (("fc=stage1",), "expected a teacher stage that returns maps (N, C, H, W), found 2 dimensions from fc; valid"),
     ],
 )

@@ -121,7 +121,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         ),
         ("zskt-prior", make_teacher(NO_BATCHNORM), FourStages(4), r"no BatchNorm.*zskt-fresh"),
         ("zskt", make_teacher(), FourStages(4, num_classes=7), "10 classes, found 7"),
-        ("zskt-prior", make_teacher(), models.wide_resnet(10, 1, channels=1), "does not take the teacher's images"),
+        ("zskt-prior", make_teacher(), models.wide_resnet(10, 1, channels=1), "rejects the teacher's images"),
     ],
     ids=["no student stages", "no teacher stages", "no BatchNorm", "classes", "channels"],
 )
@@ -194,7 +194,7 @@ def test_the_activation_prior_looks_at_the_last_stage_whatever_attention_compare
 
 
 def test_stages_without_attention_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"student\.loss\.stages is for student\.loss\.attention"):
+    with pytest.raises(UsageError, match=r"student\.loss\.stages has no effect without student\.loss\.attention"):
         replace(Config(), {"student.loss.attention": 0.0, "student.loss.stages": "a=b"})
     with pytest.raises(UsageError, match="expected a list of words"):
         replace(Config(), {"student.loss.stages": [1]})

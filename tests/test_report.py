@@ -22,7 +22,7 @@ from zskt.settings import replace, to_toml
 
 def line(step: int, **more: Any) -> dict[str, Any]:
     losses = {"generator_loss": [-0.1 * step], "student_loss": [0.5, 0.3 / step]}
-    beliefs = {"teacher_confidence": 0.7, "student_confidence": 0.6, "pseudo_agreement": 0.8, "class_spread": 0.9}
+    beliefs = {"teacher_confidence": 0.7, "student_confidence": 0.6, "pseudo_agreement": 0.8, "class_entropy": 0.9}
     return {"step": step, **losses, **beliefs, **more}
 
 

@@ -384,8 +384,8 @@ def test_beliefs_about_pseudo_images_are_the_last_ones(results: Results) -> None
     assert found == {
         "teacher confidence": [last["teacher_confidence"]],
         "student confidence": [last["student_confidence"]],
-        "normalised class entropy, teacher": [last["class_spread"]],
-        "normalised class entropy, student": [last["student_class_spread"]],
+        "normalised class entropy, teacher": [last["class_entropy"]],
+        "normalised class entropy, student": [last["student_class_entropy"]],
     }
 
 

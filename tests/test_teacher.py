@@ -134,8 +134,8 @@ LENET = models.lenet5(input_size=SIZE)
     [
         (lambda: teacher_of(LENET, num_classes=11), "11 classes, found 10"),
         (lambda: teacher_of(LENET, class_names=["a", "b"]), "2 class names, found 10"),
-        (lambda: teacher_of(LENET, input_size=(3, 32, 32)), "does not take images of 3 x 32 x 32"),
-        (lambda: teacher_of(LENET, input_size=(1, 16, 16), mean=[0.5], std=[0.5]), "does not take images of 1 x 16"),
+        (lambda: teacher_of(LENET, input_size=(3, 32, 32)), "does not accept images of 3 x 32 x 32"),
+        (lambda: teacher_of(LENET, input_size=(1, 16, 16), mean=[0.5], std=[0.5]), "does not accept images of 1 x 16"),
         (lambda: teacher_of(LENET, input_size=(16, 16)), "C H W"),
         (lambda: teacher_of(LENET, mean=[0.5]), "3 channels, found 1 and 3"),
         (lambda: teacher_of(LENET, mean=(125.3, 123.0, 113.9)), "pixels in [0, 1]"),
@@ -302,11 +302,11 @@ class Remembers(Odd):
     ("student", "words"),
     [
         (Odd("fails"), "training mode"),
-        (Odd("detaches"), "no gradient passes"),
+        (Odd("detaches"), "logits without a gradient"),
         (Odd("returns fewer"), "shape (1, 10)"),
         (Odd("sparse buffer"), "mask"),
         (Remembers(""), "_extra_state"),
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "without a shape yet"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "without a shape"),
     ],
     ids=["fails", "detaches", "fewer", "sparse", "extra", "lazy"],
 )
@@ -323,7 +323,7 @@ def test_a_student_is_tried_in_training_mode(student: nn.Module, words: str) -> 
         (Odd("sparse buffer"), "mask"),
         (Remembers(""), "_extra_state"),
         (Odd("").to("meta"), "meta device"),
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "without a shape yet"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "without a shape"),
     ],
     ids=["mode", "sparse", "extra", "meta", "lazy"],
 )

@@ -134,7 +134,7 @@ def test_a_network_that_reshapes_by_view_decides_the_memory_format_of_all(
     assert result.finished
     assert result.config.machine.memory_format == "contiguous"
     whom = "teacher and student" if who == "both" else who
-    assert f"in contiguous memory, as the {whom} cannot work in channels_last" in result.reason
+    assert f"in contiguous memory, as the {whom} cannot run in channels_last" in result.reason
     assert 'memory_format = "contiguous"' in (tmp_path / "run" / "config.toml").read_text()
     with pytest.raises(zskt.ZsktError, match=r"leave machine\.memory_format out"):
         plan(teacher, student, recipe, {"machine.memory_format": "channels_last"})

@@ -1,4 +1,4 @@
-"""The process around the work: random numbers, arithmetic, and what a result depends on."""
+"""Random numbers, arithmetic, devices, and what a result depends on."""
 
 import contextlib
 import datetime
@@ -17,17 +17,17 @@ import torch
 from zskt.errors import UsageError
 
 __version__ = "0.1.0"
-"""of this package, its single source"""
+"""of this package; defined only here"""
 
 CPU = torch.device("cpu")
 
 LARGEST = 10**9
-"""of a whole number that a user gives: beyond it nothing here makes sense, and libraries below overflow"""
+"""whole number that a setting may have; libraries overflow beyond it"""
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """Torch's global random numbers start from `seed` inside, and go on afterwards as if nothing had been drawn."""
+    """Seed torch's global random numbers inside, and restore their state afterwards."""
     if not 0 <= seed <= LARGEST:
         raise UsageError(f"seed = {seed}: expected a number from 0 to {LARGEST:,}")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -36,12 +36,12 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
 
 def stream(seed: int, purpose: str) -> int:
-    """A seed of its own for each use of random numbers, so that weights and latents are not drawn alike."""
+    """A separate seed for each use of random numbers, so that weights and latents are independent."""
     return int(hashlib.sha256(f"{seed} {purpose}".encode()).hexdigest()[:7], 16)
 
 
 def restore_generator(rng: torch.Generator, state: torch.Tensor) -> None:
-    """Put a generator's state back; one of another kind of device, which has no use here, seeds it."""
+    """Restore a generator's state; a state from another kind of device only seeds it."""
     try:
         rng.set_state(state)
     except RuntimeError:
@@ -50,10 +50,10 @@ def restore_generator(rng: torch.Generator, state: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def arithmetic() -> Iterator[None]:
-    """How numbers are computed for a while, whatever the process does otherwise.
+    """Arithmetic inside a run, restored afterwards.
 
-    Numbers too small to be normal count as 0: they carry nothing and can be 100 times slower. On CUDA float32 is
-    float32, not TF32, and cudnn times its algorithms once and takes the quickest.
+    Denormal numbers are flushed to 0, as they can be 100 times slower. On CUDA float32 is float32, not TF32, and cudnn
+    benchmarks its algorithms.
     """
     already = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -69,7 +69,7 @@ def arithmetic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads(count: int | str) -> Iterator[None]:
-    """So many threads of torch for a while; `auto`: as it is."""
+    """Set the number of torch threads inside; `auto` leaves it unchanged."""
     if not isinstance(count, int):
         yield
         return
@@ -82,13 +82,13 @@ def threads(count: int | str) -> Iterator[None]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for a CUDA device; a CPU is always done."""
+    """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on."""
+    """Versions that a result depends on."""
     return {"zskt": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -114,7 +114,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def short(argument: str) -> str:
-    """An argument without the folders of this machine."""
+    """A command-line argument; of a path, its last part only."""
     return Path(argument).name if os.path.exists(argument) else argument
 
 
@@ -129,7 +129,7 @@ def cpu_name() -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `device` names; raises UsageError where there is none such."""
+    """The device of that name; raises UsageError if there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -137,5 +137,5 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UsageError(f"device {name!r}: found {count} usable CUDA devices here; use --device cpu or one of them")
+        raise UsageError(f"device {name!r}: found {count} usable CUDA devices; use one of them or --device cpu")
     return device

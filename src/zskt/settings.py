@@ -1,6 +1,6 @@
 """Settings as frozen dataclasses: read from TOML and from `key=value`, changed by dotted name, checked strictly.
 
-An unknown name, a wrong type or a number out of all bounds is an error that names the setting and what it takes.
+An unknown name, a wrong type or an out-of-range number is an error that names the setting and what it accepts.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def check_bounds(name: str, value: Any) -> None:
-    """Raise UsageError for a number that is not finite, or a whole number that no run could mean."""
+    """Raise UsageError for a number that is not finite or a whole number beyond LARGEST."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} = {value!r}: expected a finite number")
     if type(value) is int and abs(value) > LARGEST:
@@ -29,7 +29,7 @@ def check_bounds(name: str, value: Any) -> None:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All values by dotted name, in order of definition: what `--set` takes."""
+    """All values by dotted name, in order of definition."""
     values: dict[str, Any] = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -56,14 +56,14 @@ def replace(settings: T, changes: Mapping[str, Any]) -> T:
 
 
 def unknown_setting(kind: type, name: str, valid: Iterable[str]) -> UsageError:
-    """The error for a name that `kind` does not have, or has no longer (`kind.RENAMED`)."""
+    """The error for a name that `kind` does not have, or no longer has (`kind.RENAMED`)."""
     if new := getattr(kind, "RENAMED", {}).get(name):
-        return UsageError(f"setting {name} is called {new} now")
+        return UsageError(f"setting {name} is now {new}")
     return unknown("setting", name, valid)
 
 
 def from_text(assignment: str, option: str = "--set") -> tuple[str, Any]:
-    """`key=value` of the command line; the value in TOML, or a bare word. `option` names it in errors."""
+    """`key=value` from the command line, the value as TOML or a bare word; `option` is quoted in errors."""
     name, equals, text = assignment.partition("=")
     if not equals:
         raise UsageError(
@@ -73,14 +73,14 @@ def from_text(assignment: str, option: str = "--set") -> tuple[str, Any]:
         return name.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         with contextlib.suppress(ValueError):
-            return name.strip(), float(text)  # .5 and 1e-3 are numbers to everybody but TOML
+            return name.strip(), float(text)  # .5 is not a number in TOML
         return name.strip(), text.strip()
     except (RecursionError, ValueError) as error:  # a number of thousands of digits
-        raise UsageError(f"{option} {short(assignment)!r}: expected a value, found one too long or too deep") from error
+        raise UsageError(f"{option} {short(assignment)!r}: expected a shorter or less nested value") from error
 
 
 def from_toml(kind: type[T], text: str, where: str) -> T:
-    """A `kind` from TOML text that holds differences from its defaults; `where` names the text in errors."""
+    """A `kind` from TOML that holds differences from its defaults; `where` is its name in errors."""
     try:
         return build(kind, tomllib.loads(text))
     except (ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ def from_toml(kind: type[T], text: str, where: str) -> T:
 
 
 def changes_of(text: str, where: str) -> dict[str, Any]:
-    """The values of a TOML text by dotted name; `where` names the text in errors."""
+    """The values in TOML text by dotted name; `where` is its name in errors."""
     try:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -106,7 +106,7 @@ def changes_of(text: str, where: str) -> dict[str, Any]:
 
 
 def to_toml(settings: Any) -> str:
-    """All settings as TOML, every value spelled out."""
+    """All settings as TOML, defaults included."""
     return tomli_w.dumps(dataclasses.asdict(settings))
 
 
@@ -121,7 +121,7 @@ def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise UsageError(
-                    f"{full} = {short(repr(value))}: expected a section; set one of its values, as in {full}.name=..."
+                    f"{full} = {short(repr(value))}: expected a section; set a value in it, as in {full}.name=..."
                 )
             arguments[name] = build(typing.cast(type[Any], hints[name]), value, f"{full}.")
         else:
@@ -130,7 +130,7 @@ def build(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it: exact types, whole numbers accepted as floats, lists as tuples."""
+    """`value` as type `hint`, strictly; whole numbers are accepted as floats, lists as tuples."""
     choices: list[str] = []
     origin = typing.get_origin(hint)
     for option in typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,):

@@ -1,4 +1,4 @@
-"""The whole story in a minute, on 8x8 digits: a teacher is trained, its data dropped, a student distilled, measured."""
+"""Everything in a minute, on 8x8 digits: train a teacher, drop the data, distil a student, measure it."""
 
 import shutil
 from pathlib import Path
@@ -24,12 +24,12 @@ STEPS = 600
 
 
 def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path | None = None) -> dict[str, Any]:
-    """Train, forget, distil, measure; returns the result that the command prints.
+    """Train, drop the data, distil, measure; returns the result that the command prints.
 
-    `seed` is that of both networks, the generator and the latents; the split of the data does not depend on it.
+    `seed` is for both networks, the generator and the latents; the split of the data does not depend on it.
     """
     if recipe != AUTO:
-        load_recipe(recipe)  # an unknown name is said before anything is trained
+        load_recipe(recipe)  # reject an unknown name before training anything
     folder = fresh_folder(Path("runs"), "demo") if out is None else out
     try:
         return _run(recipe, seed, split_seed, folder)
@@ -59,8 +59,8 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
             out=folder / "teacher",
             callbacks=[callback],
         )
-    del train, teacher_module  # from here on there is no training data; the test images only measure
-    notice("the training data is dropped; distilling into a student that never sees an image of a digit")
+    del train, teacher_module  # from here on there is no training data; test images are for evaluation only
+    notice("training data dropped; distilling into a student that never sees a digit")
     teacher = load_network(folder / "teacher")
     planned = plan(teacher, student, recipe, {"steps": STEPS, "seed": seed})
     config = planned.config
@@ -76,7 +76,7 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
         )
     report = folder / "report.html"
     write_report([folder / "run"], report)
-    notice(f"look at {report}")
+    notice(f"report: {report}")
     return {
         "teacher_accuracy": result.measured["teacher_accuracy"],
         "student_accuracy": result.measured["accuracy"],

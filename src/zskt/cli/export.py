@@ -1,4 +1,4 @@
-"""The subcommand that puts a student to use elsewhere. Its docstring is the help text."""
+"""The export subcommand. Its docstring is the help text."""
 
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,23 @@ def run_export(
     least_agreement: float = 0.9,
     foreign: Options = FOREIGN,
 ) -> dict[str, Any]:
-    """Write a student as ONNX, torch.export archive or Hugging Face style folder, compared with the student itself.
+    """Export a student as an ONNX file, torch.export archive or Hugging Face style folder.
 
-    What was written is read back and compared on 256 pseudo images of the run's generator; where it answers otherwise
-    it is removed again.
+    The export is read back and compared with the student on 256 pseudo images from the run's generator; if its logits
+    differ, it is deleted.
 
     Example: zskt export runs/a --format onnx --out student.onnx --teacher teacher
 
     Args:
-        run: a run folder (its student), or any network as in zskt distill, which is compared on noise.
-        out: the file, or for hub the folder, to write; must not exist.
-        format: onnx, pt2 or hub; by default by the ending of --out.
-        input: fraction: images in [0, 1] (the default); uint8: images as bytes; normalised: images already normalised.
-        int8: quantise the ONNX file, calibrated on other pseudo images: no data needed.
-        teacher: also time this network, specified as in zskt distill, and the student in onnxruntime, side by side.
-        method: of a run with an own method, as in zskt distill; needs --teacher and --trust.
-        tolerance: largest difference of a logit that is let pass, as a fraction of the largest logit.
-        least_agreement: fraction of the images that must keep their most probable class under --int8.
+        run: a run folder, whose student is exported, or any network as in zskt distill, compared on noise.
+        out: output file, or folder for hub; must not exist.
+        format: onnx, pt2 or hub; by default from the suffix of --out.
+        input: fraction (the default): images in [0, 1]; uint8: images as bytes; normalised: normalised images.
+        int8: quantise the ONNX file, calibrated on other pseudo images, without data.
+        teacher: also time this network, specified as in zskt distill, and the student in onnxruntime.
+        method: for a run with a custom method, as in zskt distill; needs --teacher and --trust.
+        tolerance: largest accepted difference of a logit, as a fraction of the largest logit.
+        least_agreement: least accepted fraction of images whose predicted class --int8 keeps.
     """
     found, beside = open_networks([run, teacher], foreign)
     assert found is not None
@@ -66,15 +66,14 @@ def run_export(
 
 
 def show_export(exported: Exported) -> None:
-    """What the file is fed, how far it is from the network, how fast it runs."""
+    """Print the export's input, its difference from the network and its speed."""
     notice(f"input: {exported.input}, {INPUTS[exported.input]}")
     notice(
-        f"read back and compared on {exported.images} images ({exported.images_from}): logits of up to "
-        f"{exported.largest_logit:.3g} differ by at most {exported.max_difference:.3g}; top-1 agreement "
-        f"{exported.agreement:.4f}"
+        f"compared on {exported.images} images ({exported.images_from}): logits up to {exported.largest_logit:.3g} "
+        f"differ by at most {exported.max_difference:.3g}; top-1 agreement {exported.agreement:.4f}"
     )
     if exported.int8:
-        notice(f"int8 cost {1 - exported.agreement:.4f} of the agreement with the student in fp32")
+        notice(f"int8 changes the predicted class of {1 - exported.agreement:.2%} of the images")
     if exported.timings:
         table = Table("", "parameters", "KiB", *(f"ms, batch {batch}" for batch in TIMED))
         table.title = "onnxruntime, one thread, median"
@@ -86,4 +85,6 @@ def show_export(exported: Exported) -> None:
             row.milliseconds[batch] / (row.processor[batch] or 1e-9) for row in exported.timings for batch in TIMED
         )
         if waits > 1.5:
-            notice(f"note: other programs were in the way: {waits:.1f} times the processor time, which the JSON has")
+            notice(
+                f"note: other programs disturbed the timing: wall time is {waits:.1f} times the CPU time (see the JSON)"
+            )

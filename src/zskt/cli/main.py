@@ -25,12 +25,7 @@ from zskt.cli.options import File
 from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, notice
 from zskt.cli.runs import run_distill, run_evaluate, run_report, run_sample
-from zskt.cli.teachers import (
-    Result,
-    run_import,
-    run_inspect,
-    run_teach,
-)
+from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
 from zskt.errors import UsageError, ZsktError, cannot, first_line, short
 from zskt.method.recipe import AUTO, load_recipe, recipe_texts
 from zskt.run.checkpoint import Interrupted
@@ -40,14 +35,14 @@ from zskt.settings import flat, to_toml
 
 
 def run_demo(*, recipe: str = AUTO, seed: int = 0, out: File = None) -> Result:
-    """The whole story in a minute: train a teacher on handwritten digits, forget the data, distil, measure.
+    """Everything in a minute: train a teacher on handwritten digits, drop the data, distil, measure.
 
     Example: zskt demo --recipe zskt-prior --seed 1
 
     Args:
         recipe: a name from `zskt recipes`, or auto.
-        seed: of both networks, the generator and the latents; the split of the data is always the same.
-        out: folder for the result; by default runs/demo-1, runs/demo-2, ...
+        seed: for both networks, the generator and the latents; the split of the data is fixed.
+        out: output folder; by default runs/demo-1, runs/demo-2, ...
     """
     started = time.monotonic()
     result = demo.run(recipe, seed=seed, out=out)
@@ -55,16 +50,16 @@ def run_demo(*, recipe: str = AUTO, seed: int = 0, out: File = None) -> Result:
 
 
 def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5, explain: bool = False) -> Result:
-    """Time a step of the engine on this machine, in fp32 and bf16, against the released loop.
+    """Time one step on this machine, in fp32 and bf16, against the authors' released code.
 
     Example: zskt bench --pair digits
 
     Args:
         pair: wrn (WRN-40-2 -> WRN-16-1, 3 x 32 x 32), resnet, lenet, digits or large (224 x 224).
         device: auto, cpu, cuda or cuda:N.
-        rounds: timings of each, interleaved; the median counts.
-        explain: instead of the released loop, compare each phase with the least time that its operations and bytes
-            would take on this machine, whose matrix product and copy are timed in the same run.
+        rounds: interleaved timings of each; the median is reported.
+        explain: instead, compare each phase with the least time its operations and memory traffic could take on this
+            machine (a roofline, from matrix product and copy timed in the same run).
     """
     if explain:
         return run_explain(pair, device, rounds)
@@ -73,7 +68,7 @@ def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5, expla
     table = Table("", "reference", "fp32", "bf16", title=f"one step of {bench.describe(pair)}")
     for label, key, form in (
         ("seconds", "seconds_{}", "{:.3f}"),
-        ("times as fast", "speedup_{}", "{:.2f}"),
+        ("speedup", "speedup_{}", "{:.2f}"),
         ("peak MiB", "peak_mib_{}", "{:.0f}"),
     ):
         values = (result.get(key.format(arm)) for arm in bench.ARMS)
@@ -91,7 +86,7 @@ def run_explain(pair: str, device: str, steps: int) -> Result:
             f"{bench.describe(pair)}, {arm}; this machine: {found['operations_per_second'] / 1e9:,.0f} GFLOP/s, "
             f"{found['bytes_per_second'] / 1e9:,.1f} GB/s"
         )
-        table = Table("phase", "GFLOP", "GB at least", "s at best", "s measured", "attained", title=title)
+        table = Table("phase", "GFLOP", "min GB", "min s", "measured s", "attained", title=title)
         for name, row in found["phases"].items():
             seconds = (f"{row[key]:.4f}" for key in ("seconds_at_best", "seconds"))
             table.add_row(
@@ -106,7 +101,7 @@ def run_explain(pair: str, device: str, steps: int) -> Result:
 
 
 def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
-    """List the recipes, or print one with every value spelled out.
+    """List the recipes, or print every value of one.
 
     Example: zskt recipes zskt
 
@@ -120,9 +115,9 @@ def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
         for line in (*header, "", *to_toml(config).splitlines()):
             notice(line)
         return flat(config)
-    summaries = {AUTO: "zskt-prior where the teacher has BatchNorm, else zskt-fresh; the default"}
+    summaries = {AUTO: "the default: zskt-prior if the teacher has BatchNorm, else zskt-fresh"}
     summaries |= {recipe: text.splitlines()[0].removeprefix("# ") for recipe, text in texts.items()}
-    table = Table("recipe", "what it is")
+    table = Table("recipe", "description")
     for recipe, summary in summaries.items():
         table.add_row(recipe, summary)
     console().print(table)
@@ -147,7 +142,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
 
 
 RENAMED = {"--shift": "--random-crop", "--mirrored": "--horizontal-flip"}
-"""Options of earlier versions, and what they are called now."""
+"""Options of earlier versions -> their names now."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,9 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
         for option in options:
             if option in RENAMED:
-                raise UsageError(f"{option} is called {RENAMED[option]} now")
+                raise UsageError(f"{option} is now {RENAMED[option]}")
             if options.count(option) > 1:
-                raise UsageError(f"{option} is given twice: give all its values after one, as in {option} A B")
+                raise UsageError(f"{option} is given twice: give all its values at once, as in {option} A B")
         result = tyro.extras.subcommand_cli_from_dict(
             {name: _guarded(command) for name, command in COMMANDS.items()},
             prog="zskt",
@@ -185,24 +180,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         if re.search(r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{what} {error}"):
-            notice("zskt: not enough memory for this; use a smaller --batch-size, network or generator.width")
+            notice("zskt: out of memory; use a smaller --batch-size, network or generator.width")
         elif os.environ.get("ZSKT_TRACEBACK"):
             raise
         else:
-            notice(f"zskt: unexpected {what}; please report it with the command (ZSKT_TRACEBACK=1 shows where it was)")
+            notice(
+                f"zskt: unexpected {what}; please report it with the command (ZSKT_TRACEBACK=1 prints the traceback)"
+            )
         return 1
     return 0
 
 
 def _guarded(command: Callable[..., Result]) -> Callable[..., Result]:
-    """The same command, in which sys.exit of somebody else's network is an error and not the end of ours."""
+    """The command, with a sys.exit in the code of a user's network turned into an error."""
 
     @functools.wraps(command)
     def call(*arguments: Any, **options: Any) -> Result:
         try:
             return command(*arguments, **options)
         except SystemExit as error:
-            raise ZsktError(f"the network's own code calls sys.exit({error.code!r}); take that out") from error
+            raise ZsktError(f"the network's code calls sys.exit({error.code!r}); remove that call") from error
 
     return call
 

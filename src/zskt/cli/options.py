@@ -1,4 +1,4 @@
-"""Command-line options from the dataclasses that hold settings: one for each value, and only what was typed counts."""
+"""Command-line options from the dataclasses that hold settings: one per value, None unless given."""
 
 import ast
 import dataclasses
@@ -26,12 +26,12 @@ Reals = Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...", help_beha
 Words = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT...", help_behavior_hint="")]
 Assignments = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE...", help_behavior_hint="")]
 ImageSize = Annotated[Size | None, tyro.conf.arg(metavar="C H W", help_behavior_hint="")]
-"""Options that may be left out, without a default to show."""
+"""Optional arguments whose default is not shown."""
 
 
 @functools.cache
 def documentation(kind: type) -> dict[str, str]:
-    """The text below each field of a dataclass, on one line."""
+    """The docstring below each field of a dataclass, on one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(tree, ast.ClassDef)
     names = {field.name for field in dataclasses.fields(kind)}
@@ -52,10 +52,10 @@ def options(
     notes: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> Any:
-    """A dataclass like `kind` whose fields are all None until they are typed, for tyro.
+    """A dataclass like `kind` for tyro, in which every field defaults to None.
 
-    `note` stands in the help where the default would, `notes` by dotted name in its place. `leave_out` are dotted names
-    without an option; `shortcuts` name an option for a dotted name at the top.
+    The help shows `note` in place of a default, or `notes` by dotted name. `leave_out` lists dotted names that get no
+    option; `shortcuts` maps top-level options to dotted names.
     """
     hints, texts = typing.get_type_hints(kind), documentation(kind)
     fields: list[Any] = []
@@ -78,7 +78,7 @@ def options(
 
 
 def typed(given: Any, shortcuts: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The values that were typed, by dotted name."""
+    """The values that were given, by dotted name."""
     return {(shortcuts or {}).get(name, name): value for name, value in flat(given).items() if value is not None}
 
 
@@ -88,7 +88,6 @@ def _field(name: str, hint: Any, text: str, note: str) -> tuple[str, Any, Any]:
 
 
 def _metavar(hint: Any) -> str:
-    """How a value is written."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return "|".join(map(_metavar, typing.get_args(hint)))
     if typing.get_origin(hint) is Literal:

@@ -1,4 +1,4 @@
-"""Live progress on stderr: bars and one line of what matters, while something long runs."""
+"""Live progress on stderr: a bar and a line of key figures."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ class _Rate(ProgressColumn):
 
 
 def console() -> Console:
-    """Where everything but the final JSON goes."""
+    """Stderr, for everything but the final JSON."""
     return Console(stderr=True, soft_wrap=True)
 
 
 class _TwoLines(Progress):
-    """The bar on one line and what is worth knowing beside it on the next, so that both fit 80 columns."""
+    """The bar on one line and the key figures on the next, so that both fit 80 columns."""
 
     beside = ""
 
@@ -38,7 +38,7 @@ class _TwoLines(Progress):
 
 @contextlib.contextmanager
 def bar(phase: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar; call it with (done, total, what to show beside it)."""
+    """A progress bar; call it with (done, total, key figures)."""
     progress = _TwoLines(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=15),
@@ -72,7 +72,7 @@ def distilling() -> Iterator[Callable[[Event], None]]:
                 shown["losses"] = "loss " + " ".join(f"{name} {value:.4f}" for name, value in last.items())
             if "teacher_confidence" in line:
                 shown["teacher"] = f"teacher confidence {line['teacher_confidence']:.2f}"
-                shown["classes"] = f"class entropy {line['class_spread']:.2f}"
+                shown["classes"] = f"class entropy {line['class_entropy']:.2f}"
             if "accuracy" in line:
                 shown["accuracy"] = f"test {100 * line['accuracy']:.2f} %"
             show(event.step, event.steps, "  ".join(shown.values()))

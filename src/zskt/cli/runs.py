@@ -1,4 +1,4 @@
-"""The subcommands around a run of distillation. Their docstrings are the help texts."""
+"""Subcommands for distillation runs. Their docstrings are the help texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +43,8 @@ SHORTCUTS = {"device": "machine.device", "threads": "machine.threads", "precisio
 if TYPE_CHECKING:
     Overrides = Any
 else:
-    Overrides = options(Config, "as the recipe says", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
-    """Every setting of a run as an option, for tyro."""
+    Overrides = options(Config, "from the recipe", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
+    """Every setting of a run as a tyro option."""
 AS_THE_RECIPE_SAYS = Overrides()
 
 
@@ -65,32 +65,32 @@ def run_distill(
     overrides: Annotated[Overrides, tyro.conf.arg(name="")] = AS_THE_RECIPE_SAYS,
     foreign: Options = FOREIGN,
 ) -> Result:
-    """Distil a teacher into a smaller student without any data: the main job.
+    """Distil a teacher into a smaller student without any data.
 
     Example: zskt distill teacher --student wrn-16-1 --out runs/a --steps 2000 --eval cifar10-test.zip
 
     Args:
         teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
-        student: auto:0.25 for the teacher's family at about that fraction of its parameters; wrn-DEPTH-WIDTH,
+        student: auto:0.25 for the teacher's architecture at about that fraction of its parameters; wrn-DEPTH-WIDTH,
             resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half, convnet-WIDTH;
             package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
-        student_args: arguments of the student's factory, as in depth=20 classes=37.
-        out: folder of the run: log, checkpoints, sample images, student, report.
+        student_args: arguments for the student's factory, as in depth=20 classes=37.
+        out: output folder: log, checkpoints, sample images, student, report.
         recipe: a name from `zskt recipes`, or auto, the default.
-        config: a TOML file of settings, such as the config.toml of another run, which go before the recipe's.
-        method: file.py:function or package.module:function that builds an own method; runs that code, with --trust.
-        evaluate: labelled test images, to measure on and never to train on.
-        stop_after: leave early, after a time (90s, 9m, 2h) or a number of steps, to go on with --resume.
-        resume: go on with the run in --out, exactly where its last checkpoint is.
-        settings: short for the options below, by the names that `zskt recipes NAME` prints.
+        config: a TOML file of settings that override the recipe's, such as another run's config.toml.
+        method: file.py:function or package.module:function that builds a custom method; runs that code, needs --trust.
+        evaluate: labelled test images, used for evaluation only, never for training.
+        stop_after: stop after a time (90s, 9m, 2h) or a number of steps; continue with --resume.
+        resume: continue the run in --out from its last checkpoint.
+        settings: short for the options below, with the names that `zskt recipes NAME` prints.
         overrides: settings.
     """
     network = open_network(teacher, foreign).teacher
     make = None if method is None else open_method(method, foreign.trust)
     base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS))
     if is_factory(student):
-        notice(f"{student} runs the code of that file or package")
+        notice(f"note: --student {student} runs the code of that file or package")
     seed = changes.get("seed", 0)
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
@@ -98,7 +98,7 @@ def run_distill(
     chosen = planned.config
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps")
     if pairs := chosen.student.loss.stages:
-        notice(f"attention compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
+        notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
     with distilling() as callback:
         result = distill(
@@ -115,7 +115,7 @@ def run_distill(
         notice(f"warning: {line}")
     if result.finished:
         write_report([out], out / "report.html")
-        notice(f"look at {out / 'report.html'}")
+        notice(f"report: {out / 'report.html'}")
     else:
         notice(f"stopped at step {result.step:,} of {chosen.steps:,}; continue with --resume")
     return {
@@ -133,14 +133,14 @@ def run_distill(
 def read_settings(
     recipe: str | None, config: Path | None, assignments: Sequence[str], given: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """The recipe, and what is changed of it: by a TOML file first, then by options and `--set`."""
+    """The recipe and its changes: those of a TOML file, overridden by options and `--set`."""
     changes: dict[str, Any] = {}
     for assignment in assignments:
         name, value = from_text(assignment)
         if name in ("recipe", "method", "format"):
             raise UsageError(f"--set {name}: use --{'recipe' if name == 'format' else name}")
         if name in given or name in changes:
-            raise UsageError(f"{name} is given twice; keep one")
+            raise UsageError(f"{name} is given twice; give it once")
         changes[name] = value
     if config is None:
         return recipe or AUTO, given | changes
@@ -161,15 +161,15 @@ def run_evaluate(
     device: str = "auto",
     foreign: Options = FOREIGN,
 ) -> Result:
-    """Measure a teacher or a student on labelled test images and, beside a teacher, how far they agree.
+    """Evaluate a network on labelled test images and, with --teacher, its agreement with that teacher.
 
     Example: zskt evaluate runs/a --data cifar10-test.zip --teacher teacher
 
     Args:
         model: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
-        data: labelled images, as in zskt teach; their test split is used.
-        teacher: also measure agreement and divergence from this one, spelled likewise.
+        data: labelled images, as in zskt teach; the test split is used.
+        teacher: also measure agreement with this network and divergence from it; specified as MODEL is.
         device: auto, cpu, cuda or cuda:N.
     """
     where = pick_device(device)
@@ -190,16 +190,16 @@ def run_sample(
     seed: int = 0,
     foreign: Options = FOREIGN,
 ) -> Result:
-    """Draw 64 pseudo images from the generator of a finished run, with what the student takes them for.
+    """Draw 64 pseudo images from the generator of a finished run, labelled with the student's predictions.
 
     Example: zskt sample runs/a --teacher teacher --out samples.png
 
     Args:
         run: a run folder.
         out: the PNG to write.
-        teacher: also say what this network, specified as in zskt distill, takes them for.
-        method: of a run with an own method, as in zskt distill; needs --teacher and --trust.
-        seed: of the latents.
+        teacher: also show the predictions of this network, specified as in zskt distill.
+        method: for a run with a custom method, as in zskt distill; needs --teacher and --trust.
+        seed: for the latents.
     """
     student = load_student(run, trust=foreign.trust)
     network = None if teacher is None else open_network(teacher, foreign).teacher
@@ -215,13 +215,13 @@ def run_sample(
 
 
 def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = None) -> Result:
-    """Write one HTML page about a run, or about several with mean and standard deviation.
+    """Write an HTML report on one run, or on several with mean and standard deviation.
 
     Example: zskt report runs/seed-0 runs/seed-1 runs/seed-2 --out report.html
 
     Args:
         runs: one or more run folders.
-        out: the page; by default report.html in the run folder, or here for several.
+        out: the report; by default report.html in the run folder, or in the current folder for several runs.
     """
     if not runs:
         raise UsageError("expected at least one run folder, found none")

@@ -1,4 +1,4 @@
-"""The subcommands that make and inspect teachers. Their docstrings are the help texts."""
+"""Subcommands that make and inspect teachers. Their docstrings are the help texts."""
 
 import statistics
 import time
@@ -41,26 +41,26 @@ Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...", help_behavior
 Network = Annotated[str, tyro.conf.arg(metavar="NETWORK")]
 
 NOISE_FLOPS = 200_000_000_000
-"""Operations that `zskt inspect` spends on noise."""
+"""FLOPs that `zskt inspect` spends on noise images."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """How to read a network that is no folder of zskt's, as in: zskt inspect my.py:make --teacher-weights net.pt
+    """How to read a network that is not in a zskt folder, as in: zskt inspect my.py:make --teacher-weights net.pt
     --teacher-args depth=20 --input-size 3 32 32 --mean .5 .5 .5 --std .2 .2 .2"""
 
     teacher_weights: File = None
     """checkpoint for a factory, timm:NAME or torchvision:NAME; nothing in it is executed."""
     teacher_args: Assignments = ()
-    """arguments of the factory, as in depth=20 classes=37."""
+    """arguments for the factory, as in depth=20 classes=37."""
     input_size: ImageSize = None
-    """channels, height and width, as in 3 32 32, where nothing beside the weights says them."""
+    """channels, height and width, as in 3 32 32, unless stored with the weights."""
     mean: Reals = ()
-    """per channel, of pixels in [0, 1] or 0..255, as in .4914 .4822 .4465, where nothing beside the weights says it."""
+    """per channel, for pixels in [0, 1] or 0..255, as in .4914 .4822 .4465, unless stored with the weights."""
     std: Reals = ()
     """standard deviation per channel, on the same scale as the mean, as in .2023 .1994 .2010."""
     trust: bool = False
-    """load .pt2 and TorchScript files, and folders that name a factory: they can run code; you trust their makers."""
+    """load .pt2 and TorchScript files, and folders that name a factory, although they can run arbitrary code."""
 
 
 Options = tyro.conf.OmitArgPrefixes[Foreign]
@@ -70,13 +70,17 @@ FOREIGN = Foreign()
 def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> list[Loaded | None]:
     """The networks that a command names, in order; None stays None.
 
-    The options are for those that are no folders of zskt's, the factory's for the one that is spelled as one.
+    `foreign` applies to networks that are not in zskt folders, its factory options to the one that names a factory.
     """
     named = [str(network) for network in networks if network is not None]
-    outside = [name for name in named if not is_own_folder(Path(name))] or named[:1]  # which then refuses them
+    outside = [name for name in named if not is_own_folder(Path(name))] or named[
+        :1
+    ]  # loading it then rejects the options
     made = [name for name in outside if not Path(name).exists()] or outside[:1]
     if len(made) > 1 and (foreign.teacher_weights or foreign.teacher_args):
-        raise UsageError(f"--teacher-weights and --teacher-args go to one factory, found {made[0]} and {made[1]}")
+        raise UsageError(
+            f"--teacher-weights and --teacher-args are for one factory, found {made[0]} and {made[1]}; give one of them"
+        )
     arguments = parse_arguments(foreign.teacher_args, "--teacher-args")
 
     def opened(name: str) -> Loaded:
@@ -97,7 +101,7 @@ def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> li
 
 
 def open_network(network: str | Path, foreign: Foreign) -> Loaded:
-    """The one network that a command names."""
+    """The only network that a command names."""
     (loaded,) = open_networks([network], foreign)
     assert loaded is not None
     return loaded
@@ -112,24 +116,22 @@ def read_images(sources: Sequence[str], split: Literal["train", "test"], size: S
 
 
 def test_images(sources: Sequence[str], network: Classifier) -> tuple[Tensor, Tensor]:
-    """Test images (M, C, H, W) and labels (M,) for a network, after a look at whether the classes are the network's."""
+    """Test images (M, C, H, W) and labels (M,), checked against the network's classes."""
     test = read_images(sources, "test", network.input_size)
     if len(test.class_names) != network.num_classes:
         raise ZsktError(
             f"expected data of {network.num_classes} classes, found {len(test.class_names)}: "
-            f"{', '.join(test.class_names[:5])}, ...; give the data that the network was trained for"
+            f"{', '.join(test.class_names[:5])}, ...; give data with the classes that the network was trained on"
         )
     if network.class_names is not None and network.class_names != test.class_names:
-        notice(
-            f"note: the network's classes are called {network.class_names[:3]}..., the data's {test.class_names[:3]}..."
-        )
+        notice(f"note: class names differ: network {network.class_names[:3]}..., data {test.class_names[:3]}...")
     return test.images, test.labels
 
 
 def open_method(spec: str, trust: bool) -> Make:
-    """The function that builds an own method."""
+    """The function that builds a custom method."""
     if not trust:
-        raise UsageError(f"--method {spec} runs that code: give --trust as well if you trust it")
+        raise UsageError(f"--method {spec} runs that code: add --trust if you trust it")
     return find_function(spec)
 
 
@@ -142,8 +144,8 @@ else:
         leave_out={"updates"},
         notes={
             **{name: f"default: {value}" for name, value in vars(Training(updates=1)).items()},
-            "random_crop": "by default an eighth of the image",
-            "horizontal_flip": "by default where a known data set allows it",
+            "random_crop": "default: an eighth of the image side",
+            "horizontal_flip": "default: on for known data sets that allow it",
         },
     )
 AS_DEFAULT = TrainingOptions()
@@ -162,20 +164,20 @@ def run_teach(
     resume: bool = False,
     given: Annotated[TrainingOptions, tyro.conf.arg(name="")] = AS_DEFAULT,
 ) -> Result:
-    """Train a teacher on labelled images and write it, with its normalisation and accuracy, to a folder.
+    """Train a teacher on labelled images and save it with its normalisation and accuracy.
 
     Example: zskt teach --model wrn-16-2 --data cifar10-train.zip cifar10-test.zip --out teacher
 
     Args:
         model: wrn-DEPTH-WIDTH, resnet-18, resnet-34, vgg-11, lenet-5, lenet-5-half or convnet-WIDTH.
-        data: zips or folders of split/class/file images, the files of MNIST, CIFAR or SVHN, or the word digits.
-        out: folder of the teacher.
-        input_size: channels, height and width; by default the images' own.
-        mean: per channel, of pixels in [0, 1]; by default the known data set's, else the training images'.
+        data: zips or folders of images as split/class/file, the original files of MNIST, CIFAR or SVHN, or `digits`.
+        out: output folder.
+        input_size: channels, height and width; by default those of the images.
+        mean: per channel, for pixels in [0, 1]; by default the published ones of a known data set, else computed.
         std: standard deviation per channel, on the same scale as the mean.
         epochs: passes over the training images.
-        stop_after: leave after a time (90s, 9m, 2h) or so many updates, to be resumed.
-        resume: go on with an unfinished training in --out.
+        stop_after: stop after a time (90s, 9m, 2h) or a number of updates; continue with --resume.
+        resume: continue unfinished training in --out from its last checkpoint.
         given: how to train.
     """
     train = read_images(data, "train", input_size)
@@ -183,8 +185,8 @@ def run_teach(
     test = read_images(data, "test", size)
     if test.class_names != train.class_names:
         raise ZsktError(
-            f"expected equal classes in train and test, found {len(train.class_names)} and {len(test.class_names)}, "
-            "or other names; correct the folders"
+            f"expected the same classes in train and test, found {len(train.class_names)} and {len(test.class_names)} "
+            "with different names; correct the folders"
         )
     if bool(mean) != bool(std):
         raise UsageError("--mean and --std go together: give both or neither")
@@ -234,21 +236,21 @@ def run_import(
     rename: Words = (),
     data: Data = (),
 ) -> Result:
-    """Turn somebody else's checkpoint into a teacher folder. Nothing in the file is executed.
+    """Turn a PyTorch checkpoint into a teacher folder. Nothing in the file is executed.
 
     Example: zskt import wrn.pth.tar --model wrn-16-1 --input-size 3 32 32 --num-classes 10
     --mean .4914 .4822 .4465 --std .2023 .1994 .2010 --out teacher --data cifar10-test.zip
 
     Args:
-        weights: a .pth, .pth.tar, .pt or .safetensors file with a state dict somewhere in it.
-        model: the network the weights belong to, as in zskt teach.
+        weights: a .pth, .pth.tar, .pt or .safetensors file that contains a state dict.
+        model: the architecture, as in zskt teach.
         input_size: channels, height and width.
-        num_classes: classes of the network.
-        mean: per channel, of pixels in [0, 1]; numbers above 1 are read as 0..255.
+        num_classes: number of classes.
+        mean: per channel, for pixels in [0, 1]; values above 1 are taken as 0..255.
         std: standard deviation per channel, on the same scale as the mean.
-        out: folder of the teacher.
-        rename: FOREIGN=OURS name components, where no single renaming fits; FOREIGN= drops, FOREIGN=- leaves out.
-        data: labelled test images to verify the result with.
+        out: output folder.
+        rename: FOREIGN=OURS name components, if no unique renaming fits; FOREIGN= drops one, FOREIGN=- its tensors.
+        data: labelled test images to verify the import with.
     """
     check_teacher_folder(out)
     teacher, report = import_weights(weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename))
@@ -272,15 +274,15 @@ def run_inspect(
     student_args: Assignments = (),
     foreign: Options = FOREIGN,
 ) -> Result:
-    """Show what was found in a network, and what distilling it would do.
+    """Show what zskt finds in a network, and what distilling it would do.
 
     Example: zskt inspect teacher --student wrn-10-1
 
     Args:
         teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
-        student: also say what distilling into this network, specified as in zskt distill, would do.
-        student_args: arguments of the student's factory.
+        student: also show what distilling into this network, specified as in zskt distill, would do.
+        student_args: arguments for the student's factory.
     """
     loaded = open_network(teacher, foreign)
     network = loaded.teacher
@@ -288,7 +290,7 @@ def run_inspect(
     config, reason = choose(AUTO, network)
     flops = forward_flops(network.module, network.input_size)
     norms = len(batchnorm_layers(network.module))
-    count = max(100, min(1_000, NOISE_FLOPS // max(1, flops)))  # of noise images: as many as take a few seconds
+    count = max(100, min(1_000, NOISE_FLOPS // max(1, flops)))  # noise images: a few seconds of work
     result: Result = {
         "kind": loaded.kind,
         "model": spec if isinstance(spec := getattr(network.module, "spec", None), str) else None,
@@ -307,8 +309,8 @@ def run_inspect(
         "noise_classes": noise_classes(network, count),
         "recipe": config.recipe,
         "reason": reason,
-        "attention": f"possible, {len(stages)} stages" if stages else "lost: no stages to compare",
-        "batchnorm_prior": f"possible, {norms} layers" if norms else "lost: no statistics of BatchNorm",
+        "attention": f"possible, {len(stages)} stages" if stages else "not possible: no stages to compare",
+        "batchnorm_prior": f"possible, {norms} layers" if norms else "not possible: no BatchNorm statistics",
         "notes": [*network.notes, *([loaded.lost] if loaded.lost else [])],
     }
     if student is not None:
@@ -332,9 +334,9 @@ def run_inspect(
 
 
 def latency(network: Classifier, seconds: float = 1.0) -> float | None:
-    """Median milliseconds of one image's forward on this machine, over about `seconds`, after three to warm up.
+    """Median milliseconds of a forward pass of one image, over about `seconds` after three warm-up passes.
 
-    None where the network refuses a single image.
+    None if the network does not accept a single image.
     """
     image = torch.zeros(1, *network.input_size, dtype=torch.uint8)
     x = network.normalise(image)  # (1, C, H, W)

@@ -156,7 +156,7 @@ def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, 
     """Both networks' beliefs about a pseudo batch; logits (N, K) each.
 
     `*_confidence` is the mean maximum probability; `class_counts` (K numbers) counts the teacher's predicted classes,
-    `student_class_counts` the student's; `*class_spread` is the normalised class entropy, that of these counts divided
+    `student_class_counts` the student's; `*class_entropy` is the normalised class entropy, that of these counts divided
     by log min(N, K): 1 is uniform, 0 a single class.
     """
     found: dict[str, Any] = {"pseudo_agreement": agreement(teacher_logits, student_logits)}
@@ -166,7 +166,7 @@ def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, 
         share = counts / counts.sum()
         entropy = float(-torch.xlogy(share, share).sum()) / math.log(min(probabilities.shape))
         found[f"{who}_confidence"] = float(probabilities.amax(dim=1).mean())
-        found[f"{prefix}class_spread"] = max(0.0, entropy)  # not -0.0
+        found[f"{prefix}class_entropy"] = max(0.0, entropy)  # not -0.0
         found[f"{prefix}class_counts"] = [int(count) for count in counts]
     return found
 

@@ -8,7 +8,7 @@ def pseudo_image_warnings(beliefs: dict[str, Any]) -> list[str]:
     classes = len(beliefs["class_counts"])
     seen = sum(count > 0 for count in beliefs["class_counts"])
     found = []
-    if beliefs["class_spread"] < 0.5:
+    if beliefs["class_entropy"] < 0.5:
         found.append(
             f"collapse: the teacher predicts {seen} of {classes} classes on the pseudo images, most of them in very few"
         )
@@ -17,6 +17,3 @@ def pseudo_image_warnings(beliefs: dict[str, Any]) -> list[str]:
     if beliefs["pseudo_agreement"] < 0.5:
         found.append("the student disagrees with the teacher on most pseudo images: try more steps or a larger student")
     return found
-
-
-warning_lights = pseudo_image_warnings  # the name under which run/distill.py still imports it

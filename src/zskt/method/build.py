@@ -1,4 +1,4 @@
-"""How a config becomes objects: the methods that recipes choose from."""
+"""Builds the methods that recipes name from a config."""
 
 import contextlib
 import functools
@@ -23,22 +23,22 @@ from zskt.runtime import stream
 
 
 def arrange(module: nn.Module, config: Config) -> None:
-    """Lay a network's weights out, in place, as the config wants them; images follow the first convolution."""
+    """Convert a network's weights, in place, to the config's memory format; images follow the first convolution."""
     formats = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
     module.to(memory_format=formats[config.machine.memory_format])  # type: ignore[call-overload]
 
 
 def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> BeliefMatching:
-    """The step that `config` describes, for a teacher and a student on one device.
+    """Belief matching as `config` describes it, for a teacher and a student on one device.
 
-    The generator is initialised from torch's global random numbers; latents and the replay buffer draw from streams of
-    their own. Raises ZsktError where teacher, student and config do not fit together.
+    The generator is initialised from torch's global random numbers; latents and replay buffer use separate streams.
+    Raises ZsktError if teacher, student and config do not fit together.
     """
     side, learner = config.generator, config.student
     if side.loss.batchnorm and not teacher.has_batchnorm:
         raise ZsktError(
-            f"recipe {config.recipe} holds pseudo images to the teacher's BatchNorm statistics, and this teacher has "
-            "no BatchNorm; use --recipe zskt-fresh or --set generator.loss.batchnorm=0"
+            f"recipe {config.recipe} needs the BatchNorm statistics of the teacher, and this one has no BatchNorm; use "
+            "--recipe zskt-fresh or --set generator.loss.batchnorm=0"
         )
     stages: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     if learner.loss.attention:
@@ -46,8 +46,8 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
     if side.loss.activation:
         last = find_stages(teacher.module, teacher.input_size)[-1:]
         if not last:
-            raise ZsktError("found no stage in the teacher to look at; use --set generator.loss.activation=0")
-        if stages[0][-1:] != last:  # not compared, or not last
+            raise ZsktError("expected a stage in the teacher, found none; use --set generator.loss.activation=0")
+        if stages[0][-1:] != last:  # not compared, or not the last
             stages = (stages[0] + last, stages[1])
     like = next(p for p in student.parameters() if p.requires_grad)
     assert isinstance(side.width, int), "settle_width first"
@@ -108,4 +108,4 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
 
 
 METHODS: dict[str, Make] = {"belief_matching": belief_matching}
-"""By the name that a recipe gives."""
+"""By their name in recipes."""

@@ -1,8 +1,8 @@
 """Every number of a run, typed, checked and documented.
 
 The defaults are the released ZSKT code's for CIFAR-10, WRN-40-2 -> WRN-16-1 (polo5/ZeroShotKnowledgeTransfer@e24915d,
-[code] below); recipes hold only their differences from them. An unknown, mistyped, out-of-range or contradictory value
-is an error, and so is one that nothing would read.
+[code] below); recipes hold only their differences from them. An unknown, mistyped, out-of-range, contradictory or
+unused value is an error.
 """
 
 import re
@@ -57,7 +57,7 @@ class StudentLoss:
     attention: float = 250.0
     """attention transfer, summed over stages [paper, code]; goes with the per_class KL"""
     stages: tuple[str, ...] = ()
-    """what attention compares, as teacher's=student's, in a list or between commas; empty: paired by resolution"""
+    """stages to compare, as TEACHER=STUDENT, comma-separated or as a list; empty: paired by resolution"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Generator:
     latent: int = 100
     """dimension Z of the standard normal latent [paper, code]"""
     width: int | Literal["auto"] = 128
-    """channels of its first convolution [code]; auto: a power of two from 16 to 128, no dearer than both networks"""
+    """channels of its first convolution [code]; auto: a power of two from 16 to 128, costing at most as much as both
+    networks"""
     updates: int = 1
     """generator updates per step, nG [paper]"""
     learning_rate: float = 1e-3
@@ -75,9 +76,9 @@ class Generator:
     clip: float = 5.0
     """largest gradient norm, 0 = no clipping [code]"""
     mode_for_student: Literal["train", "eval"] = "train"
-    """BatchNorm mode while it makes the student's images [code]"""
+    """BatchNorm mode when generating images for the student [code]"""
     loss: GeneratorLoss = field(default_factory=GeneratorLoss)
-    """what it minimises"""
+    """weights of its loss terms"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Student:
     learning_rate: float = 2e-3
     """initial learning rate [paper, code]"""
     momentum: float = 0.0
-    """of sgd"""
+    """momentum of sgd"""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient [code: none]"""
     clip: float = 5.0
@@ -99,7 +100,7 @@ class Student:
     mode_for_generator: Literal["train", "eval"] = "train"
     """BatchNorm mode during generator updates [code]"""
     loss: StudentLoss = field(default_factory=StudentLoss)
-    """what it minimises"""
+    """weights of its loss terms"""
 
 
 @dataclass(frozen=True)
@@ -107,50 +108,52 @@ class Replay:
     """Which pseudo batches the student sees."""
 
     kind: Literal["same", "fresh", "buffer"] = "same"
-    """same = the newest batch every time [paper], fresh = a new one each time [ReScience 2020], buffer = past ones"""
+    """same = the newest batch every time [paper], fresh = a new one every time [ReScience 2020], buffer = past ones"""
     capacity: int = 0
     """batches in the buffer, 0 unless kind is buffer"""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How a run uses the machine. Nothing here changes what is computed beyond rounding, so a resume may change it."""
+    """How a run uses the machine. These settings affect results only by rounding and may change on resume."""
 
     device: str = "auto"
-    """a torch device; auto: cuda where there is one, else cpu"""
+    """a torch device; auto: cuda if available, else cpu"""
     threads: int | Literal["auto"] = "auto"
-    """threads of torch on a CPU; auto: as torch has it"""
+    """CPU threads; auto: torch's default"""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """fp32: the networks' own dtype; bf16: autocast, losses and weights in fp32; auto: bf16 where the CPU supports it
     and the recipe was validated in it"""
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
-    """of weights and images; channels_last is faster"""
+    """memory format of weights and images; channels_last is faster"""
     fused: bool = True
     """fused optimisers: one kernel for all parameters"""
     cuda_graph: bool = False
-    """repeat every step as one CUDA graph, instead of launching its kernels one by one; for device cuda"""
+    """run each step as one CUDA graph instead of launching its kernels one by one; for device cuda"""
 
     def __post_init__(self) -> None:
         if self.cuda_graph and not self.fused:
-            raise UsageError("machine.cuda_graph needs machine.fused: other optimisers wait for the device")
+            raise UsageError(
+                "machine.cuda_graph needs machine.fused, as other optimisers wait for the device: set both or neither"
+            )
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run of distillation, completely."""
+    """All settings of a distillation run."""
 
     format: int = 2
-    """of these settings, of the log and of checkpoints; 1 was zskt before its methods were separated"""
+    """version of these settings, the log and checkpoints; 1 was zskt before its methods were separated"""
     recipe: str = "zskt"
-    """name of the recipe these values started from"""
+    """the recipe that these values started from"""
     method: str = "belief_matching"
-    """what the run repeats: belief_matching, or where an own method's function is"""
+    """belief_matching, or the function that builds a custom method"""
     steps: int = 80_000
     """outer iterations N = pseudo batches in the paper's counting [paper: 80,000 for CIFAR-10, 50,000 for SVHN]"""
     batch_size: int = 128
     """pseudo images per batch [code]"""
     seed: int = 0
-    """of latents, initialisation made here, dropout"""
+    """for latents, initialisation and dropout"""
     log_every: int | Literal["auto"] = "auto"
     """steps between lines of metrics.jsonl; auto: at most 1,000 lines"""
     evaluate_every: int | Literal["auto"] = "auto"
@@ -158,15 +161,15 @@ class Config:
     checkpoint_every: int | Literal["auto"] = "auto"
     """steps between checkpoints; auto: 50 in a run"""
     machine: Machine = field(default_factory=Machine)
-    """what it runs on"""
+    """device, threads and arithmetic"""
     generator: Generator = field(default_factory=Generator)
-    """the adversary"""
+    """the generator"""
     student: Student = field(default_factory=Student)
-    """the learner"""
+    """the student"""
     replay: Replay = field(default_factory=Replay)
-    """what the student sees"""
+    """the pseudo batches for the student"""
     schedule: Schedule = field(default_factory=Schedule)
-    """learning rates over the run"""
+    """learning rate schedule"""
 
     def __post_init__(self) -> None:
         for name, value in flat(self).items():
@@ -181,15 +184,15 @@ class Config:
             raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
         student, schedule, loss = self.student, self.schedule, self.generator.loss
         if student.optimizer == "adam" and student.momentum:
-            raise UsageError("student.momentum is for sgd, and student.optimizer is adam: drop one of them")
+            raise UsageError("student.momentum is for sgd, found student.optimizer = adam: drop one of them")
         if (self.replay.kind == "buffer") != (self.replay.capacity > 0):
-            raise UsageError("replay.capacity is for replay.kind = buffer, which needs one: set both or neither")
+            raise UsageError("replay.capacity and replay.kind = buffer go together: set both or neither")
         divergences = ("kl", "l1", "jensen_shannon")
         if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
-            raise UsageError("student.loss has no term with a weight: set student.loss.kl")
+            raise UsageError("all weights of student.loss are 0: set student.loss.kl")
         if not any(value for name, value in vars(loss).items() if name != "kl_scale"):
-            raise UsageError("generator.loss has no term with a weight: set generator.loss.kl")
-        unread = {
+            raise UsageError("all weights of generator.loss are 0: set generator.loss.kl")
+        unused = {
             "student.loss.temperature": (student.loss.temperature != 1 and not student.loss.kl, "student.loss.kl"),
             "student.loss.kl_scale": (student.loss.kl_scale != "per_class" and not student.loss.kl, "student.loss.kl"),
             "student.loss.stages": (bool(student.loss.stages) and not student.loss.attention, "student.loss.attention"),
@@ -197,16 +200,16 @@ class Config:
             "schedule.clock": (schedule.clock != "step" and schedule.kind == "constant", "another schedule.kind"),
             "schedule.factor": (schedule.factor != 0.1 and schedule.kind != "multistep", "schedule.kind = multistep"),
         }
-        for name, (is_unread, needed) in unread.items():
-            if is_unread:
-                raise UsageError(f"{name} is for {needed}, which is not set: drop one of them or set both")
+        for name, (is_unused, needed) in unused.items():
+            if is_unused:
+                raise UsageError(f"{name} has no effect without {needed}: set both or neither")
 
     RENAMED: ClassVar[dict[str, str]] = {
         **{name: f"machine.{name}" for name in ("device", "precision", "memory_format", "fused", "cuda_graph")},
         **{f"memory.{name}": f"replay.{name}" for name in ("kind", "capacity")},
         "student.mode_in_search": "student.mode_for_generator",
     }
-    """names of format 1, and what they are called now"""
+    """names in format 1 -> names now"""
 
     def interval(self, what: Literal["log_every", "evaluate_every", "checkpoint_every"]) -> int:
         """The number of steps between two of these, with `auto` resolved."""
@@ -245,8 +248,8 @@ _NOT_NEGATIVE = {
 
 
 def read_config(path: Path) -> Config:
-    """The config.toml of a run; raises ZsktError for one of another format."""
+    """The config.toml of a run; raises ZsktError if it has another format."""
     text = read_text(path)
     if not re.search(r"^format *=", text, re.MULTILINE):
-        raise ZsktError(f"{path} is of an earlier format than {FORMAT}; {OTHER_FORMAT}")
+        raise ZsktError(f"expected format {FORMAT} in {path}, found an earlier one; {OTHER_FORMAT}")
     return from_toml(Config, text, str(path))

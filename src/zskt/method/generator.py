@@ -1,4 +1,4 @@
-"""The generator: latent -> image, in the teacher's normalised space. Nothing squashes its output."""
+"""The generator: latent -> image in the teacher's normalised space, with unbounded output."""
 
 import itertools
 import math
@@ -15,10 +15,9 @@ WIDTHS = (16, 32, 64, 128)
 class Generator(nn.Module):
     """Latent (N, Z) -> image (N, C, H, W).
 
-    A linear layer makes a small image near 8 pixels wide; two or more convolutions follow, the last ones each after a
-    doubling of the resolution, as many as it takes, the final doubling going to the exact size. At 3 x 32 x 32 and
-    width 128 this is the released ZSKT generator, less the biases of convolutions that a BatchNorm follows: their
-    gradient is zero.
+    A linear layer makes an image of about 8 x 8; two or more convolutions follow, with as many doublings of the
+    resolution as the size needs, the last of which interpolates to the exact size. At 3 x 32 x 32 and width 128 this is
+    the released ZSKT generator, without the biases of convolutions before a BatchNorm, whose gradient is zero.
     """
 
     def __init__(self, latent: int, size: tuple[int, int, int], width: int = 128) -> None:
@@ -31,7 +30,7 @@ class Generator(nn.Module):
         shrink = 2**self.doublings
         self.start = (width, math.ceil(height / shrink), math.ceil(self.image_width / shrink))
 
-        # Channels halve with every doubling after the first, so that large images do not cost more at the end.
+        # Channels halve with every doubling after the first, so that the last layers of large images do not cost more.
         stages = max(2, self.doublings)
         widths = [width] + [max(width >> stage, min(16, width)) for stage in range(stages)]
         self.linear = nn.Linear(latent, math.prod(self.start))
@@ -56,7 +55,7 @@ class Generator(nn.Module):
         return images
 
     def _memory_format(self) -> torch.memory_format:
-        """That of the weights: maps made of a linear layer's output have none of their own."""
+        """That of the convolutions' weights; the linear layer's output has none."""
         weight = next(self.blocks.parameters())
         return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
 
@@ -64,21 +63,21 @@ class Generator(nn.Module):
 def choose_width(latent: int, size: tuple[int, int, int], budget: int) -> int:
     """The widest of WIDTHS whose forward costs at most `budget` operations per image; the narrowest if none does.
 
-    With teacher's and student's forwards together as the budget the generator never dominates the time of a step: at
-    width 128 it takes over 90 % of it for a LeNet-sized pair.
+    With the forwards of teacher and student as the budget, the generator does not dominate a step: at width 128 it
+    takes over 90 % of a step of a LeNet-sized pair.
     """
     fitting = [w for w in WIDTHS if forward_flops(Generator(latent, size, w), (latent,)) <= budget]
     return max(fitting, default=min(WIDTHS))
 
 
 SAMPLES = 64
-"""Pseudo images in a sample; the generator runs in train mode, so it needs a batch of this order."""
+"""Pseudo images in a sample: a batch, as the generator runs in train mode."""
 
 
 def pseudo_images(generator: nn.Module, latent: int, n: int = SAMPLES, seed: int = 0) -> Tensor:
-    """Images (n, C, H, W) from latents fixed by `seed`, in the teacher's normalised space, leaving no trace.
+    """Images (n, C, H, W) from latents fixed by `seed`, in the teacher's normalised space.
 
-    The generator runs in train mode, as the student sees it; its buffers and all random numbers stay as they were.
+    The generator runs in train mode, as for the student; its buffers and all random state are left unchanged.
     """
     like = next(generator.parameters())
     z = torch.randn(n, latent, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)  # (n, Z)

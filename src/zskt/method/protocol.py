@@ -1,7 +1,6 @@
-"""What a run repeats: the seam between methods and everything around them.
+"""The interface between methods and the runs that log, checkpoint, resume, sample and report them.
 
-A method is any object of this shape; `examples/own_method.py` is a whole one. Nothing else of it is known to the run,
-which logs, checkpoints, resumes, samples and reports it.
+`examples/own_method.py` is a complete method.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +14,16 @@ from zskt.networks.classifier import Classifier
 
 
 class Repeatable(Protocol):
-    """Whatever is repeated until it is done: a method, or the training of a network on images."""
+    """What a run repeats: a method, or the training of a network on images."""
 
     steps: int
-    """how often `step` is called in a whole run"""
+    """calls of `step` in a complete run"""
 
     def step(self) -> Mapping[str, Tensor]:
         """One step; its losses by name, each () or one per update (U,), without graph.
 
-        Random numbers come from torch's global generator, which the run seeds, saves and restores, or from generators
-        of its own, whose states belong into `state_dict`.
+        Draw random numbers from torch's global generator, which the run seeds, saves and restores, or from other
+        generators whose state is in `state_dict`.
         """
         ...
 
@@ -33,19 +32,19 @@ class Repeatable(Protocol):
         ...
 
     def optimisers(self) -> Mapping[str, torch.optim.Optimizer]:
-        """Their optimisers, by name. Learning rates are no state: they follow from the step."""
+        """Their optimisers, by name. Learning rates are not state: they follow from the step."""
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Whatever else the rest of the run depends on: counters, a replay buffer, random generators."""
+        """All other state: counters, replay buffer, random generators."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
     def close(self) -> None:
-        """Take hooks off the networks; `sample` works on."""
+        """Remove hooks from the networks; `sample` must still work."""
         ...
 
 
@@ -55,9 +54,9 @@ class Method(Repeatable, Protocol):
     student: nn.Module
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """Pseudo images (n, C, H, W) such as the student learns from, in the teacher's normalised space.
+        """Pseudo images (n, C, H, W) as the student sees them, in the teacher's normalised space.
 
-        The same ones for the same seed and state; nothing is changed by asking.
+        Equal for equal seed and state; changes no state.
         """
         ...
 

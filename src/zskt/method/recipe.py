@@ -1,4 +1,4 @@
-"""Recipes, each a published experiment as differences from the defaults; and all that is chosen before a run begins."""
+"""Recipes, as differences from the defaults, and every choice made before a run starts."""
 
 import dataclasses
 import inspect
@@ -25,18 +25,18 @@ from zskt.settings import from_toml, replace
 
 AUTO = "auto"
 BF16_COMPARED = ("zskt-prior", "zskt")
-"""Recipes whose bf16 lost no accuracy beyond a standard deviation over three seeds (benchmarks/precision.py)."""
+"""Recipes that lost less than a standard deviation over three seeds in bf16 (benchmarks/precision.py)."""
 
 
 def recipe_texts() -> dict[str, str]:
-    """All recipes that come with the package: name -> TOML text, whose first line says what it is."""
+    """The packaged recipes: name -> TOML text, whose first line is a summary."""
     files = resources.files("zskt.method").joinpath("recipes").iterdir()
     texts = {file.name.removesuffix(".toml"): file.read_text() for file in files if file.name.endswith(".toml")}
     return dict(sorted(texts.items()))
 
 
 def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Config:
-    """A recipe by name, with values changed by dotted name; raises UsageError naming the nearest ones."""
+    """A recipe by name, with values changed by dotted name; raises UsageError with close matches."""
     texts = recipe_texts()
     if name not in texts:
         raise unknown("recipe", name, [AUTO, *texts])
@@ -45,11 +45,11 @@ def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with every choice made: nothing is decided, and no network tried, after it."""
+    """A run with every choice made."""
 
     config: Config
     reason: str
-    """why this recipe"""
+    """why this recipe was chosen"""
     make: Make
     """builds the method"""
 
@@ -61,25 +61,23 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     method: Make | None = None,
 ) -> Plan:
-    """The complete config of a run, with every choice made, and why this recipe; the pair is checked.
+    """Check the pair and settle every choice of a run.
 
-    `settings` changes values by dotted name. An own `method` reads of the config what it wants.
+    `settings` changes values by dotted name. A custom `method` uses what it needs of the config.
     """
     if not isinstance(teacher, Classifier):
         raise UsageError(
             f"expected a zskt.Classifier, found {type(teacher).__name__}: wrap it, as in zskt.Classifier(module, "
-            "input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
+            "input_size=(3, 32, 32), mean=..., std=...)"
         )
     settings = dict(settings or {})
     check_pair(teacher, student)
     if method is not None:
-        config, reason = _own(method, recipe, settings), "an own method"
+        config, reason = _own(method, recipe, settings), "a custom method"
     else:
         config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
         if config.method not in METHODS:
-            raise UsageError(
-                f"this run repeats a method of its own, {config.method}: give it, as in --method FILE:MAKE"
-            )
+            raise UsageError(f"this run uses a custom method, {config.method}: give it, as in --method FILE:FUNCTION")
         named = "student.loss.stages" in settings or "student.loss.attention" in settings
         if recipe == AUTO and config.student.loss.attention and not named and not stages_pair_up(teacher, student):
             config = replace(config, {"student.loss.attention": 0.0})
@@ -87,7 +85,7 @@ def plan(
     config = settle_precision(replace(config, settings), teacher)
     config, unable = settle_layout(config, teacher, student)
     if unable:
-        problem = f"the {unable} cannot work in channels_last (a reshape by view, perhaps)"
+        problem = f"the {unable} cannot run in channels_last (perhaps it reshapes by view)"
         if settings.get("machine.memory_format") == "channels_last":
             raise ZsktError(f"{problem}; leave machine.memory_format out or set it to contiguous")
         reason += f"; in contiguous memory, as {problem}"
@@ -97,36 +95,36 @@ def plan(
 
 
 def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Config:
-    """The config that an own method starts from."""
+    """The config that a custom method starts from."""
     if isinstance(recipe, Config):
         return dataclasses.replace(recipe, method=describe_method(method))
     if recipe != AUTO:
-        raise UsageError(f"recipe {recipe!r} names a method already: leave out the recipe or the method")
+        raise UsageError(f"recipe {recipe!r} has its own method: give a recipe or a method, not both")
     if "steps" not in settings:
-        raise UsageError("an own method does not say how long it takes: give steps")
+        raise UsageError("a custom method has no default number of steps: give steps")
     return Config(recipe="own", method=describe_method(method))
 
 
 def describe_method(method: Make) -> str:
-    """An own method's file and function, so that a resumed run can tell whether it is the same."""
+    """A custom method's file and function, by which a resumed run recognises it."""
     inner = getattr(method, "func", method)  # of a functools.partial
     inner = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
     return f"{Path(inspect.getfile(inner)).name}:{inner.__qualname__}"
 
 
 def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
-    """The config of a recipe and why it was chosen; `auto` looks at the teacher."""
+    """The config of a recipe and why it was chosen; `auto` depends on the teacher."""
     if name != AUTO:
         return load_recipe(name), "as asked"
     if teacher.has_batchnorm:
-        return load_recipe("zskt-prior"), "auto: the teacher has BatchNorm, whose statistics hold the pseudo images"
+        return load_recipe("zskt-prior"), "auto: the teacher has BatchNorm, whose statistics guide the pseudo images"
     config = load_recipe("zskt-fresh")
     config = replace(config, {"generator.width": "auto"})
-    return config, "auto: the teacher has no BatchNorm, so fresh pseudo batches are the best that is known"
+    return config, "auto: the teacher has no BatchNorm, for which fresh pseudo batches are the best known choice"
 
 
 def settle_width(config: Config, teacher: Classifier, student: nn.Module) -> Config:
-    """The config with the generator's width as a number."""
+    """The config with `auto` width resolved."""
     if config.generator.width != "auto":
         return config
     size = teacher.input_size
@@ -136,7 +134,7 @@ def settle_width(config: Config, teacher: Classifier, student: nn.Module) -> Con
 
 
 def settle_precision(config: Config, teacher: Classifier) -> Config:
-    """The config with `auto` precision decided: bf16 on a CPU that computes in it, for recipes of BF16_COMPARED."""
+    """The config with `auto` precision resolved: bf16 on a CPU that supports it, for BF16_COMPARED recipes."""
     if config.machine.precision != "auto":
         return config
     like = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), torch.float32)
@@ -146,7 +144,7 @@ def settle_precision(config: Config, teacher: Classifier) -> Config:
 
 
 def settle_stages(config: Config, teacher: Classifier, student: nn.Module) -> Config:
-    """The config with the stages that attention transfer compares by name; raises ZsktError where there are none."""
+    """The config with the names of the stages that attention transfer compares; raises ZsktError if none pair up."""
     loss = config.student.loss
     if not loss.attention:
         return config
@@ -155,15 +153,15 @@ def settle_stages(config: Config, teacher: Classifier, student: nn.Module) -> Co
 
 
 def settle_layout(config: Config, teacher: Classifier, student: nn.Module) -> tuple[Config, str]:
-    """The config with a memory format that both networks take, and whose fault a change is: empty where none is.
+    """The config with a memory format that both networks accept, and the names of those that force contiguous.
 
     Images pass from network to network, so that one which reshapes maps by `view` decides for all.
     """
     if config.machine.memory_format == "contiguous":
         return config, ""
     networks = {"teacher": teacher.module, "student": student}
-    formats = {who: memory_format(module, teacher.input_size) for who, module in networks.items()}
-    unable = [who for who, format in formats.items() if format == torch.contiguous_format]
+    formats = {name: memory_format(module, teacher.input_size) for name, module in networks.items()}
+    unable = [name for name, format in formats.items() if format == torch.contiguous_format]
     if not unable:
         return config, ""
     return replace(config, {"machine.memory_format": "contiguous"}), " and ".join(unable)

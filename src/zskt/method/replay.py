@@ -1,4 +1,4 @@
-"""Which pseudo batches the student sees after the generator's updates: the same one again, fresh ones, or past ones.
+"""Which pseudo batches the student sees after the generator updates: the newest one, fresh ones, or past ones.
 
 N batch, K classes, C x H x W images.
 """
@@ -15,18 +15,18 @@ from zskt.runtime import restore_generator
 Draw = Callable[[], Batch]
 """A new batch of images (N, C, H, W) from a fresh latent, without graph."""
 Ask = Callable[[Batch], Batch]
-"""The batch with what the teacher says of it, without graph."""
+"""The batch with the teacher's outputs for it, without graph."""
 
 
 class Replay(Protocol):
-    """Yields `updates` pseudo batches after the generator's updates."""
+    """Yields `updates` pseudo batches after the generator updates."""
 
     needs_images: bool
-    """Whether `batches` wants the images that the generator's updates ended with."""
+    """Whether `batches` needs the images of the last generator update."""
 
     @property
     def steady(self) -> bool:
-        """Whether its tensors have the shapes and places that they will keep."""
+        """Whether its tensors have their final shapes and addresses."""
         ...
 
     def batches(self, newest: Batch | None, updates: int, draw: Draw, ask: Ask) -> Iterator[Batch]: ...
@@ -47,7 +47,7 @@ class _Stateless:
 
 
 class Same(_Stateless):
-    """The newest batch, every time: the paper's Algorithm 1. The teacher is asked once."""
+    """The newest batch for all updates, as in the paper's Algorithm 1; one teacher forward."""
 
     needs_images = True
 
@@ -59,7 +59,7 @@ class Same(_Stateless):
 
 
 class Fresh(_Stateless):
-    """A batch of its own for every update, none from the generator's latent (Ferles et al., ReScience 2020)."""
+    """A new batch for each update, from new latents (Ferles et al., ReScience 2020)."""
 
     needs_images = False
 
@@ -69,9 +69,9 @@ class Fresh(_Stateless):
 
 
 class ReplayBuffer:
-    """A ring of the last `capacity` batches; every update sees N images drawn from all of them, labels included.
+    """A ring of the last `capacity` batches; each update sees N images and labels drawn from all of them.
 
-    Kept in bfloat16: the generator's output is unbounded, so float16 or bytes would clip it.
+    Stored in bfloat16: the generator's output is unbounded, so float16 or bytes would clip it.
     """
 
     needs_images = True
@@ -100,7 +100,7 @@ class ReplayBuffer:
             yield ask(Batch(images[chosen].to(newest.images.dtype), labels))
 
     def _kept(self, ring: Tensor | None, newest: Tensor) -> Tensor:
-        """The ring (filled, N, ...) with the newest entry (N, ...) in it."""
+        """The ring (filled, N, ...) after adding the newest entry (N, ...)."""
         if ring is None:
             return newest.unsqueeze(0)
         if len(ring) < self.capacity:

@@ -1,4 +1,4 @@
-"""Learning rates over a run: one mechanism for whatever is trained."""
+"""Learning rate schedules."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Literal
 from zskt.errors import UsageError
 
 RISE = 0.2
-"""Share of a one-cycle schedule in which the rate rises."""
+"""Fraction of a one-cycle schedule in which the rate rises."""
 
 
 @dataclass(frozen=True)
@@ -16,26 +16,24 @@ class Schedule:
     """How learning rates change over a run."""
 
     kind: Literal["cosine", "one_cycle", "multistep", "constant"] = "cosine"
-    """cosine to 0 over the run [paper, code]; one_cycle: linearly up for a fifth of it, then a cosine to 0; multistep:
-    times `factor` at each milestone"""
+    """cosine: to 0 over the run [paper, code]; one_cycle: linearly up for a fifth of it, then a cosine to 0; multistep:
+    multiplied by `factor` at each milestone"""
     milestones: tuple[float, ...] = ()
-    """as fractions of the run, for multistep"""
+    """fractions of the run at which multistep changes the rate"""
     factor: float = 0.1
-    """of multistep"""
+    """what multistep multiplies the rate by"""
     clock: Literal["step", "update"] = "step"
-    """whether the rate changes after every step [code] or after every update"""
+    """whether the rate changes after each step [code] or each update"""
 
     def __post_init__(self) -> None:
         if (self.kind == "multistep") != bool(self.milestones):
-            raise UsageError(
-                "schedule.milestones are for schedule.kind = multistep, which needs them: set both or neither"
-            )
+            raise UsageError("schedule.milestones and schedule.kind = multistep go together: set both or neither")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
-            raise UsageError(f"schedule.milestones = {list(self.milestones)}: expected rising fractions of the run")
+            raise UsageError(f"schedule.milestones = {list(self.milestones)}: expected increasing fractions of the run")
 
 
 def learning_rate(schedule: Schedule, initial: float, steps: int, updates: int = 1) -> Callable[[int], float]:
-    """The rate at the t-th update, of `updates` per step in a run of `steps`; `initial` is the highest one."""
+    """A function t -> rate at update t, for `updates` per step in a run of `steps`; `initial` is the highest rate."""
     milestones = [max(1, math.floor(steps * fraction + 1e-9)) for fraction in schedule.milestones]
 
     def rate(t: int) -> float:

@@ -1,4 +1,4 @@
-"""Which stages of teacher and student attention transfer compares: by resolution, or as the user names them."""
+"""The stages of teacher and student that attention transfer compares: by resolution, or as named by the user."""
 
 import itertools
 import math
@@ -16,8 +16,8 @@ Names = tuple[str, ...]
 def stage_pairs(teacher: Classifier, student: nn.Module, named: Sequence[str] = ()) -> tuple[Names, Names]:
     """The teacher's and the student's stages to compare, pair by pair, finest first.
 
-    `named` holds "teacher's=student's" and is taken as it is; without it stages pair up by resolution. Raises
-    UsageError for a name that is no stage, ZsktError where nothing pairs up.
+    `named` holds "TEACHER=STUDENT" names; without it stages pair up by resolution. Raises UsageError for a name that is
+    not a stage, ZsktError if nothing pairs up.
     """
     size = teacher.input_size
     networks = {"teacher": teacher.module, "student": student}
@@ -25,7 +25,7 @@ def stage_pairs(teacher: Classifier, student: nn.Module, named: Sequence[str] = 
         halves = [pair.split("=") for pair in named]
         if any(len(half) != 2 for half in halves):
             raise UsageError(
-                f"student.loss.stages = {list(named)}: expected teacher's=student's, as in layer1=block1,layer2=block2"
+                f"student.loss.stages = {list(named)}: expected TEACHER=STUDENT, as in layer1=block1,layer2=block2"
             )
         ours, theirs = (tuple(half[side].strip() for half in halves) for side in (0, 1))
         for (who, module), names in zip(networks.items(), (ours, theirs), strict=True):
@@ -36,15 +36,14 @@ def stage_pairs(teacher: Classifier, student: nn.Module, named: Sequence[str] = 
     pairs = match(*sizes)
     if not pairs:
         raise ZsktError(
-            f"attention transfer compares stages, which work on maps larger than 1 x 1, and found "
-            f"{_sides(sizes[0])} in the teacher and {_sides(sizes[1])} in the student; use "
-            "--set student.loss.attention=0"
+            f"attention transfer needs stages with maps larger than 1 x 1, found {_sides(sizes[0])} in the teacher and "
+            f"{_sides(sizes[1])} in the student; use --set student.loss.attention=0"
         )
     return tuple(found[0][i] for i, _ in pairs), tuple(found[1][j] for _, j in pairs)
 
 
 def stages_pair_up(teacher: Classifier, student: nn.Module) -> bool:
-    """Whether attention transfer can compare these two."""
+    """Whether attention transfer can compare the two networks."""
     try:
         stage_pairs(teacher, student)
     except ZsktError:
@@ -53,7 +52,7 @@ def stages_pair_up(teacher: Classifier, student: nn.Module) -> bool:
 
 
 def likeness(a: Resolution, b: Resolution) -> float:
-    """How well maps of two resolutions compare: 1 where equal, 1/2 at twice the side, 0 where one is a single pixel."""
+    """How similar two resolutions are: 1 if equal, 1/2 at twice the side, 0 if one is a single pixel."""
     if math.prod(a) == 1 or math.prod(b) == 1:  # a map of one pixel is always the unit vector
         return 0.0
     return math.sqrt(math.prod(min(x, y) / max(x, y) for x, y in zip(a, b, strict=True)))
@@ -62,8 +61,8 @@ def likeness(a: Resolution, b: Resolution) -> float:
 def match(first: Sequence[Resolution], second: Sequence[Resolution]) -> list[tuple[int, int]]:
     """Index pairs of two lists of resolutions, both finest first, with the greatest total likeness.
 
-    Equal lists pair up one to one. Otherwise the longest-common-subsequence recursion, with likeness for equality:
-    stages of equal resolution find each other first, and what is left over pairs with its nearest or stays out.
+    Equal lists pair up one to one. Otherwise this is the longest-common-subsequence recursion with likeness in place of
+    equality: stages of equal resolution pair up first, others with the nearest one or not at all.
     """
     if list(first) == list(second):
         return [(i, i) for i in range(len(first))]
@@ -80,7 +79,7 @@ def match(first: Sequence[Resolution], second: Sequence[Resolution]) -> list[tup
 
 
 def describe_pairs(teacher: Classifier, student: nn.Module, pairs: tuple[Names, Names]) -> str:
-    """The pairs in words, with their resolutions: `block1 = layer1 (32 x 32), block2 = layer2 (16 x 16 to 8 x 8)`."""
+    """The pairs with their resolutions: `block1 = layer1 (32 x 32), block2 = layer2 (16 x 16 and 8 x 8)`."""
     sizes = [
         stage_resolutions(module, names, teacher.input_size)
         for module, names in zip((teacher.module, student), pairs, strict=True)
@@ -105,6 +104,6 @@ def _check_names(who: str, module: nn.Module, names: Names, size: tuple[int, int
     for name, found in zip(names, stage_resolutions(module, names, size), strict=True):
         if len(found) != 2:
             raise UsageError(
-                f"expected a {who} stage that returns maps (N, C, H, W), found {1 + 1 + len(found)} dimensions from "
+                f"expected a {who} stage that returns maps (N, C, H, W), found {2 + len(found)} dimensions from "
                 f"{name}; valid are {', '.join(stages) or 'none: use --set student.loss.attention=0'}"
             )

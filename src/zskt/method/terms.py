@@ -1,4 +1,4 @@
-"""The weighted terms that a config asks for: functions of one record of images, labels and both networks' beliefs."""
+"""The weighted loss terms of a config, as functions of `Beliefs`."""
 
 import functools
 
@@ -37,7 +37,7 @@ def student_terms(w: StudentLoss) -> dict[str, Term]:
 
 
 def _attention(beliefs: Beliefs) -> Tensor:
-    """Of the stages that are compared: the teacher's last one may be there beside them, for the activation prior."""
+    """Attention distance; the teacher may have one more stage, for the activation prior."""
     student, teacher = beliefs.student, beliefs.teacher
     sizes = losses.common_sizes(student.stages, teacher.stages[: len(student.stages)])
     return losses.attention_distance(losses.attention_maps(student, sizes), losses.attention_maps(teacher, sizes))

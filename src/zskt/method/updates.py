@@ -1,4 +1,4 @@
-"""The one way in which anything is updated: losses of a record, gradients into named parameters, clipping, a step.
+"""Updates of a network: loss terms, gradients of its parameters only, clipping, an optimiser step.
 
 N batch, K classes, (N, C, H, W) images in the teacher's normalised space.
 """
@@ -20,13 +20,13 @@ class Batch:
     """Pseudo images on their way from the generator through the replay buffer to the student; no graph."""
 
     images: Tensor  # (N, C, H, W)
-    labels: Tensor | None = None  # (N,) what they were made to be, where a method says so
-    teacher: Observation | None = None  # what the teacher says of them, once it was asked
+    labels: Tensor | None = None  # (N,) intended classes, for methods that have them
+    teacher: Observation | None = None  # the teacher's outputs, once computed
 
 
 @dataclass(frozen=True)
 class Beliefs:
-    """What both networks say about one batch of pseudo images: all that a loss term may look at."""
+    """Both networks' outputs for a batch of pseudo images: the input of loss terms."""
 
     images: Tensor  # (N, C, H, W)
     labels: Tensor | None  # (N,)
@@ -48,7 +48,7 @@ class Losses:
 
 @dataclass
 class Updates:
-    """How one network is updated: so many times a step, with this optimiser, towards this loss."""
+    """How a network is updated: `count` times a step, with this optimiser, on this loss."""
 
     count: int
     optimizer: torch.optim.Optimizer
@@ -56,7 +56,7 @@ class Updates:
     clip: float | None = None
     """largest gradient norm, over all parameters together"""
     rate: Callable[[int], float] | None = None
-    """learning rate at the t-th update; without it the optimiser's own stays"""
+    """learning rate at update t; by default the optimiser's own"""
     done: int = 0
 
     def __post_init__(self) -> None:
@@ -65,10 +65,10 @@ class Updates:
         self.healthy = torch.ones((), dtype=torch.bool, device=self.parameters[0].device)
 
     def update(self, record: Any) -> Losses:
-        """One update towards less of the loss of `record`.
+        """One update on the loss of `record`.
 
-        An update whose loss or gradient is NaN or infinite is skipped, on the device, so that nobody waits for it; from
-        then on every loss is reported as NaN, which whoever reads one will notice.
+        An update with a NaN or infinite loss or gradient is skipped on the device, without synchronisation; from then
+        on every loss is reported as NaN.
         """
         terms = {name: term(record) for name, term in self.loss.items()}
         total = torch.stack(list(terms.values())).sum()
@@ -76,9 +76,9 @@ class Updates:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(self.done)
         self.optimizer.zero_grad()
-        torch.autograd.backward(total, inputs=self.parameters)  # nobody else's gradients are touched
+        torch.autograd.backward(total, inputs=self.parameters)  # leaves all other gradients alone
         if self.done == 0 and all(p.grad is None for p in self.parameters):
-            raise ZsktError("the loss does not depend on the network; make it of the one that is trained")
+            raise ZsktError("the loss does not depend on the network that is trained; compute it from that network")
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
@@ -93,7 +93,7 @@ class Updates:
         if self.fused:
             self.optimizer.found_inf = (~self.healthy).float()  # type: ignore[attr-defined]  # 1: the kernel skips
             self.optimizer.step()
-        elif self.healthy:  # other optimisers cannot skip by themselves: here the host waits for the device
+        elif self.healthy:  # other optimisers cannot skip: the host waits for the device
             self.optimizer.step()
 
 

@@ -1,6 +1,6 @@
-"""What has to hold before a network is built on: a teacher is frozen and probed, and a pair fits together.
+"""Checks of a teacher, which is also frozen, and of a pair of teacher and student.
 
-N images, K classes. Nothing here switches a network into training mode, but for a copy of a student.
+N images, K classes. Only a copy of the student is ever put in training mode.
 """
 
 import copy
@@ -15,21 +15,21 @@ from zskt.networks.models import Size
 from zskt.networks.observe import check_state, evaluating, fixed_batch, logits_of, refusal
 
 SMALLEST = 1e-12
-"""Probabilities are raised to it before the logarithm, whose gradient then stays finite."""
+"""Least probability that a logarithm is taken of, so that its gradient is finite."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few forwards of noise have shown."""
+    """What checks on noise images have found."""
 
     num_classes: int
     output: Output
     notes: tuple[str, ...]
-    """lines for the user: nothing that stops the work"""
+    """for the user; not errors"""
 
 
 class Logarithm(nn.Module):
-    """A network that returns probabilities (N, K), read as their logarithms: logits of the same softmax."""
+    """Turns a network that returns probabilities (N, K) into one that returns their logarithms, which are logits."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -44,24 +44,24 @@ class Logarithm(nn.Module):
 
 
 def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
-    """A private copy of a classifier: frozen, in eval mode, probed with noise unless that was done before.
+    """A private copy of a classifier: frozen, in eval mode, checked on noise unless it already was.
 
-    Probabilities are read as their logarithms. The classifier handed in is never touched, unless it is not to be
-    `copied`. Raises ZsktError for what cannot be distilled (`probe`) and where the class counts disagree.
+    Probabilities are turned into their logarithms. Unless `copied` is False, the given classifier is left unchanged.
+    Raises ZsktError for a network that cannot be distilled (`probe`) or has another number of classes.
     """
     try:
         with torch.no_grad():
             teacher = copy.deepcopy(classifier) if copied else classifier
         check_state(teacher.module, "network")
-        for parameter in teacher.parameters():  # also of what TorchScript has compiled, which knows no requires_grad_
+        for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_
             parameter.requires_grad_(False)
         teacher.eval()
     except ZsktError:
         raise
-    except (Exception, SystemExit) as error:  # locks, open files, tensors with a history, methods of its own
+    except (Exception, SystemExit) as error:  # locks, open files, tensors with a history, custom methods
         raise ZsktError(
-            f"the network cannot be copied and frozen ({first_line(error)}); take out what is no part of it, or load "
-            "it anew"
+            f"the network cannot be copied and frozen ({first_line(error)}); remove attributes that are not part of it "
+            "(locks, open files), or reload it"
         ) from error
     if teacher.probed:
         return teacher
@@ -77,7 +77,7 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
 
 
 def output_kind(outputs: Tensor) -> Output:
-    """Whether outputs (N, K) are logits, or probabilities or their logarithms; every row has to agree."""
+    """Whether outputs (N, K) are logits, probabilities or their logarithms, judged by all rows."""
     values = outputs.detach().double()  # (N, K)
     near = 1e-3 if outputs.dtype in (torch.float32, torch.float64) else 2e-2
     if ((values >= 0) & (values <= 1 + near)).all() and ((values.sum(dim=1) - 1).abs() < near).all():
@@ -88,9 +88,9 @@ def output_kind(outputs: Tensor) -> Output:
 
 
 def probe(module: nn.Module, size: Size) -> Probe:
-    """Show noise to a frozen network for images of `size` = (C, H, W); raises ZsktError for what cannot be distilled.
+    """Check a frozen network on noise of `size` = (C, H, W); raises ZsktError if it cannot be distilled.
 
-    Three images in two batches, of unit and of three times that deviation, and one backward pass to the images.
+    Three images in two batches, of standard deviation 1 and 3, and one backward pass to the images.
     """
     rng = torch.Generator().manual_seed(0)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -109,64 +109,64 @@ def probe(module: nn.Module, size: Size) -> Probe:
     notes = []
     kind = output_kind(both)
     if kind == "probabilities":
-        notes.append(f"the network returns probabilities: their logarithm is taken, cut off at {SMALLEST:g}")
+        notes.append(f"the network returns probabilities: using their logarithms, clamped at log {SMALLEST:g}")
     elif kind == "log-probabilities":
-        notes.append("the network returns log-probabilities, which serve as logits")
+        notes.append("the network returns log-probabilities: using them as logits")
     if not torch.allclose(first, both[:2], rtol=1e-2, atol=1e-2 * float(both.abs().max())):
         notes.append(
-            "the network answers the same image differently from call to call or beside other images: dropout or "
-            "BatchNorm in training mode?"
+            "the output for an image varies between calls or with the rest of the batch: are dropout or BatchNorm in "
+            "training mode?"
         )
     return Probe(int(both.shape[1]), kind, tuple(notes))
 
 
 def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
-    """The outputs (2, K) for two images, once it is sure that gradients reach the images."""
-    images = noise.requires_grad_() * 1  # not a leaf, as a generator's images are none
+    """The outputs (2, K) for two images; raises ZsktError unless gradients reach the images."""
+    images = noise.requires_grad_() * 1  # not a leaf, like a generator's images
     with torch.enable_grad():
         try:
             outputs = logits_of(module(images))  # (2, K)
         except ZsktError:
             raise
-        except (Exception, SystemExit) as error:  # somebody else's module may refuse a shape in any way
+        except (Exception, SystemExit) as error:  # a foreign module may raise anything for a shape
             raise refusal(module, noise.detach(), error) from error
     if images._version:
-        raise ZsktError("the network changes its images in place, which others see after it; make that out of place")
+        raise ZsktError("the network changes its input images in place; use out-of-place operations")
     if not outputs.is_floating_point():
-        advice = "return their real part" if outputs.is_complex() else "an argmax inside? Return what it is taken of"
-        raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}: {advice}")
+        advice = "return their real part" if outputs.is_complex() else "if there is an argmax, return its input"
+        raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}; {advice}")
     if not torch.isfinite(outputs).all():
         raise ZsktError("the network answers noise with NaN or infinity; check its weights")
     if outputs.shape[1] < 2:
-        raise ZsktError("expected a classifier of at least 2 classes, found 1 output")
-    unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): probabilities have a sum without gradient
+        raise ZsktError("expected a classifier of at least 2 classes, found 1 output; return two logits instead of one")
+    unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): the plain sum of probabilities has no gradient
     gradient = None
     if outputs.requires_grad:
         try:
             (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
         except Exception as error:
             raise ZsktError(
-                f"the backward pass of the network fails ({first_line(error)}); see what it changes in place"
+                f"the backward pass of the network fails ({first_line(error)}); check its in-place operations"
             ) from error
     if gradient is None:
         raise ZsktError(
-            "no gradient reaches the images, and without it there is no search: the network runs under torch.no_grad "
-            "or inference_mode, or goes through integers, an argmax or NumPy; take that out"
+            "no gradient reaches the images, which distillation needs: remove torch.no_grad, inference_mode, integer "
+            "conversions, argmax or NumPy from the network"
         )
     if not torch.isfinite(gradient).all():
-        raise ZsktError("the gradient of the network with respect to noise is NaN or infinite; check its weights")
+        raise ZsktError("the gradient with respect to noise images is NaN or infinite; check the network's weights")
     return outputs.detach()
 
 
 def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> None:
-    """One forward and backward in training mode, of a copy, which may do otherwise than in eval mode."""
+    """Check a copy of the student with one forward and backward pass in training mode."""
     try:
         with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
             twin = copy.deepcopy(student)
             twin.train()
             logits = logits_of(twin(images))  # (2, K)
             trained = [p for p in twin.parameters() if p.requires_grad]
-            weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, for a softmax inside
+            weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, in case of a softmax
             reached = logits.requires_grad and any(
                 gradient is not None
                 for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
@@ -175,22 +175,22 @@ def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> Non
         raise
     except (Exception, SystemExit) as error:
         raise ZsktError(
-            f"the student cannot be copied and trained on a batch of two ({first_line(error)}); mend its training mode"
+            f"the student cannot be copied and trained on a batch of two ({first_line(error)}); fix its training mode"
         ) from error
     if logits.shape != shape or not reached:
-        found = f"shape {tuple(logits.shape)}" if logits.shape != shape else "ones that no gradient passes"
+        found = f"shape {tuple(logits.shape)}" if logits.shape != shape else "logits without a gradient"
         raise ZsktError(
             f"expected logits of shape {tuple(shape)} from the student in training mode as in eval mode, found "
-            f"{found}; mend its training mode"
+            f"{found}; fix its training mode"
         )
 
 
 def check_pair(teacher: Classifier, student: nn.Module) -> None:
-    """Raise ZsktError unless the student takes the teacher's images, has its classes, and can be trained on them."""
+    """Raise ZsktError unless the student accepts the teacher's images, has its classes and can be trained."""
     check_state(student, "student")
     like = next((p for p in student.parameters() if p.requires_grad), None)
     if like is None:
-        raise ZsktError("expected a student with parameters to train, found none that wants gradients")
+        raise ZsktError("expected a student with trainable parameters, found none; call student.requires_grad_()")
     theirs = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), like.dtype)
     if like.dtype != theirs or like.dtype not in (torch.float32, torch.float64):
         raise ZsktError(
@@ -206,13 +206,13 @@ def check_pair(teacher: Classifier, student: nn.Module) -> None:
         raise
     except (Exception, SystemExit) as error:  # as in as_teacher
         raise ZsktError(
-            f"the student does not take the teacher's images of {size} ({first_line(error)}); build it for that size"
+            f"the student rejects the teacher's images of {size} ({first_line(error)}); build it for that size"
         ) from error
     if (kind := output_kind(outputs)) == "probabilities":
-        raise ZsktError(f"expected a student that returns logits, found {kind}; leave the softmax out of it")
+        raise ZsktError(f"expected a student that returns logits, found {kind}; remove its softmax")
     classes = outputs.shape[1]
     if classes != teacher.num_classes:
         raise ZsktError(
-            f"expected a student with the teacher's {teacher.num_classes} classes, found {classes}; build it with them"
+            f"expected a student with the teacher's {teacher.num_classes} classes, found {classes}; give it as many"
         )
     check_training(student, noise, outputs.shape)

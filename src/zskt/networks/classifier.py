@@ -1,4 +1,4 @@
-"""An image classifier with everything needed to use it: normalisation, input size, classes. Teacher or student."""
+"""An image classifier, teacher or student, with its normalisation, input size and classes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 class Classifier(nn.Module):
-    """A network together with its normalisation, input size and classes; it wraps the module and does not copy it.
+    """A network together with its normalisation, input size and classes; the module is wrapped, not copied.
 
     `forward` takes *normalised* images (N, C, H, W) and returns logits (N, K); `normalise` makes them from uint8 or
-    [0, 1] images. What makes a classifier a teacher (a private, frozen, probed copy) is `checks.as_teacher`.
+    [0, 1] images. `checks.as_teacher` makes a private, frozen, checked copy for distillation.
     """
 
     mean: Tensor
@@ -39,18 +39,20 @@ class Classifier(nn.Module):
     ) -> None:
         """`input_size` is (C, H, W); `mean` and `std` have C entries each, for pixels in [0, 1].
 
-        Without `num_classes` they are counted in the answer to two blank images. Raises ZsktError where the numbers
-        do not fit together.
+        `num_classes` is by default the number of outputs for two blank images. Raises ZsktError for inconsistent
+        values.
         """
         super().__init__()
         channels, height, width = checked_size(input_size)
         if not len(mean) == len(std) == channels:
             raise ZsktError(
                 f"expected a mean and a standard deviation for each of {channels} channels, found {len(mean)} and "
-                f"{len(std)}: give --mean and --std with {channels} numbers each"
+                f"{len(std)}; give --mean and --std with {channels} numbers each"
             )
         if not all(0 <= m <= 1 for m in mean) or not all(1e-6 <= s <= 1 for s in std):
-            raise ZsktError(f"expected mean and std of pixels in [0, 1], found {list(mean)} and {list(std)}")
+            raise ZsktError(
+                f"expected mean and std of pixels in [0, 1], found {list(mean)} and {list(std)}; divide 0..255 by 255"
+            )
         self.input_size: Size = (channels, height, width)
         self.module = module
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1), persistent=False)
@@ -64,21 +66,21 @@ class Classifier(nn.Module):
                 "check both"
             )
         self.output: Output = "logits"
-        """what the module returns, as found by `checks.probe`"""
+        """what the module returns, according to `checks.probe`"""
         self.notes: tuple[str, ...] = ()
-        """what else the probe found that a user should know"""
+        """what else the user should know about the network"""
         self.probed = False
 
     @classmethod
     def from_pretrained(
         cls, folder_or_repository: str | Path, *, trust: bool = False, revision: str | None = None
     ) -> "Classifier":
-        """The trained classifier in a folder of ours or of transformers, or in a Hugging Face repository "owner/name".
+        """The classifier in a folder of zskt or transformers, or in a Hugging Face repository "owner/name".
 
-        Of a repository only JSON and safetensors are downloaded. `trust` lets a folder of ours run the factory that it
-        names. Raises ZsktError for what cannot be found or read.
+        Only JSON and safetensors files of a repository are downloaded. `trust` lets a zskt folder run the factory that
+        it names. Raises ZsktError for what cannot be found or read.
         """
-        from zskt.networks.loading import load_pretrained  # here, as everything that reads networks makes Classifiers
+        from zskt.networks.loading import load_pretrained  # here, as loading imports this module
 
         return load_pretrained(folder_or_repository, trust=trust, revision=revision)
 
@@ -111,11 +113,11 @@ class Classifier(nn.Module):
 
     @property
     def has_batchnorm(self) -> bool:
-        """Whether it remembers statistics of its training data."""
+        """Whether any BatchNorm layer has running statistics."""
         return bool(batchnorm_layers(self.module))
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and values of all parameters and buffers, and the normalisation: which network is this?"""
+        """SHA-256 over names and values of all parameters and buffers, and the normalisation."""
         digest = hashlib.sha256()
         for name, tensor in (*self.module.state_dict().items(), ("mean", self.mean), ("std", self.std)):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -130,7 +132,7 @@ class Classifier(nn.Module):
                 return logits_of(self.module(images)).shape[1]
         except ZsktError:
             raise
-        except (Exception, SystemExit) as error:  # somebody else's module may refuse a shape in any way
+        except (Exception, SystemExit) as error:  # a foreign module may raise anything for a shape
             raise refusal(self.module, images, error) from error
 
 

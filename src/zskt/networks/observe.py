@@ -1,7 +1,7 @@
-"""What can be seen of any `nn.Module` from outside: logits, stage outputs, BatchNorm statistics, operations.
+"""Observation of any `nn.Module`: logits, stage outputs, BatchNorm statistics, FLOPs.
 
-A stage is the part of a network that works at one resolution. Networks of `zskt.models` name theirs (`stages`); in
-others the last child at each resolution is taken.
+A stage is the part of a network that works at one resolution. Networks of `zskt.models` name theirs (`stages`);
+otherwise it is the last child at each resolution.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Resolution = tuple[int, ...]
 
 
 class ChannelStatistics(NamedTuple):
-    """One BatchNorm layer's input over a batch, beside what the layer remembers from training; each (C,)."""
+    """Statistics of a BatchNorm layer's input batch, and its running statistics; each (C,)."""
 
     mean: Tensor
     variance: Tensor
@@ -35,7 +35,7 @@ class ChannelStatistics(NamedTuple):
 
 @dataclass
 class Observation:
-    """One forward: logits (N, K), the named stages' outputs and, where asked for, BatchNorm input statistics."""
+    """One forward: logits (N, K), outputs of the named stages and, on request, BatchNorm input statistics."""
 
     logits: Tensor
     stages: list[Tensor] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Observation:
     _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, derive: Callable[[], T]) -> T:
-        """What `derive` returns, worked out once per observation: a teacher's answer serves many student updates."""
+        """What `derive` returns, cached: one observation of a teacher serves many student updates."""
         if key not in self._derived:
             self._derived[key] = derive()
         result: T = self._derived[key]
@@ -51,14 +51,15 @@ class Observation:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x`, in float32 if it came in a half precision."""
+    """`x`, converted to float32 if in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (N, K) in what a network returned, a teacher or a student.
+    """The logits (N, K) in the output of a teacher or student.
 
-    They may be all of it, its `.logits` or `["logits"]` (as in transformers), or the first tensor of a tuple or list.
+    The output may be the logits, have them as `.logits` or `["logits"]` (as in transformers), or be a tuple or list
+    whose first tensor they are.
     """
     logits = getattr(output, "logits", None)
     if isinstance(output, Tensor):
@@ -73,18 +74,20 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(logits, Tensor):
         shape = f"a tensor of shape {tuple(logits.shape)}"
         found = f"{type(output).__name__} with {shape}" if found else shape
-    raise ZsktError(f"expected a network that returns logits of shape (batch, classes), found {found}; wrap it")
+    raise ZsktError(
+        f"expected a network that returns logits of shape (batch, classes), found {found}; wrap the network"
+    )
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that remember statistics of their training data."""
+    """The BatchNorm layers with running statistics."""
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
 
 
 class Observer:
     """Calls a network and records stage outputs and BatchNorm input statistics by hooks, until closed.
 
-    Statistics are recorded only where gradients flow: their one use is a prior on generated images.
+    Statistics are recorded only with gradients enabled: their only use is a prior on generated images.
     """
 
     def __init__(self, module: nn.Module, stages: Sequence[str] = (), *, statistics: bool = False) -> None:
@@ -117,18 +120,18 @@ class Observer:
 
     def __call__(self, images: Tensor) -> Observation:
         """Observe one forward of `images` (N, C, H, W)."""
-        self._outputs.clear()  # somebody else may have called the network since
+        self._outputs.clear()  # the network may have been called elsewhere since
         self._statistics.clear()
         try:
             logits = logits_of(self.module(images))
             for name, (output, version) in self._outputs.items():
                 if output._version != version:
                     raise ZsktError(
-                        f"the output of {name} is changed in place by a later layer (an in-place ReLU, say), so it is "
-                        "no stage output; name the later layer as the stage or make it out of place"
+                        f"the output of stage {name} is changed in place by a later layer (an in-place ReLU, say); "
+                        "name the later layer as the stage or make it out of place"
                     )
             if unseen := [name for name in self._names if name not in self._outputs]:
-                raise ZsktError(f"{unseen[0]} is no stage: the network does not call it; name another stage")
+                raise ZsktError(f"{unseen[0]} is not a stage, as the network does not call it; name another stage")
             stages = [self._outputs[name][0] for name in self._names]
             return Observation(logits, stages, list(self._statistics))
         finally:
@@ -136,14 +139,14 @@ class Observer:
             self._statistics.clear()
 
     def close(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 @contextlib.contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a while; afterwards every submodule has its own mode back."""
+    """Eval mode without gradients; the mode of each submodule is restored afterwards."""
     modes = [(child, child.training) for module in modules for child in module.modules()]
     for module in modules:
         module.eval()
@@ -156,17 +159,16 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def blank_images(module: nn.Module, size: tuple[int, ...]) -> Tensor:
-    """A batch of two, which all networks take, of zeros, (2, *size), of the module's device and dtype."""
+    """Zeros (2, *size) on the module's device and in its dtype; BatchNorm may reject a batch of one."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     return torch.zeros(2, *size, dtype=like.dtype, device=like.device)
 
 
-_BATCHES = (1, 4, 8, 16, 32, 64)  # tried where a batch of two is refused: perhaps the network is fixed to one of them
+_BATCHES = (1, 4, 8, 16, 32, 64)  # tried if a batch of two is rejected: the network may have a fixed batch size
 
 
 def refusal(module: nn.Module, images: Tensor, error: BaseException) -> ZsktError:
-    """Why a network did not take images (2, C, H, W): another batch size, integers, or another image size."""
-
+    """The error for images (2, C, H, W) that a network rejects: fixed batch size, integer images or another size."""
     size = images.shape[1:]
 
     def taken(images: Tensor) -> bool:
@@ -181,14 +183,16 @@ def refusal(module: nn.Module, images: Tensor, error: BaseException) -> ZsktErro
         if taken(images[:1].expand(count, *size).contiguous()):
             return fixed_batch(count, error)
     if any(taken(images.to(dtype)) for dtype in (torch.uint8, torch.int64)):
-        return ZsktError("the network takes integer images, which no gradient reaches; let it take floating-point ones")
+        return ZsktError(
+            "the network takes integer images, which have no gradient; make it accept floating-point images"
+        )
     return ZsktError(
-        f"the network does not take images of {' x '.join(map(str, size))} ({first_line(error)}); check the input size"
+        f"the network does not accept images of {' x '.join(map(str, size))} ({first_line(error)}); check input_size"
     )
 
 
 def fixed_batch(count: int, error: BaseException) -> ZsktError:
-    """The error for a network that takes one batch size only."""
+    """The error for a network with a fixed batch size."""
     return ZsktError(
         f"the network takes batches of exactly {count} ({first_line(error)}); export it with a dynamic batch, as in "
         "torch.export.export(..., dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
@@ -196,17 +200,21 @@ def fixed_batch(count: int, error: BaseException) -> ZsktError:
 
 
 def check_state(module: nn.Module, who: str) -> None:
-    """Raise ZsktError, with the name, unless all that a network remembers are ordinary tensors with values."""
+    """Raise ZsktError unless the state of the network `who` consists of dense tensors with values."""
     try:
         state = module.state_dict()
     except (Exception, SystemExit) as error:
-        raise ZsktError(f"the {who} does not give its state ({first_line(error)}); mend its state_dict") from error
+        raise ZsktError(f"state_dict of the {who} fails ({first_line(error)}); fix it") from error
     for name, value in state.items():
-        found = "" if isinstance(value, Tensor) else f"a {type(value).__name__}, which no weights file holds"
+        found = (
+            ""
+            if isinstance(value, Tensor)
+            else f"a {type(value).__name__}, which no weights file can hold; store a tensor"
+        )
         if is_lazy(value):
-            found = "one without a shape yet; show the network an image first"
+            found = "one without a shape; run the network on an image first"
         elif isinstance(value, Tensor) and value.is_meta:
-            found = "one without values, on the meta device; load its weights"
+            found = "one on the meta device, without values; load its weights"
         elif isinstance(value, Tensor) and value.layout is not torch.strided:
             found = f"one of layout {value.layout}; make it dense"
         if found:
@@ -214,9 +222,9 @@ def check_state(module: nn.Module, who: str) -> None:
 
 
 def layout(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
-    """The memory format in which to hand over images of `size` = (C, H, W): channels_last where the network takes it.
+    """The memory format for images of `size` = (C, H, W): channels_last if the network accepts it.
 
-    On a CPU it is up to twice as fast. A network that reshapes maps by `view` takes contiguous images only.
+    It is up to twice as fast on a CPU. Networks that reshape maps by `view` accept contiguous images only.
     """
     blank = blank_images(module, size).contiguous(memory_format=torch.channels_last)
     try:
@@ -228,7 +236,7 @@ def layout(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
 
 
 def memory_format(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
-    """In which to lay out a network's weights beside images of `size` = (C, H, W): channels_last where it works."""
+    """The memory format for a network's weights, given images of `size` = (C, H, W): channels_last if it works."""
     try:
         twin = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     except RuntimeError:  # a tensor with five dimensions
@@ -237,14 +245,14 @@ def memory_format(module: nn.Module, size: tuple[int, ...]) -> torch.memory_form
 
 
 def forward_flops(module: nn.Module, size: tuple[int, ...]) -> int:
-    """Operations (two per multiply-accumulate) of one forward of one input of `size`: convolutions and products."""
+    """FLOPs (two per multiply-accumulate) of one forward of one input of `size`: convolutions and products."""
     with evaluating(module), FlopCounterMode(display=False) as counter:
         module(blank_images(module, size))
     return int(counter.get_total_flops()) // 2
 
 
 class _Call(NamedTuple):
-    """One module's forward on maps: (H, W) of its input and output, the output, and its version at that moment."""
+    """A module's forward on maps: (H, W) of input and output, the output, and the output's version."""
 
     came_with: tuple[int, ...]
     resolution: tuple[int, ...]
@@ -271,7 +279,7 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
 
         return hook
 
-    # What TorchScript has compiled calls its children where no hook sees it, and refuses hooks.
+    # TorchScript modules reject hooks, and call their children without them.
     called = [(name, m) for name, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     handles = [child.register_forward_hook(watch(name)) for name, child in called if name]
     try:
@@ -280,10 +288,10 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
     finally:
         for handle in handles:
             handle.remove()
-    if tokens:  # a transformer: its one map, the patch embedding, is no stage
+    if tokens:  # a transformer: its only map, the patch embedding, is not a stage
         return ()
 
-    # A container that is never called itself, such as a ModuleList, leaves its children to the next one up.
+    # Children of a container that is never called, such as a ModuleList, belong to the next module up.
     children: dict[str, list[str]] = {name: [] for name in ("", *calls)}
     for name in calls:
         above = name.split(".")[:-1]
@@ -293,8 +301,8 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
 
     def visit(parent: str) -> Iterator[str]:
         for name in children[parent]:
-            # A block that halves the resolution once also contains layers at its input's: only a child with several
-            # resolutions of its own is a trunk that holds several stages.
+            # A block that halves the resolution once also contains layers at its input resolution: only a child with
+            # several others contains several stages.
             own = {calls[child].resolution for child in children[name]} - {calls[name].came_with}
             if len(own) > 1:
                 yield from visit(name)

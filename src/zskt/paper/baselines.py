@@ -1,4 +1,4 @@
-"""What needs data: the teachers that everything starts from, and the students to compare a zero-shot student with.
+"""Training with data: teachers, and the students that a zero-shot student is compared with.
 
 A student from scratch, one that learns from a teacher as well (`kd_at`), and a zero-shot student trained on, all by
 `train_student`, on as few images of each class as `few_shot` picks.
@@ -79,8 +79,8 @@ def train_student(
 ) -> TrainingResult:
     """Train `module` in place, from the weights it has, on images that are read with the teacher's normalisation.
 
-    `objective` is cross-entropy unless the teacher is to take part: then it is `kd_at` of this very module. Measured
-    are accuracy and agreement with the teacher, which comes back exactly as it was. With `out` the student is written
+    `objective` is by default cross-entropy; for distillation it is `kd_at` of this module. Accuracy and agreement with
+    the teacher, which is left unchanged, are measured. With `out` the student is written
     there, `metadata` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
     `load_student` returns is frozen: train its `.module.requires_grad_()`.
     """

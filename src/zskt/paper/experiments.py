@@ -1,4 +1,4 @@
-"""Networks taught, distilled and compared on one image set, for several seeds: as jobs, made only once asked for."""
+"""Networks taught, distilled and compared on one image set, for several seeds: as jobs that run on request."""
 
 import copy
 import dataclasses
@@ -50,13 +50,13 @@ class Budget:
     """share of these updates and of this rate; ours, as the paper says no more than "naive fine-tuning" """
 
     def scaled(self, scale: float) -> "Budget":
-        """All amounts of work shrunk alike."""
+        """All amounts of work times `scale`."""
         shrunk = {name: max(1, round(getattr(self, name) * scale)) for name in ("updates", "steps", "images")}
         return dataclasses.replace(self, **shrunk)
 
 
 @dataclass(frozen=True)
-class Study:
+class Experiment:
     """A teacher and a student network on one image set, all jobs in one folder. Its methods name the jobs."""
 
     root: Path
@@ -123,8 +123,8 @@ class Study:
             save_teacher(folder, given, how="given", measured=measure(given, *self.measuring))
             return True
 
-        facts = {"fingerprint": given.fingerprint(), "data": self.data}
-        return Job("given-teacher", facts, 0, "networks", "measuring", lambda: lambda: None, make)
+        metadata = {"fingerprint": given.fingerprint(), "data": self.data}
+        return Job("given-teacher", metadata, 0, "networks", "measuring", lambda: lambda: None, make)
 
     def teachers(self, seeds: Sequence[int]) -> list[Job]:
         """One for each seed; the given one counts once."""
@@ -322,11 +322,11 @@ def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]
 
 
 def started(folder: Path) -> bool:
-    """Whether a job has a checkpoint to go on from; what was killed before its first one is removed."""
+    """Whether a job has a checkpoint; a folder without one is removed."""
     if any((folder / "checkpoint").glob("*.safetensors")):
         return True
     if folder.exists():
-        with owning(folder):  # nobody is at work there
+        with owning(folder):  # not in use
             shutil.rmtree(folder)
     return False
 

@@ -14,7 +14,7 @@ from zskt.errors import UsageError, unknown
 from zskt.evaluate.measures import noise_classes
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network
-from zskt.paper.experiments import Budget, Study
+from zskt.paper.experiments import Budget, Experiment
 from zskt.paper.jobs import Job
 from zskt.paper.tables import Cell, Read, Reproduction, measured
 from zskt.paper.training import updates_in
@@ -76,8 +76,8 @@ TABLE_2 = {"cifar10": ("0.22", "0.68"), "svhn": ("0.09", "0.64")}
 PSEUDO_IMAGES = {
     "teacher confidence": ("teacher_confidence", "about 0.8"),
     "student confidence": ("student_confidence", "about 0.3"),
-    "normalised class entropy, teacher": ("class_spread", None),
-    "normalised class entropy, student": ("student_class_spread", None),
+    "normalised class entropy, teacher": ("class_entropy", None),
+    "normalised class entropy, student": ("student_class_entropy", None),
 }
 """Column of figure 3 -> key in metrics.jsonl, published number."""
 
@@ -118,7 +118,7 @@ class Request:
         """The name of the image set."""
         return self.train.name
 
-    def study(self, model: str, student: str, **published: int) -> Study:
+    def study(self, model: str, student: str, **published: int) -> Experiment:
         """This pair, or the one that was asked for; `published` overrides the usual budget, and `changes` both."""
         if self.teacher is not None:
             model = getattr(self.teacher.module, "spec", None) or "teacher"
@@ -126,11 +126,11 @@ class Request:
             model = self.model or model
         student = self.student or student
         budget = replace(published_budget(self.train, model), **published | dict(self.changes)).scaled(self.scale)  # type: ignore[arg-type]
-        return Study(
+        return Experiment(
             self.root, self.train, self.test, model, student, budget, self.teacher, self.device, self.precision
         )
 
-    def published(self, study: Study, pair: tuple[str, str]) -> bool:
+    def published(self, study: Experiment, pair: tuple[str, str]) -> bool:
         """Whether the paper has numbers for this pair on this image set."""
         return (study.model, study.student) == pair and self.data in FIGURE_2
 
@@ -184,7 +184,7 @@ def table_1(request: Request) -> Reproduction:
 
 
 def _accuracies(
-    request: Request, study: Study, published: Mapping[str, str | None], recipe: str, per_class: Sequence[int]
+    request: Request, study: Experiment, published: Mapping[str, str | None], recipe: str, per_class: Sequence[int]
 ) -> list[Cell]:
     """A row of accuracies: teacher, student from scratch, KD+AT on some images per class, zero-shot."""
     seeds = request.seeds

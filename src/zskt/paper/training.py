@@ -1,4 +1,4 @@
-"""Training on labelled images: one loop for teachers and for the students to compare with.
+"""Training of teachers and baseline students on labelled images.
 
 SGD with Nesterov momentum on random crops and, where that keeps the class, horizontal flips. No label smoothing and no
 mixing of images: both are reported to make teachers worse to distil.
@@ -52,7 +52,7 @@ class Training:
     """How a network is trained on labelled images. Updates are counted, not passes: fewer images, more passes."""
 
     updates: int
-    """of the optimiser [ZSKT scales the epochs so that these are constant over the images per class]"""
+    """optimiser updates [ZSKT scales the epochs so that these are constant over the images per class]"""
     batch_size: int = 128
     """images per update; with fewer images in all, all of them"""
     learning_rate: float = 0.1
@@ -64,11 +64,11 @@ class Training:
     random_crop: int = 4
     """pixels of padding around the image that random crops are taken from; 0 = none"""
     horizontal_flip: bool = False
-    """whether images are flipped left to right at random"""
+    """whether half of the images are flipped left to right"""
     seed: int = 0
-    """of order and augmentation"""
+    """for the order of images and augmentation"""
     device: str = "auto"
-    """a torch device; auto: cuda where there is one, else cpu"""
+    """a torch device; auto: cuda if available, else cpu"""
     precision: Precision = "fp32"
     """bf16: autocast; weights stay in fp32"""
 
@@ -173,7 +173,7 @@ def fit(
     if folder is not None:
         check_teacher_folder(folder)
     if (resume or stop_after) and folder is None:
-        raise UsageError("a training that is resumed or stopped early needs a folder: give out")
+        raise UsageError("resume and stop_after need a folder for the training: set out")
     if folder is not None and not resume and checkpoint.exists(folder / "checkpoint"):
         raise ZsktError(f"{folder} holds an unfinished training; continue it with --resume or choose another --out")
     checkpoint.parse_budget(stop_after)

@@ -1,4 +1,4 @@
-"""State on disk that a run can be continued from, exactly: tensors, random numbers, log positions. No pickle."""
+"""Checkpoints for exact resume: tensors, random state, log positions. No pickle."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ from zskt.method.config import Config, read_config
 from zskt.settings import flat
 
 KEPT = 2
-"""Checkpoints kept: the newest and the one before it."""
+"""Checkpoints kept."""
 
 
 class Interrupted(ZsktError):
-    """A signal asked the run to end; its state is on disk. `status` is the exit status, 128 + signal."""
+    """A signal stopped the run after a checkpoint. `status` is the exit status, 128 + signal."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class Interrupted(ZsktError):
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write one checkpoint as one file, so that it is whole or absent, and drop all but the last two."""
+    """Write a checkpoint as one file, complete or absent, and delete all but the newest KEPT."""
     write_tensors(folder / f"{step:08d}.safetensors", tensors, {"metadata": json.dumps({"step": step, **metadata})})
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
         old.unlink(missing_ok=True)
@@ -54,13 +54,13 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except ZsktError as error:
             problem = problem or error
         except (KeyError, ValueError):
-            problem = problem or ZsktError(f"{path} is no checkpoint of this version; remove it and resume")
-    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start anew")
+            problem = problem or ZsktError(f"{path} is not a checkpoint of this version; remove it and resume")
+    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
 
 
 @contextlib.contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is put back into one line: it belongs to something else."""
+    """Turn errors while restoring a checkpoint into a ZsktError: it does not fit."""
     try:
         yield
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -90,10 +90,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Put `optimizer_state` back, copied into tensors laid out like the parameters.
+    """Restore `optimizer_state`, copied into tensors laid out like the parameters.
 
-    A fused optimiser walks parameter and state memory side by side: a contiguous state beside a channels_last parameter
-    would be read in the wrong order, silently.
+    A fused optimiser reads parameter and state in memory order: a contiguous state of a channels_last parameter would
+    silently be read in the wrong order.
     """
     parameters = _parameters(optimizer)
     for name, saved in state.items():
@@ -111,20 +111,20 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Torch's global random numbers, of the CPU and of a CUDA device."""
+    """State of torch's global random generators, for the CPU and a CUDA device."""
     cuda = {"rng/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"rng/cpu": torch.get_rng_state(), **cuda}
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put `random_state` back."""
+    """Restore `random_state`."""
     torch.set_rng_state(tensors["rng/cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng/cuda"], device)
 
 
 class JsonLines:
-    """An append-only file of one JSON object per line that can be cut back to where a checkpoint saw it."""
+    """An append-only file of one JSON object per line, truncated on resume."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,7 +138,7 @@ class JsonLines:
             raise cannot("write", self.path, error) from error
 
     def size(self) -> int:
-        """Bytes written, all on disk."""
+        """Size in bytes, after an fsync."""
         try:
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())
@@ -147,9 +147,11 @@ class JsonLines:
             raise cannot("write", self.path, error) from error
 
     def cut(self, size: int) -> None:
-        """Drop everything after the first `size` bytes: lines newer than the checkpoint."""
+        """Truncate to `size` bytes, which drops lines newer than the checkpoint."""
         if self.size() < size:
-            raise ZsktError(f"{self.path} is shorter than its checkpoint says; put it back or start anew elsewhere")
+            raise ZsktError(
+                f"{self.path} is shorter than its checkpoint says; restore it or start again with another --out"
+            )
         try:
             with self.path.open("ab") as file:
                 file.truncate(size)
@@ -158,7 +160,7 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut short by a kill is left out."""
+    """The objects of a JSON-lines file; an incomplete last line is skipped."""
     lines: list[dict[str, Any]] = []
     texts = read_text(path).splitlines()
     for number, text in enumerate(texts, 1):
@@ -167,20 +169,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             line["step"] + 0
         except (ValueError, TypeError, KeyError) as error:
             if number < len(texts):
-                raise ZsktError(f"line {number} of {path} is damaged; mend or remove it") from error
+                raise ZsktError(f"line {number} of {path} is damaged; repair or remove it") from error
         else:
             lines.append(line)
     return lines
 
 
 FREE = ("log_every", "evaluate_every", "checkpoint_every")
-"""Settings, beside those of the machine, that a resumed run may have other values of."""
+"""Settings, beside those of the machine, that may differ on resume."""
 
 
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raise unless a new run may begin in `folder` or, with `resume`, this very run may go on there.
+    """Raise ZsktError unless a new run may start in `folder` or, with `resume`, this run may continue there.
 
-    What was stopped before its first checkpoint counts as nothing: it begins anew either way.
+    A run that was stopped before its first checkpoint starts again either way.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -203,17 +205,15 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         if recorded[name] != value and name not in FREE and not name.startswith("machine.")
     ]
     if different:
-        raise ZsktError(
-            f"{folder} was begun with other settings ({'; '.join(different)}); resume it with the same ones"
-        )
+        raise ZsktError(f"{folder} was started with other settings ({'; '.join(different)}); resume it with the same")
 
 
 _OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint"}
-"""What a run writes before it has a checkpoint, or with it."""
+"""What a run may have written before its first checkpoint is complete."""
 
 
 def _content(folder: Path) -> list[Path]:
-    """What is in a folder, less locks and files that were never finished."""
+    """A folder's entries, without locks and unfinished files."""
     if not folder.exists():
         return []
     return [path for path in folder.iterdir() if path.name != ".lock" and not path.match(TEMPORARY)]
@@ -226,9 +226,9 @@ def exists(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def owning(folder: Path | None) -> Iterator[None]:
-    """Keep other processes out of a folder while this one works there; made if need be.
+    """Lock a folder, created if missing, against other processes.
 
-    If the work fails before its first checkpoint, what it wrote is removed: there is nothing to resume.
+    If the work fails before its first checkpoint, the folder is removed: there is nothing to resume.
     """
     if folder is None:
         yield
@@ -239,11 +239,11 @@ def owning(folder: Path | None) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except filelock.Timeout as error:
-        raise ZsktError(f"another process is at work in {folder}; wait for it or choose another --out") from error
+        raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
     except OSError as error:
         raise cannot("write", folder, error) from error
     try:
-        for path in folder.rglob(TEMPORARY):  # of a process that was killed: nobody else is at work here
+        for path in folder.rglob(TEMPORARY):  # left behind by a killed process
             path.unlink(missing_ok=True)
         yield
     except BaseException:
@@ -251,14 +251,14 @@ def owning(folder: Path | None) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
-        with contextlib.suppress(OSError):  # a system that does not remove open files
+        with contextlib.suppress(OSError):  # systems that cannot delete open files
             (folder / ".lock").unlink(missing_ok=True)
         lock.release()
 
 
 @dataclass
 class StopRequest:
-    """Whether this process should leave its loop: by now asked by a signal, or out of time."""
+    """Whether the loop should stop: after a signal, or out of time."""
 
     deadline: float
     signum: int | None = None
@@ -274,7 +274,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
-    """A request to stop after so many seconds or, with `signals`, at the first SIGINT or SIGTERM; a second one acts.
+    """A request to stop after `seconds` or, with `signals`, at the first SIGINT or SIGTERM; a second one acts at once.
 
     Outside the main thread, where Python allows no handlers, signals act as usual.
     """
@@ -301,7 +301,7 @@ def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
 
 
 def parse_budget(text: str | int | None) -> tuple[float, int]:
-    """`90s`, `9m`, `2h` or a count -> (seconds, count), whichever is not given being without limit."""
+    """`90s`, `9m`, `2h` or a count -> (seconds, count), of which the other one is unlimited."""
     if text is None:
         return math.inf, sys.maxsize
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))

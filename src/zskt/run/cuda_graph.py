@@ -1,8 +1,8 @@
 """A step as a CUDA graph: recorded once, then launched as a whole.
 
 An outer iteration is some thousand kernels, most of them short, and a CPU cannot launch them as fast as a GPU runs
-them. A graph repeats the same kernels on the same memory, so whatever changes from step to step has to be in tensors
-that they read: learning rates are fed, random generators advance with the graph, a bank counts its slot on the device.
+them. A graph repeats the same kernels on the same memory, so whatever changes from step to step is in tensors that they
+read: learning rates are copied in, random generators advance with the graph, the replay buffer's slot is on the device.
 """
 
 import functools
@@ -19,15 +19,15 @@ from zskt.run.checkpoint import optimizer_state
 from zskt.runtime import seeded
 
 WARM_UP = 3
-"""Steps before the recording, in which libraries choose their algorithms; their effect is undone."""
+"""Steps before the recording, in which libraries choose algorithms; their effect is undone."""
 
 Step = Callable[[], Mapping[str, Tensor]]
 Record = Callable[[Step, Sequence[torch.Generator]], Step]
-"""Runs a step WARM_UP times and records it; returns what repeats it, always into the same tensors."""
+"""Runs a step WARM_UP times and records it; returns a function that repeats it into the same tensors."""
 
 
 def record_cuda(step: Step, generators: Sequence[torch.Generator]) -> Step:
-    """Record a CUDA graph. What `generators` have drawn in it is drawn anew at every repetition."""
+    """Record a CUDA graph, in which `generators` draw new numbers at every repetition."""
     beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside), warnings.catch_warnings():
@@ -49,10 +49,10 @@ def record_cuda(step: Step, generators: Sequence[torch.Generator]) -> Step:
 
 
 class CapturedStep:
-    """`matching.step`, recorded when it is first possible and repeated from then on; the same numbers to rounding.
+    """`matching.step`, recorded as soon as possible and repeated from then on; equal up to rounding.
 
-    Its losses are copies, so that the next step leaves them alone. Raises ZsktError for networks that wait for the
-    device or otherwise cannot be recorded.
+    Its losses are copies, which the next step does not overwrite. Raises ZsktError for networks that synchronise with
+    the device or otherwise cannot be recorded.
     """
 
     def __init__(self, matching: BeliefMatching, record: Record = record_cuda) -> None:
@@ -74,18 +74,18 @@ class CapturedStep:
         for player, rates in zip(self.players, self.rates, strict=True):
             if player.rate is not None:
                 values = torch.tensor([player.rate(player.done + i) for i in range(player.count)])
-                rates.copy_(values, non_blocking=True)  # else the host would wait for the step before
+                rates.copy_(values, non_blocking=True)  # otherwise the host would wait for the previous step
             player.done += player.count
         return {name: value.clone() for name, value in self.repeat().items()}
 
     def _recorded(self) -> Step:
-        """The recorded step; networks, optimisers, replay buffer and random numbers are left as they were found."""
+        """The recorded step; networks, optimisers, replay buffer and random state are restored."""
         for player in self.players:
             for group in player.optimizer.param_groups:
                 group["capturable"] = True
         before = {name: tensor.clone() for name, tensor in self._state().items()}
         drawn = [generator.get_state() for generator in self.generators]
-        with seeded(0, self.rates[0].device):  # dropout's numbers, which warming up would use up
+        with seeded(0, self.rates[0].device):  # dropout's random numbers, which the warm-up would use up
             try:
                 repeat = self.record(self._step_fed, self.generators)
             except RuntimeError as error:
@@ -95,14 +95,14 @@ class CapturedStep:
         for name, tensor in self._state().items():
             if name in before:
                 tensor.copy_(before[name])
-            else:  # the state of an optimiser that had made no step: as if it still had made none
+            else:  # state of an optimiser before its first step
                 tensor.zero_()
         for generator, state in zip(self.generators, drawn, strict=True):
             generator.set_state(state)
         return repeat
 
     def _step_fed(self) -> Mapping[str, Tensor]:
-        """A step whose learning rates are read from tensors; the counts of updates stay."""
+        """A step that reads its learning rates from tensors and leaves the update counts unchanged."""
         kept = [(player, player.rate, player.done) for player in self.players]
         try:
             for (player, rate, done), rates in zip(kept, self.rates, strict=True):
@@ -124,5 +124,5 @@ class CapturedStep:
 
 
 def _fed(rates: Tensor, done: int, update: int) -> Tensor:
-    """The rate of an update, as a view of what is fed."""
+    """The learning rate of an update, as a view of `rates`."""
     return rates[update - done]

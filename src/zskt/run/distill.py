@@ -1,6 +1,6 @@
-"""A run of distillation: a method repeated, with evaluation, sample images and the finished student around it.
+"""A distillation run: the method's steps with evaluation, sample images and the finished student.
 
-Nothing here reads data, nor any image file: images to measure on are handed in as tensors and never reach the training.
+Nothing here reads data: test images come in as tensors and never reach the training.
 """
 
 import time
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError
 from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs
-from zskt.evaluate.warnings import warning_lights
+from zskt.evaluate.warnings import pseudo_image_warnings
 from zskt.files import read_json, write_tensors, write_text
 from zskt.method.build import arrange
 from zskt.method.config import Config
@@ -42,14 +42,14 @@ class DistillResult:
     student: nn.Module = field(repr=False)
     teacher: Classifier = field(repr=False)
     method: Method = field(repr=False)
-    """as it is at the last step; `method.sample(n, seed)` draws pseudo images"""
+    """in its state after the last step; `method.sample(n, seed)` draws pseudo images"""
     config: Config = field(repr=False)
     reason: str
-    """why this recipe"""
+    """why this recipe was chosen"""
     step: int
     finished: bool
     measured: dict[str, float] = field(default_factory=dict)
-    """at the last iterate, on the images handed in"""
+    """at the last iterate, on the test images"""
     warnings: list[str] = field(default_factory=list)
     out: Path | None = None
 
@@ -59,7 +59,7 @@ class DistillResult:
         return self.teacher.like(self.student)
 
     def metadata(self) -> dict[str, Any]:
-        """What is written beside the student's weights, and what an export says of their origin."""
+        """Metadata saved with the student's weights and with exports of it."""
         teacher = self.teacher
         return {
             "recipe": self.config.recipe,
@@ -93,17 +93,16 @@ def distill(
     """Train `student`, in place, to agree with `teacher` on pseudo images; returns it in eval mode.
 
     `settings` changes values of the recipe by dotted name, as in {"student.learning_rate": 1e-3}; `steps` and `seed`
-    are short for two of them. `method` builds an own method from teacher, student and config (`zskt.Method`). A `Plan`
-    for `recipe` has all of these in it. `evaluate` is (images (M, C, H, W) uint8 or [0, 1], labels (M,)): measured on,
-    never trained on. With `out` the run is kept in that folder; `resume` continues it there, bit for bit on a CPU of
-    the same kind with the same number of threads. `stop_after` ("90s", "9m", "2h" or a number of steps) leaves early,
-    to be resumed. The teacher comes back exactly as it was. Raises ZsktError, with one line of advice, for whatever
-    cannot work.
+    are short for two of them. `method` builds a custom method from teacher, student and config (`zskt.Method`). A
+    `Plan` as `recipe` already contains all of these. `evaluate` is (images (M, C, H, W) uint8 or [0, 1], labels (M,)),
+    for evaluation only. With `out` the run is saved to that folder; `resume` continues it, bit for bit on the same kind
+    of CPU with the same number of threads. `stop_after` ("90s", "9m", "2h" or a number of steps) stops early. The
+    teacher is left unchanged. Raises ZsktError, with one line of advice, for anything that cannot work.
     """
     started = time.monotonic()
     checkpoint.parse_budget(stop_after)
     if (stop_after or resume) and out is None:
-        raise UsageError("a run that is resumed or stopped early needs a folder: give out")
+        raise UsageError("resume and stop_after need a folder for the run: set out")
     if not isinstance(recipe, Plan):
         given = {"steps": steps, "seed": seed}
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
@@ -113,7 +112,7 @@ def distill(
     if folder is not None:
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
-        check_images(teacher, *evaluate)  # wrong size or labels: said now, not after the first hours
+        check_images(teacher, *evaluate)  # reject a wrong size or labels before training
     device = pick_device(config.machine.device)
     student.to(device)
     arrange(student, config)
@@ -162,14 +161,14 @@ def distill(
         )
         if result.finished:
             result.measured = examiner.last()
-            result.warnings += warning_lights(examiner.beliefs())
+            result.warnings += pseudo_image_warnings(examiner.beliefs())
             if folder is not None:
                 write_run(folder, result, life.seconds)
     return result
 
 
 def _captured(method: Method, config: Config, device: torch.device) -> CapturedStep | None:
-    """The step as a CUDA graph, where that was asked for."""
+    """The step as a CUDA graph, if the config asks for one."""
     if not config.machine.cuda_graph:
         return None
     if device.type != "cuda":
@@ -180,7 +179,7 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
 
 
 class Examiner:
-    """What a run says of its student: beliefs about pseudo images, and accuracy on images that were handed in."""
+    """Evaluates a run's student: beliefs about pseudo images, accuracy and agreement on test images."""
 
     def __init__(
         self, teacher: Classifier, method: Method, folder: Path | None, images: tuple[Tensor, Tensor] | None
@@ -194,12 +193,12 @@ class Examiner:
         self.measured: dict[str, float] = {}
 
     def examine(self, step: int) -> dict[str, Any]:
-        """Both networks' beliefs about 64 pseudo images, always from the same seed, which are written as a picture."""
+        """Both networks' beliefs about 64 pseudo images, always of the same seed, and what `measure` returns."""
         beliefs = self.beliefs(step)
         return beliefs | (self.measure() if self.images is not None else {})
 
     def beliefs(self, step: int | None = None) -> dict[str, Any]:
-        """What both networks take the pseudo images for; with a `step`, the picture is kept under its number."""
+        """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
         x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
         with evaluating(self.method.student):
             logits = {"T": self.teacher(x), "S": logits_of(self.method.student(x))}  # (64, K) each
@@ -209,7 +208,7 @@ class Examiner:
         return pseudo_beliefs(logits["T"], logits["S"])
 
     def measure(self) -> dict[str, float]:
-        """Accuracy and agreement now; the teacher answers the images once in a run."""
+        """Accuracy and agreement now; the teacher's predictions are computed once per run."""
         assert self.images is not None
         pictures, labels = self.images
         if self.answers is None:
@@ -218,7 +217,7 @@ class Examiner:
         return self.measured
 
     def last(self) -> dict[str, float]:
-        """What was measured at the last step; of a finished run that is resumed without images, what it wrote then."""
+        """Measures at the last step, or those on disk for a finished run that is resumed without images."""
         if self.images is not None:
             return self.measured or self.measure()
         if self.folder is not None and (self.folder / "student.json").exists():
@@ -228,7 +227,7 @@ class Examiner:
 
 
 def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
-    """Write the finished student and whatever else `sample` needs."""
+    """Save the finished student and what `sample` needs."""
     for name, module in result.method.modules().items():
         if name != "student":
             write_tensors(folder / f"{name}.safetensors", module.state_dict())

@@ -1,4 +1,4 @@
-"""A finished run on disk, asked for pseudo images again."""
+"""Pseudo images from a finished run on disk."""
 
 import functools
 from collections.abc import Callable
@@ -23,10 +23,10 @@ Sample = Callable[[int, int], Tensor]
 def sampler(
     folder: str | Path, network: Classifier, *, method: Make | None = None, teacher: Classifier | None = None
 ) -> Sample:
-    """What draws pseudo images as the finished run in `folder`, whose student is `network`, would.
+    """A function that draws pseudo images from the finished run in `folder`, whose student is `network`.
 
-    A run of an own method needs that `method` and the `teacher` again. Raises ZsktError where they are missing or do
-    not fit.
+    A run with a custom method needs that `method` and the `teacher`. Raises ZsktError if they are missing or do not
+    fit.
     """
     folder = Path(folder)
     config = read_config(folder / "config.toml")
@@ -35,11 +35,11 @@ def sampler(
         return functools.partial(pseudo_images, generator, generator.latent)
     if method is None or teacher is None:
         raise ZsktError(
-            f"{folder} repeats an own method, {config.method}: to draw its images give --method FILE:MAKE --trust, and "
-            "--teacher"
+            f"{folder} uses a custom method, {config.method}: give --teacher, --method FILE:FUNCTION and "
+            "--trust to draw its images"
         )
     if (given := describe_method(method)) != config.method:
-        raise ZsktError(f"{folder} repeats the method {config.method}, found {given}; give the same one")
+        raise ZsktError(f"expected the method of {folder}, {config.method}, found {given}; give the same one")
     built = method(as_teacher(teacher), network.module.requires_grad_(), config)
     built.close()
     with restoring(folder):
@@ -55,7 +55,9 @@ def load_generator(folder: str | Path, network: Classifier) -> Generator:
     folder = Path(folder)
     config = read_config(folder / "config.toml")
     if config.generator.width == "auto":
-        raise ZsktError(f"expected a number for generator.width in {folder / 'config.toml'}, found auto; put it back")
+        raise ZsktError(
+            f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
+        )
     generator = Generator(config.generator.latent, network.input_size, config.generator.width)
     with restoring(folder):
         generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])

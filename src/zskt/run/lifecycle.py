@@ -1,4 +1,4 @@
-"""One lifecycle for whatever is repeated: loop, log, evaluation, signals, checkpoints and exact resume."""
+"""The training loop of all methods: log, evaluation, signals, checkpoints and exact resume."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from zskt.runtime import cpu_name, versions
 
 @dataclass(frozen=True)
 class Event:
-    """What callbacks get after every step: where the run is and, when one was written, the line of metrics.jsonl."""
+    """What callbacks get after every step; `line` is the new line of metrics.jsonl, if any."""
 
     step: int
     steps: int
@@ -32,7 +32,7 @@ Callback = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps between two lines of the log, two evaluations, two checkpoints."""
+    """Steps between log lines, evaluations and checkpoints."""
 
     log: int
     evaluate: int
@@ -41,21 +41,21 @@ class Intervals:
 
 @dataclass
 class Lifecycle:
-    """The state around what is repeated, and what is written of it in a folder, if there is one."""
+    """The state of a run, and its files if it has a folder."""
 
     repeated: Repeatable
     folder: Path | None
     intervals: Intervals
     identity: Mapping[str, Any]
-    """what a checkpoint is of, as JSON values: a run with other ones does not go on from it"""
+    """JSON values that a run must share with the checkpoint it resumes from"""
     machine: Mapping[str, Any] = field(default_factory=dict)
-    """what a run may go on with another one of, but not bit for bit"""
+    """values that may differ on resume, at the price of bitwise equality"""
     evaluate: Callable[[int], dict[str, Any]] = lambda step: {}
-    """what to add to the log at an evaluation"""
+    """returns what an evaluation adds to the log"""
     advance: Callable[[], Mapping[str, Tensor]] | None = None
-    """a step, where it is not `repeated.step` itself"""
+    """replaces `repeated.step`"""
     advice: str = "lower {name}.learning_rate or set {name}.clip"
-    """what to do about divergence of the network of that name"""
+    """remedy for divergence of network `name`"""
     started: float = field(default_factory=time.monotonic)
     step: int = 0
     seconds_before: float = 0.0
@@ -84,11 +84,11 @@ class Lifecycle:
 
     @property
     def seconds(self) -> float:
-        """Spent on the run so far, by all processes that worked on it."""
+        """Time spent on the run so far, over all its processes."""
         return self.seconds_before + time.monotonic() - self.started
 
     def run(self, callbacks: Sequence[Callback], stop_after: str | int | None = None) -> None:
-        """Step until the end, the budget (a time or a number of steps) or a signal."""
+        """Step until the end, the limit (a time or a number of steps) or a signal."""
         seconds, count = checkpoint.parse_budget(stop_after)
         last = min(self.steps, self.step + count)
         advance = self.advance or self.repeated.step
@@ -107,7 +107,7 @@ class Lifecycle:
                     break
 
     def log(self, losses: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Write what is due after this step; returns the line written, if any. The only place that waits for losses."""
+        """Write what is due after this step; returns the log line, if any. Only this waits for losses."""
         line: dict[str, Any] = {"step": self.step}
         if self.step in (1, self.steps) or self.step % self.intervals.log == 0:
             line |= describe(losses)
@@ -122,7 +122,7 @@ class Lifecycle:
         return line
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the rest of the run depends on; raises ZsktError where it diverged."""
+        """Write a checkpoint; raises ZsktError if the run has diverged."""
         tensors: dict[str, Tensor] = {}
         for name, module in self.repeated.modules().items():
             tensors |= checkpoint.prefixed(name, module.state_dict())
@@ -149,7 +149,7 @@ class Lifecycle:
         checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata)
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, with the logs cut back to it; from the start where there is none."""
+        """Continue from the newest checkpoint, truncating the logs to it; from the start if there is none."""
         assert self.folder is not None
         if not checkpoint.exists(self.folder / "checkpoint"):
             self.metrics.cut(0)
@@ -169,9 +169,9 @@ class Lifecycle:
             self.timing.cut(metadata["timing_bytes"])
 
     def _check_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Raise ZsktError where a checkpoint is of something else; note what differs without doing harm."""
+        """Raise ZsktError if the checkpoint is from another run; warn about differences of the machine."""
         if metadata.get("format") != FORMAT:
-            raise ZsktError(f"the checkpoint in {self.folder} is of another format than {FORMAT}; {OTHER_FORMAT}")
+            raise ZsktError(f"expected a checkpoint of format {FORMAT} in {self.folder}, found another; {OTHER_FORMAT}")
         recorded = metadata.get("identity", {})
         different = [
             f"{name} {recorded.get(name)}, now {value}" if isinstance(value, str | int | float) else name
@@ -179,15 +179,15 @@ class Lifecycle:
             if recorded.get(name) != value
         ]
         if different:
-            raise ZsktError(f"{self.folder} was begun with another {'; '.join(different)}: resume it with the same one")
+            raise ZsktError(f"{self.folder} differs in {'; '.join(different)}: resume it with the same")
         before = metadata.get("machine", {})
         changed = [
-            f"{name} {value} after {before.get(name)}"
+            f"{name} {value} instead of {before.get(name)}"
             for name, value in self.machine.items()
             if before.get(name) != value
         ]
         if changed:
-            self.warnings.append(f"resumed with {', '.join(changed)}: not bit for bit what one run would have been")
+            self.warnings.append(f"resumed with {', '.join(changed)}: not bit for bit equal to an uninterrupted run")
 
     def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Raise ZsktError when a loss is NaN or infinite."""

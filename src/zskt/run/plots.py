@@ -102,8 +102,8 @@ PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
     "generator loss": {"": ("generator_loss", -1)},
     "confidence on pseudo images": {"teacher": ("teacher_confidence", None), "student": ("student_confidence", None)},
     "normalised class entropy (1 = uniform)": {
-        "teacher": ("class_spread", None),
-        "student": ("student_class_spread", None),
+        "teacher": ("class_entropy", None),
+        "student": ("student_class_entropy", None),
     },
     "test accuracy": {"student": ("accuracy", None), "teacher": ("teacher_accuracy", None)},
     "agreement with the teacher": {

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run, or for several side by side. Reads run folders, nothing else."""
+"""A self-contained HTML report on one run, or on several side by side, from their folders."""
 
 import base64
 import html
@@ -29,36 +29,36 @@ MEASURES = {
 }
 
 
-FACTS = {
+METADATA = {
     "teacher_model": "teacher",
     "model": "student",
     "teacher_parameters": "teacher parameters",
     "parameters": "student parameters",
-    "reason": "why this recipe",
+    "reason": "reason for the recipe",
     "seconds": "seconds",
 }
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Everything a report shows of one run; raises ZsktError where `folder` holds none."""
+    """What a report shows of one run; raises ZsktError if `folder` holds none."""
     if not (folder / "metrics.jsonl").exists() or not (folder / "config.toml").exists():
         raise ZsktError(
-            f"expected a run folder at {folder}, found no metrics.jsonl and config.toml; see zskt distill --out"
+            f"expected a run folder at {folder}, found no metrics.jsonl and config.toml; give the --out of zskt distill"
         )
     student = folder / "student.json"
     return {
         "name": folder.resolve().name,
         "config": flat(from_toml(Config, read_text(folder / "config.toml"), f"{folder}/config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
-        "facts": read_json(student) if student.exists() else {},
+        "metadata": read_json(student) if student.exists() else {},
         "samples": sorted((folder / "samples").glob("*.png")),
     }
 
 
 def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
-    """Write the page for these run folders to `path`; returns each measure over the runs: values, mean and std."""
+    """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std."""
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise UsageError("expected every run once, found one twice: each counts as a sample of its own")
+        raise UsageError("expected different runs, found one twice; give each once, as the mean counts every run")
     runs = [read_run(Path(folder)) for folder in folders]
     if len({run["name"] for run in runs}) < len(runs):
         for run, folder in zip(runs, folders, strict=True):
@@ -68,7 +68,9 @@ def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
         summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         names = ", ".join(map(str, folders))
-        raise ZsktError(f"metrics.jsonl or student.json in {names} is damaged ({first_line(error)})") from error
+        raise ZsktError(
+            f"metrics.jsonl or student.json in {names} is damaged ({first_line(error)}); restore or omit it"
+        ) from error
     write_text(path, page)
     return summaries
 
@@ -77,18 +79,18 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
     body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
     for run in runs:
-        unfinished = "" if run["facts"] else f"{run['name']} has not finished: continue it with --resume"
-        for light in [*run["facts"].get("warnings", []), unfinished]:
-            if light:
-                body.append(f'<p class="warning">{html.escape(light)}</p>')
+        unfinished = "" if run["metadata"] else f"{run['name']} has not finished: continue it with --resume"
+        for warning in [*run["metadata"].get("warnings", []), unfinished]:
+            if warning:
+                body.append(f'<p class="warning">{html.escape(warning)}</p>')
     curves = run_curves({run["name"]: run["lines"] for run in runs})
-    body += ["<h2>Course</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
+    body += ["<h2>Curves</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
     for run in runs:
-        if histogram := run_classes(run["lines"], run["facts"].get("class_names")):
+        if histogram := run_classes(run["lines"], run["metadata"].get("class_names")):
             body += [f"<h2>Classes of the pseudo images of {html.escape(run['name'])}</h2>"]
             body += [f'<img alt="class histograms" src="{_inline(histogram)}">']
         body += [f"<h2>Pseudo images of {html.escape(run['name'])}</h2>", _samples(run["samples"])]
-    words = "The student learned from them; they need not look like the data. T and S: what teacher and student see."
+    words = "The student learned from them; they need not look like the data. T, S: predictions of teacher and student."
     body.append(f'<p class="note">{words}</p>')
     body.append(_settings(runs))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -97,7 +99,7 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def summarise(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
     """A measure over runs, with its sample standard deviation; None unless every run has it."""
-    values = [run["facts"].get("measured", {}).get(key) for run in runs]
+    values = [run["metadata"].get("measured", {}).get(key) for run in runs]
     if None in values:
         return None
     return {
@@ -111,13 +113,13 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
     several = len(runs) > 1
     rows = []
     for key, label in MEASURES.items():
-        values = [run["facts"].get("measured", {}).get(key) for run in runs]
+        values = [run["metadata"].get("measured", {}).get(key) for run in runs]
         cells = ["not measured" if value is None else f"{value:.4f}" for value in values]
         summary = summarise(runs, key)
         mean = f"{summary['mean']:.4f} ± {summary['std']:.4f}" if several and summary else "-"
         rows.append([label, *cells, *([mean] if several else [])])
-    for key, label in FACTS.items():
-        values = [run["facts"].get(key) for run in runs]
+    for key, label in METADATA.items():
+        values = [run["metadata"].get(key) for run in runs]
         cells = [
             "-" if value is None else f"{value:,}" if isinstance(value, (int, float)) else value for value in values
         ]
@@ -128,7 +130,7 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _samples(paths: list[Path]) -> str:
     if not paths:
-        return "<p class=note>none were saved</p>"
+        return "<p class=note>none saved</p>"
     shown = [paths[round(i * (len(paths) - 1) / 5)] for i in range(6)] if len(paths) > 6 else paths
     figures = [
         f'<figure><img alt="pseudo images" src="{_inline(p.read_bytes())}">'
@@ -140,7 +142,7 @@ def _samples(paths: list[Path]) -> str:
 
 def _settings(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = [[key, *(str(run["config"][key]) for run in runs)] for key in runs[0]["config"]]
-    versions = runs[0]["facts"].get("versions", {})
+    versions = runs[0]["metadata"].get("versions", {})
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"<h2>Settings</h2>{_table(['', *(run['name'] for run in runs)], rows)}<p class=note>{html.escape(made)}</p>"
 
