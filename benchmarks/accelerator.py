@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-import record
 from zskt import load_teacher
 from zskt.bench import step_time as bench
 from zskt.bench.roofline import count, peaks
@@ -31,7 +30,7 @@ from zskt.cli.main import main as zskt
 from zskt.data.images import read
 from zskt.evaluate.measures import measure
 from zskt.run.cuda_graph import CapturedStep
-from zskt.runtime import arithmetic, circumstances, pick_device, synchronise
+from zskt.runtime import arithmetic, circumstances, pick_device, short, synchronise
 
 PART = 15 * 2**20
 """Bytes per file of the state."""
@@ -125,7 +124,7 @@ def run_stage(arguments: argparse.Namespace) -> dict[str, Any]:
         kind = "teacher" if isinstance(STAGES[stage], Teach) else "student"
         metadata = work / stage / f"{kind}.json"
         result: dict[str, Any] = {"stage": stage, "status": status, "finished": metadata.exists(), **circumstances()}
-        result |= {"seconds": round(time.monotonic() - started, 1), "command": " ".join(map(record.short, words))}
+        result |= {"seconds": round(time.monotonic() - started, 1), "command": " ".join(map(short, words))}
         if metadata.exists():
             result["measured"] = json.loads(metadata.read_text())["measured"]
             if kind == "teacher":
@@ -152,7 +151,7 @@ def time_steps(arguments: argparse.Namespace) -> dict[str, Any]:
             for graph in (False, True) if device.type == "cuda" else (False,):
                 matching = bench.engine(pair, precision, device)
                 works = count(matching)
-                step: Any = CapturedStep(matching, [matching.rng]) if graph else matching.step
+                step: Any = CapturedStep(matching) if graph else matching.step
                 few = steps if name == "wrn" else max(2, steps // 20)
                 with arithmetic():
                     for _ in range(2):

@@ -56,7 +56,7 @@ def main() -> None:
             for precision in PRECISIONS:
                 with seeded(seed):
                     student = models.build(STUDENT, len(known.class_names), known.size)
-                settings = {"precision": precision, "device": "cpu"}
+                settings = {"machine.precision": precision, "machine.device": "cpu"}
                 with distilling() as callback:
                     found = distill(
                         teachers[seed],

@@ -20,8 +20,10 @@ from rich.progress import track
 
 import record
 from zskt.files import replacing
-from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.method.build import arrange, belief_matching
+from zskt.method.recipe import load_recipe
 from zskt.networks import models
+from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.run.plots import styled
 from zskt.runtime import arithmetic, pick_device, seeded, synchronise
@@ -63,11 +65,10 @@ def seconds_per_step(point: Point, device: torch.device, patience: float) -> flo
     with seeded(0):
         module = models.build(f"wrn-16-{point.width}", point.classes, size)
         student = models.build("wrn-16-1", point.classes, size).to(device)
-        teacher = Classifier(module, input_size=size, mean=[0.5] * 3, std=[0.25] * 3).to(device)
+        teacher = as_teacher(Classifier(module, input_size=size, mean=[0.5] * 3, std=[0.25] * 3)).to(device)
         arrange(teacher, config)
         arrange(student, config)
-        rng = torch.Generator(device).manual_seed(0)
-        matching = assemble(config, teacher, student, rng, torch.Generator(device))
+        matching = belief_matching(teacher, student, config)
     times: list[float] = []
     with arithmetic():
         matching.step()

@@ -17,16 +17,18 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 import record
 from zskt.bench.reference import released_loop
 from zskt.data.images import read
 from zskt.evaluate.measures import measure, pseudo_beliefs
 from zskt.files import replacing
+from zskt.method.build import arrange, belief_matching
 from zskt.method.config import Config
 from zskt.method.matching import BeliefMatching
-from zskt.method.recipe import arrange, assemble, load_recipe
+from zskt.method.recipe import load_recipe
+from zskt.method.updates import Beliefs
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_network
@@ -41,14 +43,21 @@ Line = dict[str, float]
 
 
 def engine(matching: BeliefMatching) -> Callable[[], Line]:
-    """A step of the engine."""
+    """A step of the engine; the beliefs are those of its last student update."""
+    terms, seen = dict(matching.student_updates.loss), list[Beliefs]()
+
+    def watched(beliefs: Beliefs) -> Tensor:
+        seen[:] = [beliefs]
+        return terms["kl"](beliefs)
+
+    matching.student_updates.loss = terms | {"kl": watched}
 
     def step() -> Line:
         losses = matching.step()
-        beliefs = pseudo_beliefs(losses.teacher_logits, losses.student_logits)
+        beliefs = pseudo_beliefs(seen[0].teacher.logits, seen[0].student.logits.detach())
         return {
-            "generator_loss": float(losses.generator[-1].total),
-            "student_loss": statistics.fmean(float(update.total) for update in losses.student),
+            "generator_loss": float(losses["generator"][-1]),
+            "student_loss": float(losses["student"].mean()),
             "teacher_confidence": beliefs["teacher_confidence"],
             "student_confidence": beliefs["student_confidence"],
         }
@@ -105,8 +114,8 @@ def main() -> None:
         teachers = [copy.deepcopy(teacher.module) for _ in range(2)]
         arrange(teacher, config)
         arrange(student, config)
-        rng = torch.Generator().manual_seed(arguments.seed)
-        matching = assemble(config, teacher, student, rng, torch.Generator(rng.device))
+        matching = belief_matching(teacher, student, config)
+    matching.rng.manual_seed(arguments.seed)
     formats = (torch.contiguous_format, torch.channels_last)
     generators = [copy.deepcopy(matching.generator) for _ in formats]
     steps = [engine(matching)]

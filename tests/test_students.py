@@ -393,13 +393,13 @@ def test_the_command_line_prints_the_student_and_stages(folder: Path, capsys: py
     count = json.loads(shown.out)["student_parameters"]
     assert f"student wrn-10-1: {count:,} parameters, 0.25" in shown.err
     pairs = "block1 = block1 (16 x 16), block2 = block2 (8 x 8), block3 = block3 (4 x 4)"
-    assert f"attention compares {pairs}" in shown.err
+    assert f"attention transfer compares {pairs}" in shown.err
 
     made = ["--student", "mynets.py:network", "--student-args", "width=5"]
     assert main(["distill", "teacher", *made, "--out", "b", *common, *tiny, "student.loss.stages=block2=0"]) == 0
     shown = capsys.readouterr().err
     assert "mynets.py:network runs the code of that file" in shown
-    assert "attention compares block2 = 0 (8 x 8 and 7 x 7)" in shown
+    assert "attention transfer compares block2 = 0 (8 x 8 and 7 x 7)" in shown
     assert 'stages = [\n    "block2=0",\n]' in (folder / "b" / "config.toml").read_text()
     for arguments, words in (
         (["--student", "auto:2"], "expected a fraction"),
