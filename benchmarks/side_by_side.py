@@ -70,7 +70,7 @@ def released(
 ) -> Callable[[], Line]:
     """A step of the released loop."""
     for module in (teacher, student, generator):
-        module.to(memory_format=memory_format)
+        module.to(memory_format=memory_format)  # type: ignore[call-overload]
     rng = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.generator.latent)
     loop = released_loop(
@@ -78,7 +78,7 @@ def released(
         student,
         generator,
         lambda: torch.randn(shape, generator=rng),
-        student.stages,
+        student.stages,  # type: ignore[arg-type]
         total=config.steps,
     )
 
