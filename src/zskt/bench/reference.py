@@ -29,7 +29,7 @@ Shapes: N batch, Z latent, K classes, D channels of a stage; images and stage ou
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ def released_loop(
     *,
     total: int,
     method: str = "zskt",
-) -> Iterator[Iteration]:
+) -> Generator[Iteration, None, None]:
     """Train `student` and `generator` in place for `total` outer iterations, yielding after each of them.
 
     `teacher` and `student` map images to logits; `generator` maps what `draw_latent` returns, (N, Z), to images.
