@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import zskt
 from small import make_teacher
 from zskt.cli.main import main
 from zskt.networks import models
+from zskt.networks.observe import ChannelStatistics, Observation
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -102,11 +104,12 @@ def test_another_loss_is_one_function() -> None:
     own = example("own_loss")
     teacher, student = make_teacher(), models.wide_resnet(10, 1)
     config = zskt.load_recipe("zskt-prior", {"steps": 2, "batch_size": 8, "generator.width": 8, "log_every": 1})
-    lines = []
+    lines: list[Any] = []
     zskt.distill(teacher, student, config, method=own.make, callbacks=[lambda event: lines.append(event.line)])
     assert set(lines[0]["generator_terms"]) == {"kl", "batchnorm", "one_hot"}
-    statistics = [tuple(torch.rand(4, 3).double())]
-    mean, variance, running_mean, running_variance = statistics[0]
-    beliefs = zskt.Beliefs(torch.empty(0), None, type("Seen", (), {"statistics": statistics}), None)
+    statistics = ChannelStatistics(*torch.rand(4, 3).double())
+    mean, variance, running_mean, running_variance = statistics
+    seen, unseen = Observation(torch.empty(0), statistics=[statistics]), Observation(torch.empty(0))
+    beliefs = zskt.Beliefs(torch.empty(0), None, teacher=seen, student=unseen)
     expected = 10 * (((mean - running_mean) ** 2).sum() + ((variance - running_variance) ** 2).sum()) / 3
     assert float(own.mean_square_prior(beliefs)) == pytest.approx(float(expected))

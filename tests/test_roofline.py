@@ -13,6 +13,7 @@ from zskt.bench import roofline
 from zskt.bench import step_time as bench
 from zskt.cli.main import main
 from zskt.method.matching import BeliefMatching
+from zskt.method.updates import Batch
 from zskt.networks import models
 from zskt.networks.observe import forward_flops
 
@@ -31,7 +32,7 @@ def test_operations_match_a_formula() -> None:
     g = forward_flops(matching.generator, (12,))
     assert works["draw"].operations == 8 * g
     assert works["ask"].operations == 8 * t
-    stem = 2 * student.conv1.weight.numel() * 16 * 16  # no gradient with respect to images
+    stem = 2 * student.get_parameter("conv1.weight").numel() * 16 * 16  # no gradient with respect to images
     assert works["student_step"].operations == 8 * 10 * (3 * s - stem)
     assert set(works) == set(roofline.PHASES)
 
@@ -71,9 +72,9 @@ def test_the_clock_times_each_phase_and_unwraps_the_step(monkeypatch: pytest.Mon
     matching = tiny("zskt-fresh", **{"student.updates": 3})
     inner = BeliefMatching.ask
 
-    def slow(self: BeliefMatching, images: torch.Tensor) -> Any:
+    def slow(self: BeliefMatching, batch: Batch) -> Batch:
         time.sleep(0.02)
-        return inner(self, images)
+        return inner(self, batch)
 
     monkeypatch.setattr(BeliefMatching, "ask", slow)
     seconds = roofline.clock(matching, CPU, steps=2)
