@@ -1,6 +1,6 @@
 """Small networks and pairs that several tests share."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,16 @@ from zskt.settings import replace
 
 if TYPE_CHECKING:
     from zskt.data.images import Dataset
+
+
+class Normalisation(TypedDict):
+    """Arguments of whatever takes a classifier's normalisation: as `**GREY`, still checked one by one."""
+
+    mean: list[float]
+    std: list[float]
+
+
+GREY: Normalisation = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
 class FourStages(nn.Module):
@@ -41,6 +51,8 @@ def shake_batchnorm(module: nn.Module) -> None:
     """Running statistics and affine parameters as a trained network has them: not all 0 and 1."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             nn.init.normal_(layer.running_mean, 0, 0.3)
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
             nn.init.uniform_(layer.weight, 0.5, 1.5)
