@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import zskt
 from small import FourStages, make_teacher, stripes
 from zskt.networks import models
-from zskt.paper.baselines import Training, TrainingResult, cross_entropy, few_shot, kd_at, teach, train_student
+from zskt.paper.baselines import cross_entropy, few_shot, kd_at, teach, train_student
+from zskt.paper.training import Training, TrainingResult
 
 WRITTEN = {"student.json", "student.safetensors", "metrics.jsonl", "timing.jsonl"}
 
@@ -53,7 +54,7 @@ def test_teach_learns_and_writes_a_teacher(tmp_path: Path) -> None:
     assert loaded.mean.flatten().tolist() == pytest.approx([0.2])
 
 
-def outputs(module: nn.Module, x: Tensor) -> list[Tensor]:
+def outputs(module: Any, x: Tensor) -> list[Tensor]:
     """Stage outputs and, last, the logits, by hooks of its own."""
     seen: list[Tensor] = []
     handles = [
@@ -135,7 +136,7 @@ def test_stages_that_do_not_pair_up_need_beta_0() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"alpha": 1.5}, {"temperature": 0.0}, {"beta": -1.0}, {"beta": float("nan")}])
-def test_weights_that_cannot_be_meant(wrong: dict[str, float]) -> None:
+def test_weights_that_cannot_be_meant(wrong: dict[str, Any]) -> None:
     with pytest.raises(zskt.UsageError, match="expected alpha from 0 to 1, a positive temperature and a beta of 0"):
         kd_at(make_stripes_teacher(), small_network(), **wrong)
 

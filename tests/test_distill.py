@@ -219,7 +219,7 @@ def test_a_pair_is_checked_once_and_no_evaluation_copies_the_student(monkeypatch
 
         return wrapper
 
-    monkeypatch.setattr("zskt.method.recipe.check_pair", counted("check", recipe.check_pair))
+    monkeypatch.setattr("zskt.method.recipe.check_pair", counted("check", checks.check_pair))
     monkeypatch.setattr("zskt.networks.checks.probe", counted("probe", checks.probe))
     teacher, student = make_teacher(), new_student()
     done.clear()
@@ -247,7 +247,7 @@ def test_seed_decides_everything() -> None:
     for seed in (0, 0, 1):
         student = new_student("dropout")
         distill(make_teacher(), student, "zskt-fresh", settings=TINY, seed=seed)
-        outcomes.append(student.fc.weight.detach().clone())
+        outcomes.append(student.get_parameter("fc.weight").detach().clone())
     assert torch.equal(outcomes[0], outcomes[1])
     assert not torch.equal(outcomes[0], outcomes[2])
 
@@ -353,9 +353,10 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
             "unknown teacher stage 'blok1': did you mean block1",
         ),
     ]
+    usual: dict[str, Any] = {"recipe": "zskt", "out": out}
     for student, arguments, message in wrong:
         with pytest.raises(zskt.ZsktError, match=message) as caught:
-            distill(teacher, student, **({"recipe": "zskt", "out": out} | arguments))
+            distill(teacher, student, **usual | arguments)
         assert "\n" not in str(caught.value)
         assert not out.exists()
 

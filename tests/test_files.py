@@ -3,14 +3,15 @@
 import builtins
 import errno
 import os
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from zskt import files
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.files import appearing, read_json, read_tensors, replacing, write_json, write_tensors, write_text
 
@@ -47,9 +48,13 @@ def test_a_complete_write_replaces_and_makes_folders(tmp_path: Path) -> None:
 
 def test_a_file_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+
+    def noted(name: str, real: Callable[..., object], *arguments: Any) -> object:
+        calls.append(name)
+        return real(*arguments)
+
     for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
+        monkeypatch.setattr(os, name, partial(noted, name, getattr(os, name)))
     write_text(tmp_path / "file", "x")
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
@@ -95,7 +100,7 @@ def test_what_the_system_refuses_is_one_line(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.tempfile if call == "mkstemp" else os, call, refuse)
+        patch.setattr(tempfile if call == "mkstemp" else os, call, refuse)
         message = one_line(lambda: write(tmp_path / "file"))
     assert message.startswith(f"cannot write {tmp_path / 'file'}: ")
     assert words in message
@@ -109,7 +114,7 @@ def test_a_full_disk(write: Callable[[Path], None], tmp_path: Path, monkeypatch:
         os.close(descriptor)
         return builtins.open("/dev/full", "wb")
 
-    monkeypatch.setattr(files.os, "fdopen", full)
+    monkeypatch.setattr(os, "fdopen", full)
     assert "No space left on device; free some space" in one_line(lambda: write(tmp_path / "file"))
     assert list(tmp_path.iterdir()) == []
 
@@ -119,10 +124,11 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
     assert "is a file" in one_line(lambda: write_text(tmp_path / "file" / "below" / "far", "x"))
     assert "cannot write" in one_line(lambda: write_text(tmp_path, "x"))  # a folder is there
     assert list(tmp_path.parent.glob(f".{tmp_path.name}*")) == []
-    for read in (read_json, read_tensors):
-        assert "check the path" in one_line(lambda read=read: read(tmp_path / "absent"))
-        assert "cannot read" in one_line(lambda read=read: read(tmp_path))
-        assert str(tmp_path / "file") in one_line(lambda read=read: read(tmp_path / "file"))
+    readers: list[Callable[[Path], object]] = [read_json, read_tensors]
+    for read in readers:
+        assert "check the path" in one_line(partial(read, tmp_path / "absent"))
+        assert "cannot read" in one_line(partial(read, tmp_path))
+        assert str(tmp_path / "file") in one_line(partial(read, tmp_path / "file"))
 
 
 def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path) -> None:
