@@ -130,7 +130,7 @@ def test_networks_of_different_classes_are_not_compared() -> None:
 
 def test_predict_leaves_the_network_alone() -> None:
     network = make_teacher()
-    network.module.block1.train()  # by the user, so it must stay
+    network.module.get_submodule("block1").train()  # by the user, so it must stay
     before, modes = copy.deepcopy(network.state_dict()), [child.training for child in network.modules()]
     images = torch.rand(7, 3, 16, 16)
     logits = predict(network, images)

@@ -32,7 +32,7 @@ def test_the_engine_computes_no_unused_gradient() -> None:
     size = teacher.input_size
     t, s = forward_flops(teacher.module, size), forward_flops(student, size)
     g = forward_flops(matching.generator, (config.generator.latent,))
-    linear = 2 * matching.generator.linear.weight.numel()  # no gradient with respect to the latent,
+    linear = 2 * matching.generator.get_parameter("linear.weight").numel()  # no gradient with respect to the latent,
     stem = 2 * student.conv1.weight.numel() * size[1] * size[2]  # nor to the images in the student's updates
     generator_update = 2 * t + 2 * s + 3 * g - linear  # no gradients of the networks' weights
     expected = generator_update + (g + t) + 10 * (3 * s - stem)

@@ -18,7 +18,7 @@ from zskt.method.recipe import load_recipe, recipe_texts
 from zskt.settings import flat, from_text, from_toml, replace, to_toml
 
 SOURCE = Path(zskt.__file__).parent
-SECTIONS = [kind for kind in vars(config_module).values() if dataclasses.is_dataclass(kind)]
+SECTIONS: list[Any] = [kind for kind in vars(config_module).values() if dataclasses.is_dataclass(kind)]
 
 
 def test_every_field_has_documentation() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -421,7 +422,7 @@ class TwoByTwo(Plain):
 def test_what_cannot_be_traced_is_said_in_one_line(form: Any, tmp_path: Path) -> None:
     for module in (Untraceable(), TwoByTwo()):
         network = Classifier(module, input_size=(3, 8, 8), mean=MEAN, std=STD)
-        assert "cannot trace this network" in refused(lambda n=network: zskt.export(n, tmp_path / "out", form))
+        assert "cannot trace this network" in refused(partial(zskt.export, network, tmp_path / "out", form))
         assert nothing_left(tmp_path)
 
 
@@ -463,10 +464,17 @@ def test_int8_is_judged_on_other_images_than_it_is_calibrated_on(
 ) -> None:
     used: list[Tensor] = []
     quantise, compare = exporting.quantise, exporting.deviation
-    monkeypatch.setattr(exporting, "quantise", lambda a, b, images: (used.append(images), quantise(a, b, images)))
-    monkeypatch.setattr(
-        exporting, "deviation", lambda a, n, images, f: (used.append(images), compare(a, n, images, f))[1]
-    )
+
+    def watched_quantise(source: Any, target: Any, images: Tensor) -> Any:
+        used.append(images)
+        return quantise(source, target, images)
+
+    def watched_compare(path: Any, network: Any, images: Tensor, form: Any) -> Any:
+        used.append(images)
+        return compare(path, network, images, form)
+
+    monkeypatch.setattr(exporting, "quantise", watched_quantise)
+    monkeypatch.setattr(exporting, "deviation", watched_compare)
     zskt.export(finished / "run", tmp_path / "int8.onnx", int8=True, least_agreement=0)
     plain_images, calibration, judged = used
     assert torch.equal(plain_images, judged)
@@ -490,7 +498,7 @@ def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
         ({"least_agreement": 90.0}, "an agreement from 0 to 1"),
     ):
         with pytest.raises(UsageError, match=message):
-            zskt.export(run, out, **options)  # type: ignore[arg-type]
+            zskt.export(run, out, **options)
     out.write_text("mine")
     assert "already exists; choose another --out" in refused(lambda: zskt.export(run, out))
     assert out.read_text() == "mine"

@@ -1,6 +1,7 @@
 """What is seen of any network from outside (stages, BatchNorm statistics, operations), without leaving a trace."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ class TorchvisionLike(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for i in range(4):
+            x = self.get_submodule(f"layer{i + 1}")(x)
         return self.fc(self.avgpool(x).flatten(1))
 
 
@@ -64,7 +66,10 @@ class Preactivated(nn.Module):
         self.bn, self.relu, self.fc = nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Linear(4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn(self.block3(self.block2(self.block1(self.stem(x))))))
+        x = self.stem(x)
+        for i in range(3):
+            x = self.get_submodule(f"block{i + 1}")(x)
+        x = self.relu(self.bn(x))
         return self.fc(x.mean(dim=(2, 3)))
 
 
@@ -147,7 +152,7 @@ def test_stages_of_foreign_networks(module: nn.Module, size: int, stages: tuple[
 
 def test_observed_outputs_are_the_networks_own() -> None:
     module, x = TorchvisionLike().eval(), torch.randn(2, 3, 64, 64)
-    plain = copy.deepcopy(module)
+    plain: Any = copy.deepcopy(module)
     observer = Observer(module, ("layer1", "layer3"))
     for _ in range(2):  # nothing is left over from the call before
         seen = observer(x)
@@ -173,7 +178,7 @@ def test_batchnorm_statistics_are_those_of_the_input() -> None:
     shake_batchnorm(nn.ModuleList(layer for layer in batchnorm_layers(module)))
     module.eval()
     x = 2 + torch.randn(4, 3, 8, 8)
-    plain = copy.deepcopy(module)
+    plain: Any = copy.deepcopy(module)
     observer = Observer(module, statistics=True)
     with torch.no_grad():
         assert observer(x).statistics == []
@@ -197,13 +202,13 @@ def test_calls_by_others_do_not_enter_an_observation() -> None:
     module(x + 1)  # a callback that looks at the teacher between two steps, say
     seen = observer(x)
     assert len(seen.statistics) == len(batchnorm_layers(module))
-    torch.testing.assert_close(seen.statistics[0].mean, module[0][0](x).mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(seen.statistics[0].mean, module.get_submodule("0.0")(x).mean(dim=(0, 2, 3)))
 
 
 def test_evaluating_gives_every_submodule_its_mode_back() -> None:
     module = TorchvisionLike()
-    module.layer2.eval()
-    module.layer2[0].bn1.train()
+    module.get_submodule("layer2").eval()
+    module.get_submodule("layer2.0.bn1").train()
     before = [child.training for child in module.modules()]
 
     def interrupted() -> None:
@@ -224,4 +229,4 @@ def test_operations_of_a_forward() -> None:
     assert forward_flops(nn.Linear(100, 64), (100,)) == 2 * 100 * 64
     both = nn.Sequential(conv, nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(480, 7))
     assert forward_flops(both, (3, 12, 20)) == 2 * 480 * 75 + 2 * 480 * 7
-    assert int(both[1].num_batches_tracked) == 0
+    assert int(both.state_dict()["1.num_batches_tracked"]) == 0

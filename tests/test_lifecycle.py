@@ -74,6 +74,7 @@ def test_whatever_is_repeated_resumes_bit_for_bit(
             part.restore()
         part.run([], stop)
     assert part.finished
+    assert isinstance(part.repeated, Walk)
     assert part.repeated.count == 10
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "parts")
 
@@ -115,6 +116,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_losses_that_are_not_finite_end_a_run_at_its_next_line(tmp_path: Path) -> None:
     run = life(tmp_path / "run", intervals=Intervals(log=4, evaluate=100, checkpoint=2))
+    assert isinstance(run.repeated, Walk)
     run.repeated.bad_from = 6
     with pytest.raises(zskt.ZsktError, match=r"loss of the walk is nan at step 8: .*lower walk\.learning_rate"):
         run.run([])
@@ -126,6 +128,7 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_returned(folder: bool,
     run = life(tmp_path / "run" if folder else None, intervals=Intervals(log=100, evaluate=100, checkpoint=100))
 
     def break_it(event: lifecycle.Event) -> None:
+        assert isinstance(run.repeated, Walk)
         if event.step == 10:
             nn.init.constant_(run.repeated.module.weight, float("inf"))
 

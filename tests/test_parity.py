@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from small import FourStages, make_matching, make_teacher
 from zskt.bench import reference
@@ -24,7 +24,7 @@ CLIP_THAT_BITES = 0.01
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def pair(recipe: str, dtype: torch.dtype = torch.float64) -> tuple[Classifier, nn.Module]:
+def pair(recipe: str, dtype: torch.dtype = torch.float64) -> tuple[Classifier, FourStages | models.WideResNet]:
     """A teacher and a student; four post-ReLU stages for mmrazor's recipe, three WRN stages otherwise."""
     torch.manual_seed(1)
     if recipe == "zskt-mmrazor":
@@ -67,7 +67,7 @@ def compare(
     if clip is not None:
         changes |= {"generator.clip": clip, "student.clip": clip}
     matching, config = make_matching(recipe, teacher, student, changes)
-    plain_generator = copy.deepcopy(matching.generator).to(memory_format=torch.contiguous_format)
+    plain_generator = copy.deepcopy(matching.generator).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     tamper(matching)
     rng = torch.Generator(device).manual_seed(0)
     shape = (config.batch_size, config.generator.latent)
@@ -89,8 +89,8 @@ def compare(
             loss_difference = max(loss_difference, distance(mine, other))
     oracle.close()
     matching.close()
-    theirs, ours = plain_student.state_dict(), student.state_dict()
-    tensors = [distance(ours[name], theirs[name]) for name in theirs]
+    state = student.state_dict()
+    tensors = [distance(state[name], tensor) for name, tensor in plain_student.state_dict().items()]
     weights = zip(matching.generator.parameters(), plain_generator.parameters(), strict=True)
     tensors += [distance(mine.detach(), other.detach()) for mine, other in weights]
     return loss_difference, max(tensors)
@@ -113,7 +113,7 @@ def test_first_iteration_in_lower_precision(recipe: str, precision: str, limit: 
 
     Adam's first updates are nearly signs of the gradients, so that within the iteration fp32 is off by 1e-4 to 1e-3.
     """
-    lower = {"dtype": torch.float32, "precision": precision, "iterations": 1, "student_losses": 1}
+    lower: dict[str, Any] = {"dtype": torch.float32, "precision": precision, "iterations": 1, "student_losses": 1}
     difference, _ = compare(recipe, "channels_last", device=device, **lower)
     assert 0 < difference <= limit
 
@@ -147,7 +147,7 @@ def teacher_before_the_generator(matching: BeliefMatching) -> None:
     def stale_ask(batch: Batch) -> Batch:
         return dataclasses.replace(batch, teacher=ask(before[0]).teacher)
 
-    matching.update_generator, matching.ask = stale_update, stale_ask
+    vars(matching).update(update_generator=stale_update, ask=stale_ask)
 
 
 def no_student_clip(matching: BeliefMatching) -> None:

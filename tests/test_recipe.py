@@ -167,6 +167,8 @@ def test_every_number_arrives() -> None:
     generator, student = matching.generator_updates, matching.student_updates
     assert (matching.batch_size, matching.latent) == (6, 17)
     assert matching.sample_latent().z.shape == (6, 17)
+    assert generator.rate is not None
+    assert student.rate is not None
     assert (generator.count, generator.clip, generator.rate(0)) == (2, 1.5, 0.11)
     assert (student.count, student.clip, student.rate(0)) == (3, None, 0.22)
     assert isinstance(generator.optimizer, torch.optim.Adam)
@@ -186,7 +188,9 @@ def test_the_activation_prior_looks_at_the_last_stage_whatever_attention_compare
     matching, config = make_matching("zskt", teacher, student, changes)
     x = torch.randn(4, 3, 16, 16)
     beliefs = Beliefs(x, None, matching.ask_teacher(x), matching.ask_student(x))
-    last = teacher.module.block3(teacher.module.block2(teacher.module.block1(teacher.module.conv1(x))))
+    last = x
+    for name in ("conv1", "block1", "block2", "block3"):
+        last = teacher.module.get_submodule(name)(last)
     torch.testing.assert_close(generator_terms(config.generator.loss)["activation"](beliefs), -last.abs().mean())
     pairs = [(beliefs.student.stages[i], beliefs.teacher.stages[i]) for i in range(2)]
     expected = sum((attention_map(a) - attention_map(b)).square().mean() for a, b in pairs)

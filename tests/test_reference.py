@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class Painter(nn.Module):
         self.norm = nn.BatchNorm2d(3)
         with torch.no_grad():  # small weights, which norm undoes, have gradients as much larger: clipping bites
             for parameter in self.fill.parameters():
-                parameter *= 0.02
+                parameter.mul_(0.02)
 
     def forward(self, z: Tensor) -> Tensor:
         image: Tensor = self.norm(self.fill(z).view(-1, 3, SIZE, SIZE))
@@ -159,13 +160,13 @@ class ByHand:
                 g = factor * gradient
                 if self.sgd:
                     self.first[i] = 0.9 * self.first[i] + (g + 5e-4 * parameter)
-                    parameter -= lr * self.first[i]
+                    parameter.sub_(lr * self.first[i])
                 else:
                     self.first[i] = 0.9 * self.first[i] + 0.1 * g
                     self.second[i] = 0.999 * self.second[i] + 0.001 * g**2
                     mean = self.first[i] / (1 - 0.9**self.steps)
                     spread = (self.second[i] / (1 - 0.999**self.steps)).sqrt()
-                    parameter -= lr * mean / (spread + 1e-8)
+                    parameter.sub_(lr * mean / (spread + 1e-8))
 
 
 def kl_by_hand(teacher: Tensor, student: Tensor) -> Tensor:
@@ -339,7 +340,7 @@ def test_learning_rates_settings_and_clipping_at_every_optimiser_step(method: st
         handle.remove()
 
     assert len(iterations) == total
-    expected = []
+    expected: list[tuple[str, Any]] = []
     for t in range(total):
         student_lr, generator_lr = rates(method, t, total)
         expected += [("generator", pytest.approx(generator_lr))] + [("student", pytest.approx(student_lr))] * 10

@@ -103,7 +103,12 @@ def test_an_unfinished_run_says_so_and_has_no_numbers(tmp_path: Path) -> None:
 
 def test_curves_of_every_run_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(report, "run_curves", lambda runs: (drawn.append(runs), run_curves(runs))[1])
+
+    def watched(runs: Any) -> bytes:
+        drawn.append(runs)
+        return run_curves(runs)
+
+    monkeypatch.setattr(report, "run_curves", watched)
     write_report([make_run(tmp_path / "seed0" / "run"), make_run(tmp_path / "seed1" / "run")], tmp_path / "report.html")
     assert len(drawn[0]) == 2  # also where two folders have one name
 
@@ -152,7 +157,7 @@ def test_large_images_are_not_enlarged_and_values_are_clipped(tmp_path: Path) ->
 
 
 def test_series_skips_lines_without_the_key() -> None:
-    lines = [{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 4.0, "b": [5.0, 6.0]}]
+    lines: list[dict[str, Any]] = [{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 4.0, "b": [5.0, 6.0]}]
     assert series(lines, "a") == ([1, 3], [2.0, 4.0])
     assert series(lines, "b", -1) == ([3], [6.0])
     assert run_curves({"a": []}).startswith(b"\x89PNG")  # nothing measured yet

@@ -66,7 +66,7 @@ def some_batches(images: int, count: int, first: int = 0, **settings: Any) -> li
     ],
 )
 def test_resume_at_any_update_is_bitwise_equal(stops: list[str], schedule: str, tmp_path: Path) -> None:
-    settings = {"schedule": schedule, "images": 90}  # a pass is 5 batches of 16 and one of 10
+    settings: dict[str, Any] = {"schedule": schedule, "images": 90}  # a pass is 5 batches of 16 and one of 10
     whole = train(tmp_path / "whole", **settings)
     done = 0
     for i, stop in enumerate(stops):
@@ -148,6 +148,7 @@ def test_every_update_is_told_and_a_twentieth_of_them_measured() -> None:
     assert [event.step for event in seen] == list(range(1, 46))
     assert {event.steps for event in seen} == {45}
     assert [event.step for event in seen if event.line] == [1, *range(2, 45, 2), 45]
+    assert seen[-1].line is not None
     assert seen[-1].line["accuracy"] == result.measured["accuracy"]
 
 

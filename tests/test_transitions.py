@@ -23,8 +23,8 @@ def confident(module: nn.Module) -> nn.Module:
     last = [layer for layer in module.double().modules() if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
         logits = module.eval()(4 * make_images(50)[0] - 2)
-        last.weight *= 2 / logits.std(dim=0).mean()
-        last.bias -= module(4 * make_images(50)[0] - 2).mean(dim=0)
+        last.weight.mul_(2 / logits.std(dim=0).mean())
+        last.bias.sub_(module(4 * make_images(50)[0] - 2).mean(dim=0))
     return module
 
 
