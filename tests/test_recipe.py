@@ -21,7 +21,7 @@ from zskt.method.recipe import (
     load_recipe,
     recipe_texts,
     settle_precision,
-    settle_width,
+    settle_sizes,
 )
 from zskt.method.replay import Fresh, ReplayBuffer, Same
 from zskt.method.schedule import Schedule, learning_rate
@@ -90,13 +90,13 @@ def test_auto_looks_at_the_teacher() -> None:
 
 def test_a_width_left_open_is_settled_by_cost() -> None:
     teacher, student = make_teacher(), models.wide_resnet(10, 1)
-    config = settle_width(load_recipe("zskt-prior"), teacher, student)
+    config = settle_sizes(load_recipe("zskt-prior"), teacher, student)
     budget = forward_flops(teacher.module, (3, 16, 16)) + forward_flops(student, (3, 16, 16))
     costs = {width: forward_flops(Generator(100, (3, 16, 16), width), (100,)) for width in WIDTHS}
     assert config.generator.width == max(width for width in WIDTHS if costs[width] <= budget)
     assert min(WIDTHS) < config.generator.width < max(WIDTHS)  # so that the budget decided
     assert replace(config, {"generator.width": "auto"}) == load_recipe("zskt-prior")
-    assert settle_width(load_recipe("zskt"), teacher, student).generator.width == 128
+    assert settle_sizes(load_recipe("zskt"), teacher, student).generator.width == 128
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
@@ -215,7 +215,7 @@ def test_every_recipe_runs(size: tuple[int, int, int], classes: int) -> None:
         teacher = make_teacher(models.convnet(8, num_classes=classes, channels=size[0]), size=size)
         student = models.convnet(4, num_classes=classes, channels=size[0])
         config = replace(load_recipe(name), {"steps": 2, "batch_size": 4})  # all else as shipped
-        config = settle_width(config, teacher, student)
+        config = settle_sizes(config, teacher, student)
         arrange(teacher, config)
         arrange(student, config)
         matching = belief_matching(teacher, student, config)

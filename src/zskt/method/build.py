@@ -5,20 +5,23 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zskt.errors import ZsktError
+from zskt.method.bank import Bank, BankDistillation
 from zskt.method.config import Config
-from zskt.method.generator import Generator
+from zskt.method.generator import Generator, Pixels
 from zskt.method.matching import BeliefMatching
 from zskt.method.protocol import Make
 from zskt.method.replay import Fresh, Replay, ReplayBuffer, Same
 from zskt.method.schedule import learning_rate
 from zskt.method.stage_pairs import stage_pairs
+from zskt.method.synthesis import Synthesis
 from zskt.method.terms import generator_terms, student_terms
 from zskt.method.updates import Updates
+from zskt.method.views import Augmentation
 from zskt.networks.classifier import Classifier
-from zskt.networks.observe import find_stages
+from zskt.networks.observe import Observation, Observer, find_stages
 from zskt.runtime import stream
 
 
@@ -35,11 +38,7 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
     Raises ZsktError if teacher, student and config do not fit together.
     """
     side, learner = config.generator, config.student
-    if side.loss.batchnorm and not teacher.has_batchnorm:
-        raise ZsktError(
-            f"recipe {config.recipe} needs the BatchNorm statistics of the teacher, and this one has no BatchNorm; use "
-            "--recipe zskt-fresh or --set generator.loss.batchnorm=0"
-        )
+    _check_batchnorm(teacher, config)
     stages: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     if learner.loss.attention:
         stages = stage_pairs(teacher, student, learner.loss.stages)
@@ -50,50 +49,29 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
         if stages[0][-1:] != last:  # not compared, or not the last
             stages = (stages[0] + last, stages[1])
     like = next(p for p in student.parameters() if p.requires_grad)
-    assert isinstance(side.width, int), "settle_width first"
-    assert config.machine.precision != "auto", "settle_precision first"
+    assert isinstance(side.width, int), "settle_sizes first"
     generator = Generator(side.latent, teacher.input_size, side.width).to(like.device, like.dtype)
     arrange(generator, config)
-
-    def draws(purpose: str) -> torch.Generator:
-        return torch.Generator(like.device).manual_seed(stream(config.seed, purpose))
-
     replays: dict[str, Callable[[], Replay]] = {
         "same": Same,
         "fresh": Fresh,
-        "buffer": lambda: ReplayBuffer(config.replay.capacity, draws("bank")),
+        "buffer": lambda: ReplayBuffer(config.replay.capacity, _draws(config, "bank", like.device)),
     }
 
-    generator_parameters = list(generator.parameters())
-    student_parameters = [p for p in student.parameters() if p.requires_grad]
-    student_optimizer: torch.optim.Optimizer
-    fused = config.machine.fused
-    if learner.optimizer == "adam":
-        student_optimizer = torch.optim.Adam(student_parameters, weight_decay=learner.weight_decay, fused=fused)
-    else:
-        student_optimizer = torch.optim.SGD(
-            student_parameters, momentum=learner.momentum, weight_decay=learner.weight_decay, fused=fused
-        )
     return BeliefMatching(
         teacher,
         student,
         generator,
         Updates(
             side.updates,
-            torch.optim.Adam(generator_parameters, fused=fused),
+            torch.optim.Adam(generator.parameters(), fused=config.machine.fused),
             generator_terms(side.loss),
             side.clip or None,
             learning_rate(config.schedule, side.learning_rate, config.steps, side.updates),
         ),
-        Updates(
-            learner.updates,
-            student_optimizer,
-            student_terms(learner.loss),
-            learner.clip or None,
-            learning_rate(config.schedule, learner.learning_rate, config.steps, learner.updates),
-        ),
+        _student_updates(student, config, config.steps),
         latent=side.latent,
-        rng=draws("latents"),
+        rng=_draws(config, "latents", like.device),
         steps=config.steps,
         batch_size=config.batch_size,
         replay=replays[config.replay.kind](),
@@ -101,11 +79,110 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
         statistics=bool(side.loss.batchnorm),
         student_for_generator=learner.mode_for_generator,
         generator_for_student=side.mode_for_student,
-        autocast=functools.partial(torch.autocast, like.device.type, torch.bfloat16)
-        if config.machine.precision == "bf16"
-        else contextlib.nullcontext,
+        autocast=_autocast(config, like.device),
     )
 
 
-METHODS: dict[str, Make] = {"belief_matching": belief_matching}
+def bank(teacher: Classifier, student: nn.Module, config: Config) -> BankDistillation:
+    """Distillation from a bank as `config` describes it, for a teacher and a student on one device.
+
+    Raises ZsktError if teacher, student and config do not fit together.
+    """
+    side, box = config.generator, config.bank
+    _check_batchnorm(teacher, config)
+    like = next(p for p in student.parameters() if p.requires_grad)
+    assert isinstance(side.width, int), "settle_sizes first"
+    output = Pixels(teacher.mean.to(like), teacher.std.to(like))
+    generator = Generator(side.latent, teacher.input_size, side.width, output).to(like.device, like.dtype)
+    arrange(generator, config)
+    assert isinstance(box.random_crop, int), "settle_sizes first"
+    augmentation = Augmentation(box.random_crop, box.horizontal_flip)
+    latents = torch.empty(box.batch_size, side.latent, device=like.device, dtype=like.dtype, requires_grad=True)
+    groups = [
+        {"params": list(generator.parameters()), "lr": side.learning_rate},
+        {"params": [latents], "lr": box.latent_learning_rate},
+    ]
+    adam = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=config.machine.fused)
+    ask_teacher, ask_student = Observer(teacher.module, statistics=bool(side.loss.batchnorm)), Observer(student)
+    autocast = _autocast(config, like.device)
+
+    def ask(images: Tensor) -> Observation:
+        with autocast():
+            return ask_teacher(images)
+
+    rounds = Synthesis(
+        generator,
+        latents,
+        Updates(side.updates, adam, generator_terms(side.loss), side.clip or None),
+        classes=teacher.num_classes,
+        ask_teacher=ask_teacher,
+        ask_student=ask_student,
+        rng=_draws(config, "latents", like.device),
+        momentum=box.momentum,
+        augmentation=augmentation,
+        autocast=autocast,
+    )
+    images = Bank(
+        teacher,
+        ask,
+        box.rounds * box.batch_size,
+        views=box.views,
+        augmentation=augmentation,
+        rng=_draws(config, "bank", like.device),
+    )
+    updates = config.steps - box.warmup * side.updates
+    return BankDistillation(
+        student,
+        rounds,
+        images,
+        _student_updates(student, config, updates),
+        ask_student=ask_student,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        rounds=box.rounds,
+        warmup=box.warmup,
+        until=box.until,
+        autocast=autocast,
+    )
+
+
+def _check_batchnorm(teacher: Classifier, config: Config) -> None:
+    if config.generator.loss.batchnorm and not teacher.has_batchnorm:
+        raise ZsktError(
+            f"recipe {config.recipe} needs the BatchNorm statistics of the teacher, and this one has no BatchNorm; use "
+            "--recipe zskt-fresh or --set generator.loss.batchnorm=0"
+        )
+
+
+def _draws(config: Config, purpose: str, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(stream(config.seed, purpose))
+
+
+def _autocast(config: Config, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    assert config.machine.precision != "auto", "settle_precision first"
+    if config.machine.precision == "bf16":
+        return functools.partial(torch.autocast, device.type, torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def _student_updates(student: nn.Module, config: Config, steps: int) -> Updates:
+    """The student's updates, with the schedule over `steps`."""
+    learner, fused = config.student, config.machine.fused
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if learner.optimizer == "adam":
+        optimizer = torch.optim.Adam(parameters, weight_decay=learner.weight_decay, fused=fused)
+    else:
+        optimizer = torch.optim.SGD(
+            parameters,
+            momentum=learner.momentum,
+            nesterov=learner.nesterov,
+            weight_decay=learner.weight_decay,
+            fused=fused,
+        )
+    rate = learning_rate(config.schedule, learner.learning_rate, steps, learner.updates)
+    return Updates(learner.updates, optimizer, student_terms(learner.loss), learner.clip or None, rate)
+
+
+METHODS: dict[str, Make] = {"belief_matching": belief_matching, "bank": bank}
 """By their name in recipes."""

@@ -28,10 +28,13 @@ class GeneratorLoss:
     """mean absolute difference of the logits [DFAD, DFME]"""
     jensen_shannon: float = 0.0
     """Jensen-Shannon divergence of teacher and student, nats"""
+    masked_jensen_shannon: float = 0.0
+    """Jensen-Shannon divergence at temperature 3, of images that both networks put in the same class [CMI, Fast]"""
     batchnorm: float = 0.0
     """distance to the teacher's BatchNorm statistics, summed over layers [DeepInversion]"""
     one_hot: float = 0.0
-    """cross-entropy of the teacher's logits to their own argmax, nats [DAFL, DFQ]"""
+    """cross-entropy of the teacher's logits to the target classes, where a method draws them [CMI, Fast], or to their
+    own argmax [DAFL, DFQ], nats"""
     balance: float = 0.0
     """minus the entropy of the mean class probability, nats [DAFL, DFQ]"""
     activation: float = 0.0
@@ -70,7 +73,7 @@ class Generator:
     """channels of its first convolution [code]; auto: a power of two from 16 to 128, costing at most as much as both
     networks"""
     updates: int = 1
-    """generator updates per step, nG [paper]"""
+    """generator updates per step, nG [paper], or per round of method bank"""
     learning_rate: float = 1e-3
     """initial learning rate of Adam [code; the paper says 2e-3, which costs 2 points]"""
     clip: float = 5.0
@@ -93,6 +96,8 @@ class Student:
     """initial learning rate [paper, code]"""
     momentum: float = 0.0
     """momentum of sgd"""
+    nesterov: bool = False
+    """Nesterov momentum"""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient [code: none]"""
     clip: float = 5.0
@@ -111,6 +116,31 @@ class Replay:
     """same = the newest batch every time [paper], fresh = a new one every time [ReScience 2020], buffer = past ones"""
     capacity: int = 0
     """batches in the buffer, 0 unless kind is buffer"""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Method bank: rounds of synthesis that fill a bank of images, from which the student learns."""
+
+    rounds: int = 0
+    """rounds of synthesis in a run; 0 unless method is bank"""
+    warmup: int = 20
+    """rounds before the first student update"""
+    until: float = 0.8
+    """fraction of the student updates after which no more images are made"""
+    batch_size: int = 256
+    """images per round"""
+    latent_learning_rate: float = 1e-2
+    """learning rate of Adam for a round's latents"""
+    momentum: float = 0.0
+    """share of earlier updates in the BatchNorm statistics of the images [Fast: .9]"""
+    views: int = 8
+    """fixed crops and flips of each image, for which the teacher is asked once; 0: new ones, and the teacher, at every
+    update"""
+    random_crop: int | Literal["auto"] = "auto"
+    """pixels of padding that random crops are taken from, 0 = none; auto: an eighth of the shorter side"""
+    horizontal_flip: bool = False
+    """whether half of the views are flipped left to right"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,7 @@ class Config:
     recipe: str = "zskt"
     """the recipe that these values started from"""
     method: str = "belief_matching"
-    """belief_matching, or the function that builds a custom method"""
+    """belief_matching, bank, or the function that builds a custom method"""
     steps: int = 80_000
     """outer iterations N = pseudo batches in the paper's counting [paper: 80,000 for CIFAR-10, 50,000 for SVHN]"""
     batch_size: int = 128
@@ -168,6 +198,8 @@ class Config:
     """the student"""
     replay: Replay = field(default_factory=Replay)
     """the pseudo batches for the student"""
+    bank: Bank = field(default_factory=Bank)
+    """the bank of images"""
     schedule: Schedule = field(default_factory=Schedule)
     """learning rate schedule"""
 
@@ -176,17 +208,20 @@ class Config:
             check_bounds(name, value)
             if name in _POSITIVE and not (value == "auto" or value > 0):
                 raise UsageError(f"{name} = {value!r}: expected a positive number")
-            if name in _NOT_NEGATIVE and value < 0:
+            if name in _NOT_NEGATIVE and not (value == "auto" or value >= 0):
                 raise UsageError(f"{name} = {value!r}: expected 0 or a positive number")
         if self.format != FORMAT:
             raise UsageError(f"format = {self.format}: expected {FORMAT}, as this version writes; {OTHER_FORMAT}")
         if self.batch_size < 2:
             raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
         student, schedule, loss = self.student, self.schedule, self.generator.loss
+        if student.nesterov and not student.momentum:
+            raise UsageError("student.nesterov has no effect without student.momentum: set both or neither")
         if student.optimizer == "adam" and student.momentum:
             raise UsageError("student.momentum is for sgd, found student.optimizer = adam: drop one of them")
         if (self.replay.kind == "buffer") != (self.replay.capacity > 0):
             raise UsageError("replay.capacity and replay.kind = buffer go together: set both or neither")
+        self._check_bank()
         divergences = ("kl", "l1", "jensen_shannon")
         if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
             raise UsageError("all weights of student.loss are 0: set student.loss.kl")
@@ -203,6 +238,33 @@ class Config:
         for name, (is_unused, needed) in unused.items():
             if is_unused:
                 raise UsageError(f"{name} has no effect without {needed}: set both or neither")
+
+    def _check_bank(self) -> None:
+        """Raise UsageError for settings that do not go with the method."""
+        if self.method == "belief_matching" and self.bank != Bank():
+            raise UsageError("bank.* has no effect without method = bank: set both or neither")
+        if self.method != "bank":
+            return
+        warmup = self.bank.warmup * self.generator.updates
+        if not 0 < self.bank.warmup <= self.bank.rounds:
+            raise UsageError(
+                f"bank.warmup = {self.bank.warmup}: expected at least 1 and at most bank.rounds = {self.bank.rounds}, "
+                "as the student learns from what is there"
+            )
+        if warmup >= self.steps:
+            raise UsageError(
+                f"steps = {self.steps}: expected more than the {warmup} of the warm-up, bank.warmup x generator.updates"
+            )
+        if self.student.updates != 1:
+            raise UsageError(f"student.updates = {self.student.updates}: expected 1, as method is bank")
+        if self.student.loss.attention:
+            raise UsageError(
+                "student.loss.attention needs the teacher's stages, which a bank does not hold: set it to 0"
+            )
+        if not 0 < self.bank.until <= 1:
+            raise UsageError(f"bank.until = {self.bank.until}: expected a fraction of the run, above 0 and at most 1")
+        if not 0 <= self.bank.momentum < 1:
+            raise UsageError(f"bank.momentum = {self.bank.momentum}: expected at least 0 and below 1")
 
     RENAMED: ClassVar[dict[str, str]] = {
         **{name: f"machine.{name}" for name in ("device", "precision", "memory_format", "fused", "cuda_graph")},
@@ -236,6 +298,8 @@ _POSITIVE = {
     "student.learning_rate",
     "student.loss.temperature",
     "schedule.factor",
+    "bank.batch_size",
+    "bank.latent_learning_rate",
 }
 _NOT_NEGATIVE = {
     "seed",
@@ -244,6 +308,9 @@ _NOT_NEGATIVE = {
     "student.momentum",
     "student.weight_decay",
     "replay.capacity",
+    "bank.rounds",
+    "bank.views",
+    "bank.random_crop",
 }
 
 

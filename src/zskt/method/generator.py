@@ -1,4 +1,4 @@
-"""The generator: latent -> image in the teacher's normalised space, with unbounded output."""
+"""The generator: latent -> image in the teacher's normalised space."""
 
 import itertools
 import math
@@ -20,8 +20,13 @@ class Generator(nn.Module):
     the released ZSKT generator, without the biases of convolutions before a BatchNorm, whose gradient is zero.
     """
 
-    def __init__(self, latent: int, size: tuple[int, int, int], width: int = 128) -> None:
-        """`latent` is Z, `size` the image's (C, H, W), `width` the channels of the first convolution."""
+    def __init__(
+        self, latent: int, size: tuple[int, int, int], width: int = 128, output: nn.Module | None = None
+    ) -> None:
+        """`latent` is Z, `size` the image's (C, H, W), `width` the channels of the first convolution.
+
+        `output` comes last: by default a BatchNorm over the image's channels, as in the paper, or `Pixels`.
+        """
         super().__init__()
         channels, height, self.image_width = size
         self.height = height
@@ -39,8 +44,8 @@ class Generator(nn.Module):
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2, inplace=True))
             for a, b in itertools.pairwise(widths)
         )
-        self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1, bias=False)
-        self.conv_bn = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1, bias=output is not None)
+        self.conv_bn = nn.BatchNorm2d(channels) if output is None else output
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.linear(z).unflatten(1, self.start)  # (N, width, H / 2^d, W / 2^d)
@@ -58,6 +63,22 @@ class Generator(nn.Module):
         """That of the convolutions' weights; the linear layer's output has none."""
         weight = next(self.blocks.parameters())
         return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+
+
+class Pixels(nn.Module):
+    """Makes pixels in [0, 1] of any numbers (N, C, H, W), by a sigmoid, and normalises them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        """`mean` and `std` are (C, 1, 1)."""
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.sigmoid() - self.mean) / self.std
 
 
 def choose_width(latent: int, size: tuple[int, int, int], budget: int) -> int:

@@ -46,6 +46,19 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.stack(list(halves)).mean()
 
 
+def masked_jensen_shannon(student: Tensor, teacher: Tensor, *, temperature: float = 3.0) -> Tensor:
+    """mean_n a_n [KL(m || t) + KL(m || s)] / 2 of logits (N, K), with a_n = 1 where both have the same argmax, else 0.
+
+    t and s are the softmax over temperature T, m = (t + s) / 2, and all three are clamped to [.01, .99]. Source: CMI
+    (Fang et al. 2021) and Fast (Fang et al. 2022), as coded.
+    """
+    t, s = (F.softmax(at_least_float32(logits) / temperature, dim=1) for logits in (teacher, student))  # (N, K) each
+    m = ((t + s) / 2).clamp(0.01, 0.99)
+    t, s = t.clamp(0.01, 0.99), s.clamp(0.01, 0.99)
+    divergence = (m * (m.log() - (t.log() + s.log()) / 2)).sum(dim=1)  # (N,)
+    return (divergence * (student.argmax(dim=1) == teacher.argmax(dim=1))).mean()
+
+
 def attention_map(features: Tensor, size: Resolution | None = None) -> Tensor:
     """Mean over channels of the squared activations (N, C, H, W), as a unit vector per image: (N, H W).
 

@@ -3,8 +3,8 @@
 `examples/own_method.py` is a complete method.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,19 @@ class Method(Repeatable, Protocol):
 
         Equal for equal seed and state; changes no state.
         """
+        ...
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """A method with state that is only ever added to, such as a bank: a run saves what is new, beside checkpoints."""
+
+    def rows(self) -> Mapping[str, Tensor]:
+        """Everything added so far, by name, each (M, ...) with the same M."""
+        ...
+
+    def load_rows(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
+        """Replace everything by what `rows` returned, in consecutive parts."""
         ...
 
 

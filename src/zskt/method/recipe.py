@@ -90,7 +90,7 @@ def plan(
             raise ZsktError(f"{problem}; leave machine.memory_format out or set it to contiguous")
         reason += f"; in contiguous memory, as {problem}"
     if method is None or isinstance(recipe, Config):
-        config = settle_width(settle_stages(config, teacher, student), teacher, student)
+        config = settle_sizes(settle_stages(config, teacher, student), teacher, student)
     return Plan(config, reason, method or METHODS[config.method])
 
 
@@ -123,8 +123,10 @@ def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
     return config, "auto: the teacher has no BatchNorm, for which fresh pseudo batches are the best known choice"
 
 
-def settle_width(config: Config, teacher: Classifier, student: nn.Module) -> Config:
-    """The config with `auto` width resolved."""
+def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Config:
+    """The config with `auto` width and crops resolved."""
+    if config.method == "bank" and config.bank.random_crop == "auto":
+        config = replace(config, {"bank.random_crop": min(teacher.input_size[1:]) // 8})
     if config.generator.width != "auto":
         return config
     size = teacher.input_size

@@ -208,7 +208,7 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         raise ZsktError(f"{folder} was started with other settings ({'; '.join(different)}); resume it with the same")
 
 
-_OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint"}
+_OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows"}
 """What a run may have written before its first checkpoint is complete."""
 
 

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError
 from zskt.files import read_tensors
+from zskt.method.bank import bank_images
 from zskt.method.config import read_config
 from zskt.method.generator import Generator, pseudo_images
 from zskt.method.protocol import Make
@@ -15,6 +17,7 @@ from zskt.method.recipe import describe_method
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.run.checkpoint import restoring
+from zskt.run.shards import saved_rows
 
 Sample = Callable[[int, int], Tensor]
 """(n, seed) -> pseudo images (n, C, H, W), normalised"""
@@ -33,6 +36,9 @@ def sampler(
     if config.method == "belief_matching":
         generator = load_generator(folder, network)
         return functools.partial(pseudo_images, generator, generator.latent)
+    if config.method == "bank":
+        images = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
+        return functools.partial(bank_images, network, images)
     if method is None or teacher is None:
         raise ZsktError(
             f"{folder} uses a custom method, {config.method}: give --teacher, --method FILE:FUNCTION and "

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from zskt.errors import ZsktError
 from zskt.method.config import FORMAT, OTHER_FORMAT
-from zskt.method.protocol import Repeatable
+from zskt.method.protocol import Growing, Repeatable
 from zskt.run import checkpoint
+from zskt.run.shards import Shards
 from zskt.runtime import cpu_name, versions
 
 
@@ -73,6 +74,7 @@ class Lifecycle:
         if self.folder is not None:
             self.metrics = checkpoint.JsonLines(self.folder / "metrics.jsonl")
             self.timing = checkpoint.JsonLines(self.folder / "timing.jsonl")
+            self.shards = Shards(self.folder / "rows")
 
     @property
     def steps(self) -> int:
@@ -145,6 +147,7 @@ class Lifecycle:
             "metrics_bytes": self.metrics.size(),
             "timing_bytes": self.timing.size(),
             "seconds": round(self.seconds, 3),
+            "shards": self.shards.append(self.repeated.rows()) if isinstance(self.repeated, Growing) else [],
         }
         checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata)
 
@@ -163,6 +166,8 @@ class Lifecycle:
             for name, optimiser in self.repeated.optimisers().items():
                 checkpoint.restore_optimizer(optimiser, checkpoint.under(f"optimiser:{name}", tensors))
             self.repeated.load_state_dict(checkpoint.under("state", tensors))
+            if isinstance(self.repeated, Growing):
+                self.repeated.load_rows(self.shards.read(metadata["shards"]))
             checkpoint.restore_random_state(tensors, self.device)
             self.step, self.seconds_before = metadata["step"], metadata["seconds"]
             self.metrics.cut(metadata["metrics_bytes"])

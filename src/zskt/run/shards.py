@@ -1,0 +1,68 @@
+"""Rows that a method only ever adds to, such as images of a bank, in files beside the checkpoints.
+
+A checkpoint holds the names and hashes of these files, not their content: a bank may have gigabytes, a run has fifty
+checkpoints.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from torch import Tensor
+
+from zskt.errors import ZsktError, system_errors
+from zskt.files import read_tensors, write_tensors
+
+
+class Shard(TypedDict):
+    """A file of consecutive rows."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+class Shards:
+    """The files of a run, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: list[Shard] = []
+        """as of the checkpoint that was written or read last"""
+
+    def append(self, rows: Mapping[str, Tensor]) -> list[Shard]:
+        """Write the rows (M, ...) that no file has yet as one more file; returns all files for the checkpoint."""
+        first, end = sum(shard["rows"] for shard in self.known), len(next(iter(rows.values())))
+        if end > first:
+            path = self.folder / f"{first:08d}-{end:08d}.safetensors"
+            write_tensors(path, {name: tensor[first:end] for name, tensor in rows.items()})
+            self.known.append(Shard(file=path.name, rows=end - first, sha256=_digest(path)))
+        return self.known
+
+    def read(self, known: Sequence[Shard]) -> Iterator[dict[str, Tensor]]:
+        """The rows of each file that a checkpoint names, in order; raises ZsktError if one is damaged or missing.
+
+        Other files, written after that checkpoint, are removed.
+        """
+        self.known = list(known)
+        names = {shard["file"] for shard in known}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in names:
+                path.unlink()
+        for shard in known:
+            path = self.folder / shard["file"]
+            if _digest(path) != shard["sha256"]:
+                raise ZsktError(f"{path} is not as the checkpoint recorded it; restore it or start again")
+            yield read_tensors(path)[0]
+
+
+def saved_rows(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """The rows of a finished run, file by file."""
+    for path in sorted(folder.glob("*.safetensors")):
+        yield read_tensors(path)[0]
+
+
+def _digest(path: Path) -> str:
+    with system_errors("read", path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
