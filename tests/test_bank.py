@@ -173,6 +173,7 @@ def test_every_round_has_all_classes_alike_and_keeps_its_best_images(teacher: Cl
     assert batch.labels is not None
     assert set(batch.labels.bincount(minlength=10).tolist()) == {2, 3}
     assert torch.equal(batch.images, images[losses.index(min(losses))])
+    assert torch.equal(synthesis.images, batch.images)
     before = synthesis.latents.clone()
     synthesis.update()
     assert not torch.equal(before, synthesis.latents)
@@ -184,6 +185,8 @@ def test_moving_statistics_are_the_average_that_fast_uses() -> None:
     moving, running = MovingStatistics(0.9), torch.zeros(2)
     batches = [torch.tensor([float(i), 2.0 * i], requires_grad=True) for i in (1, 2, 3)]
     for index, mean in enumerate(batches):
+        moving.end_round()
+        moving(Observation(torch.zeros(1, 2), [], [ChannelStatistics(mean * 100, mean, running, running)]))  # replaced
         seen = moving(Observation(torch.zeros(1, 2), [], [ChannelStatistics(mean, mean + 1, running, running)]))
         expected = [1.0, 0.9 * 1 + 0.1 * 2, 0.9 * 1.1 + 0.1 * 3][index]
         assert seen.statistics[0].mean[0].item() == pytest.approx(expected)
@@ -194,12 +197,73 @@ def test_moving_statistics_are_the_average_that_fast_uses() -> None:
     assert batches[0].grad is None
 
 
-@pytest.mark.parametrize("stop", [4, 8, 13, 20])
-def test_a_stopped_run_resumes_bit_for_bit(teacher: Classifier, tmp_path: Path, stop: int) -> None:
+def test_the_next_round_begins_with_one_meta_step_along_the_sum_of_all_gradients(teacher: Classifier) -> None:
+    method = make(teacher, {"bank.survives": "meta"})
+    synthesis = method.synthesis
+    parameters = list(synthesis.generator.parameters())
+    before = [p.detach().clone().requires_grad_() for p in parameters]
+    adam = torch.optim.Adam(before, lr=3 * 4e-3, betas=(0.5, 0.999))
+    total = [torch.zeros_like(p) for p in parameters]
+    moved = False
+    for number in range(3):
+        synthesis.update()
+        if number == 1:
+            moved = any(not torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+        for gradients, p in zip(total, parameters, strict=True):
+            assert p.grad is not None
+            gradients += p.grad
+    for p, gradients in zip(before, total, strict=True):
+        p.grad = gradients
+    adam.step()
+    assert moved
+    for p, expected in zip(parameters, before, strict=True):
+        torch.testing.assert_close(p, expected)
+
+
+@pytest.mark.parametrize(
+    ("reset", "fresh"), [("first_layer", {"linear", "bn"}), ("generator", {"linear", "bn", "blocks"})]
+)
+def test_what_is_reset_begins_anew_and_nothing_else(teacher: Classifier, reset: str, fresh: set[str]) -> None:
+    method = make(teacher, {"bank.reset": reset, "bank.reset_every": 2, "generator.learning_rate": 1e-9})
+    synthesis, generator = method.synthesis, method.synthesis.generator
+
+    def changed(before: dict[str, Tensor]) -> set[str]:
+        after = {name: p.detach() for name, p in generator.named_parameters()}
+        return {name.split(".")[0] for name, p in after.items() if (p - before[name]).abs().max() > 1e-3}
+
+    before = {name: p.detach().clone() for name, p in generator.named_parameters()}
+    for _ in range(6):
+        synthesis.update()
+    assert changed(before) == set()
+    synthesis.update()
+    assert changed(before) == fresh  # a BatchNorm begins as it was
+
+
+def test_free_pixels_stay_within_the_range_of_pixels_and_can_return_to_it(teacher: Classifier) -> None:
+    method = make(teacher, {"bank.pixels": True, "bank.latent_learning_rate": 1.0})
+    synthesis = method.synthesis
+    assert synthesis.latents.shape == (10, *SIZE)
+    for _ in range(3):
+        synthesis.update()
+    assert synthesis.latents.grad is not None
+    assert bool((synthesis.latents.grad.abs().flatten(1).sum(dim=1) > 0).all())
+    torch.testing.assert_close(synthesis.images, teacher.normalise(teacher.denormalise(synthesis.images)))
+
+
+META = {"bank.momentum": 0.9, "bank.survives": "meta", "bank.reset": "first_layer", "bank.reset_every": 2}
+
+
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [(4, META), (8, META), (13, META | {"bank.reset": "generator"}), (20, {}), (8, {"bank.pixels": True})],
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    teacher: Classifier, tmp_path: Path, stop: int, changes: dict[str, Any]
+) -> None:
     """In the warm-up, within a round, between rounds, after the last round."""
 
     def run(out: Path, stop: int | None = None, resume: bool = False) -> zskt.DistillResult:
-        settings = TINY | {"log_every": 1, "checkpoint_every": 2, "bank.momentum": 0.9}
+        settings = TINY | changes | {"log_every": 1, "checkpoint_every": 2}
         student = make_student()
         return zskt.distill(teacher, student, "bank", settings=settings, out=out, stop_after=stop, resume=resume)
 
@@ -243,6 +307,9 @@ def test_damaged_rows_are_noticed_and_late_ones_removed(teacher: Classifier, tmp
         ({"student.updates": 2}, "student.updates"),
         ({"student.loss.attention": 250.0}, "attention"),
         ({"bank.until": 0.0}, "bank.until"),
+        ({"bank.reset": "generator"}, "bank.reset_every"),
+        ({"bank.pixels": True, "bank.survives": "meta"}, "bank.pixels"),
+        ({"generator.output": "batchnorm"}, "generator.output"),
         ({"bank.momentum": 1.0}, "bank.momentum"),
     ],
 )

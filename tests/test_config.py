@@ -39,7 +39,7 @@ def test_every_field_is_read_by_the_package() -> None:
 
 @pytest.mark.parametrize("name", ["", *recipe_texts()])
 def test_toml_round_trip(name: str) -> None:
-    changes = {"steps": 123, "student.learning_rate": 1 / 3, "machine.device": 'a "word" \\', "checkpoint_every": 7}
+    changes = {"steps": 12_345, "student.learning_rate": 1 / 3, "machine.device": 'a "word" \\', "checkpoint_every": 7}
     config = replace(load_recipe(name) if name else Config(), changes)
     assert from_toml(Config, to_toml(config), "here") == config
     assert set(flat(tomllib_config(to_toml(config)))) == set(flat(config))  # every value is spelled out

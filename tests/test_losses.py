@@ -10,6 +10,10 @@ from torch import Tensor
 
 from zskt.errors import ZsktError
 from zskt.method import losses
+from zskt.method.config import GeneratorLoss
+from zskt.method.terms import generator_terms
+from zskt.method.updates import Beliefs
+from zskt.networks.observe import Observation
 
 N, K = 6, 5
 Logits = tuple[Tensor, Tensor]
@@ -38,6 +42,23 @@ def test_forward_kl(logits: Logits, temperature: float, scale: losses.Scale, div
     total = sum(kl(softmax(t, temperature), softmax(s, temperature)) for s, t in zip(student, teacher, strict=True))
     found = losses.forward_kl(student, teacher, temperature=temperature, scale=scale)
     assert float(found) == pytest.approx(temperature**2 * total / divisor, rel=1e-12)
+
+
+def test_an_adversary_may_count_only_what_both_networks_agree_on(logits: Logits) -> None:
+    """Source: CMI and Fast: the KL of an image counts 0 where student and teacher differ in its class."""
+    student, teacher = logits
+    student[:2] = teacher[:2] + 0.1 * student[:2]
+    weights = losses.agreement(student, teacher)
+    assert weights.tolist() == [float(s.argmax() == t.argmax()) for s, t in zip(student, teacher, strict=True)]
+    assert 0 < weights.sum() < N
+    pairs = zip(student, teacher, weights.tolist(), strict=True)
+    total = sum(kl(softmax(t), softmax(s)) for s, t, agree in pairs if agree)
+    found = losses.forward_kl(student, teacher, weights=weights)
+    assert float(found) == pytest.approx(total / N, rel=1e-12)
+    images = torch.zeros(N, 1, 2, 2)
+    term = generator_terms(GeneratorLoss(kl=-2.0, kl_scale="batchmean", kl_where="agreeing"))["kl"]
+    beliefs = Beliefs(images, None, Observation(teacher), Observation(student))
+    assert float(term(beliefs)) == pytest.approx(-2 * total / N, rel=1e-12)
 
 
 def test_per_class_is_what_the_released_code_computes(logits: Logits) -> None:

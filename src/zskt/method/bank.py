@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import ZsktError
-from zskt.method.generator import pseudo_images
 from zskt.method.synthesis import Synthesis
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
 from zskt.method.views import Augmentation, random_views, view
@@ -178,16 +177,16 @@ class BankDistillation:
         return self.student_updates.update(beliefs)
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """Images (n, C, H, W) from the bank or, while it is empty, from the generator."""
+        """Images (n, C, H, W) from the bank or, while it is empty, from the round that goes on."""
         if self.bank.count:
             return self.bank.sample(n, seed)
-        return pseudo_images(self.synthesis.generator, self.synthesis.latents.shape[1], n, seed)
+        return bank_images(self.bank.teacher, self.synthesis.images, n, seed)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"student": self.student, "generator": self.synthesis.generator}
 
     def optimisers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"student": self.student_updates.optimizer, "generator": self.synthesis.updates.optimizer}
+        return {"student": self.student_updates.optimizer, **self.synthesis.optimisers()}
 
     def rows(self) -> dict[str, Tensor]:
         return self.bank.rows()

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from zskt.errors import ZsktError
 from zskt.method.bank import Bank, BankDistillation
 from zskt.method.config import Config
-from zskt.method.generator import Generator, Pixels
+from zskt.method.generator import FreePixels, Generator, Pixels
 from zskt.method.matching import BeliefMatching
 from zskt.method.protocol import Make
 from zskt.method.replay import Fresh, Replay, ReplayBuffer, Same
 from zskt.method.schedule import learning_rate
 from zskt.method.stage_pairs import stage_pairs
-from zskt.method.synthesis import Synthesis
+from zskt.method.synthesis import MetaGenerator, Synthesis
 from zskt.method.terms import generator_terms, student_terms
 from zskt.method.updates import Updates
 from zskt.method.views import Augmentation
@@ -49,8 +50,7 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
         if stages[0][-1:] != last:  # not compared, or not the last
             stages = (stages[0] + last, stages[1])
     like = next(p for p in student.parameters() if p.requires_grad)
-    assert isinstance(side.width, int), "settle_sizes first"
-    generator = Generator(side.latent, teacher.input_size, side.width).to(like.device, like.dtype)
+    generator = make_generator(teacher, config).to(like.device, like.dtype)
     arrange(generator, config)
     replays: dict[str, Callable[[], Replay]] = {
         "same": Same,
@@ -64,7 +64,7 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
         generator,
         Updates(
             side.updates,
-            torch.optim.Adam(generator.parameters(), fused=config.machine.fused),
+            torch.optim.Adam(generator.parameters(), betas=(side.beta1, 0.999), fused=config.machine.fused),
             generator_terms(side.loss),
             side.clip or None,
             learning_rate(config.schedule, side.learning_rate, config.steps, side.updates),
@@ -91,18 +91,25 @@ def bank(teacher: Classifier, student: nn.Module, config: Config) -> BankDistill
     side, box = config.generator, config.bank
     _check_batchnorm(teacher, config)
     like = next(p for p in student.parameters() if p.requires_grad)
-    assert isinstance(side.width, int), "settle_sizes first"
-    output = Pixels(teacher.mean.to(like), teacher.std.to(like))
-    generator = Generator(side.latent, teacher.input_size, side.width, output).to(like.device, like.dtype)
-    arrange(generator, config)
     assert isinstance(box.random_crop, int), "settle_sizes first"
     augmentation = Augmentation(box.random_crop, box.horizontal_flip)
-    latents = torch.empty(box.batch_size, side.latent, device=like.device, dtype=like.dtype, requires_grad=True)
-    groups = [
-        {"params": list(generator.parameters()), "lr": side.learning_rate},
-        {"params": [latents], "lr": box.latent_learning_rate},
-    ]
-    adam = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=config.machine.fused)
+    generator: nn.Module = FreePixels(teacher.mean, teacher.std) if box.pixels else make_generator(teacher, config)
+    generator.to(like.device, like.dtype)
+    arrange(generator, config)
+    shape = teacher.input_size if box.pixels else (side.latent,)
+    latents = torch.empty(box.batch_size, *shape, device=like.device, dtype=like.dtype, requires_grad=True)
+    adam = functools.partial(torch.optim.Adam, betas=(side.beta1, 0.999), fused=config.machine.fused)
+    groups: list[dict[str, Any]] = [{"params": [latents], "lr": box.latent_learning_rate}]
+    if parameters := list(generator.parameters()):
+        groups.append({"params": parameters, "lr": side.learning_rate})
+    meta = None
+    if box.survives == "meta":
+        meta = MetaGenerator(generator, functools.partial(adam, lr=side.updates * side.learning_rate))
+    reset = {
+        "nothing": [],
+        "generator": [generator],
+        "first_layer": [generator.linear, generator.bn] if isinstance(generator, Generator) else [],
+    }
     ask_teacher, ask_student = Observer(teacher.module, statistics=bool(side.loss.batchnorm)), Observer(student)
     autocast = _autocast(config, like.device)
 
@@ -113,13 +120,17 @@ def bank(teacher: Classifier, student: nn.Module, config: Config) -> BankDistill
     rounds = Synthesis(
         generator,
         latents,
-        Updates(side.updates, adam, generator_terms(side.loss), side.clip or None),
+        Updates(side.updates, adam(groups), generator_terms(side.loss), side.clip or None),
+        size=teacher.input_size,
         classes=teacher.num_classes,
         ask_teacher=ask_teacher,
         ask_student=ask_student,
         rng=_draws(config, "latents", like.device),
-        momentum=box.momentum,
         augmentation=augmentation,
+        momentum=box.momentum,
+        meta=meta,
+        reset=reset[box.reset],
+        reset_every=box.reset_every,
         autocast=autocast,
     )
     images = Bank(
@@ -152,6 +163,14 @@ def _check_batchnorm(teacher: Classifier, config: Config) -> None:
             f"recipe {config.recipe} needs the BatchNorm statistics of the teacher, and this one has no BatchNorm; use "
             "--recipe zskt-fresh or --set generator.loss.batchnorm=0"
         )
+
+
+def make_generator(network: Classifier, config: Config) -> Generator:
+    """The generator of a config for a network's images; its width is settled."""
+    side = config.generator
+    assert isinstance(side.width, int), "settle_sizes first"
+    output = Pixels(network.mean, network.std) if side.output == "pixels" else None
+    return Generator(side.latent, network.input_size, side.width, output)
 
 
 def _draws(config: Config, purpose: str, device: torch.device) -> torch.Generator:

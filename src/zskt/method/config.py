@@ -24,12 +24,12 @@ class GeneratorLoss:
     """forward KL of teacher and student logits [paper: maximised]"""
     kl_scale: Literal["per_class", "batchmean"] = "per_class"
     """per_class = mean over images and classes [code], batchmean = over images"""
+    kl_where: Literal["everywhere", "agreeing"] = "everywhere"
+    """agreeing: the KL of images that both networks put in the same class, 0 for others [CMI, Fast, NAYER]"""
     l1: float = 0.0
     """mean absolute difference of the logits [DFAD, DFME]"""
     jensen_shannon: float = 0.0
     """Jensen-Shannon divergence of teacher and student, nats"""
-    masked_jensen_shannon: float = 0.0
-    """Jensen-Shannon divergence at temperature 3, of images that both networks put in the same class [CMI, Fast]"""
     batchnorm: float = 0.0
     """distance to the teacher's BatchNorm statistics, summed over layers [DeepInversion]"""
     one_hot: float = 0.0
@@ -74,8 +74,12 @@ class Generator:
     networks"""
     updates: int = 1
     """generator updates per step, nG [paper], or per round of method bank"""
+    output: Literal["batchnorm", "pixels"] = "batchnorm"
+    """what comes last: a BatchNorm of the channels [code], or a sigmoid, so that pixels are in [0, 1] [CMI]"""
     learning_rate: float = 1e-3
     """initial learning rate of Adam [code; the paper says 2e-3, which costs 2 points]"""
+    beta1: float = 0.9
+    """decay of Adam's first moment [code: .9; GANs: .5]"""
     clip: float = 5.0
     """largest gradient norm, 0 = no clipping [code]"""
     mode_for_student: Literal["train", "eval"] = "train"
@@ -130,10 +134,19 @@ class Bank:
     """fraction of the student updates after which no more images are made"""
     batch_size: int = 256
     """images per round"""
+    pixels: bool = False
+    """optimise the pixels of a round's images themselves, without a generator [DeepInversion]"""
     latent_learning_rate: float = 1e-2
-    """learning rate of Adam for a round's latents"""
+    """learning rate of Adam for a round's latents, or pixels"""
     momentum: float = 0.0
-    """share of earlier updates in the BatchNorm statistics of the images [Fast: .9]"""
+    """share of earlier rounds in the BatchNorm statistics of the images [Fast: .9]"""
+    survives: Literal["last", "meta"] = "last"
+    """the generator that the next round begins with: as the last round left it, or as one step of Adam along the sum of
+    all the round's gradients makes it, at generator.updates times the learning rate [Fast]"""
+    reset: Literal["nothing", "first_layer", "generator"] = "nothing"
+    """what is initialised anew every `reset_every` rounds [first layer: Fast; generator: CMI, NAYER]"""
+    reset_every: int = 0
+    """rounds between two resets, 0 unless something is reset"""
     views: int = 8
     """fixed crops and flips of each image, for which the teacher is asked once; 0: new ones, and the teacher, at every
     update"""
@@ -212,6 +225,8 @@ class Config:
                 raise UsageError(f"{name} = {value!r}: expected 0 or a positive number")
         if self.format != FORMAT:
             raise UsageError(f"format = {self.format}: expected {FORMAT}, as this version writes; {OTHER_FORMAT}")
+        if not 0 <= self.generator.beta1 < 1:
+            raise UsageError(f"generator.beta1 = {self.generator.beta1}: expected at least 0 and below 1")
         if self.batch_size < 2:
             raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
         student, schedule, loss = self.student, self.schedule, self.generator.loss
@@ -225,13 +240,14 @@ class Config:
         divergences = ("kl", "l1", "jensen_shannon")
         if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
             raise UsageError("all weights of student.loss are 0: set student.loss.kl")
-        if not any(value for name, value in vars(loss).items() if name != "kl_scale"):
+        if not any(value for name, value in vars(loss).items() if name not in ("kl_scale", "kl_where")):
             raise UsageError("all weights of generator.loss are 0: set generator.loss.kl")
         unused = {
             "student.loss.temperature": (student.loss.temperature != 1 and not student.loss.kl, "student.loss.kl"),
             "student.loss.kl_scale": (student.loss.kl_scale != "per_class" and not student.loss.kl, "student.loss.kl"),
             "student.loss.stages": (bool(student.loss.stages) and not student.loss.attention, "student.loss.attention"),
             "generator.loss.kl_scale": (loss.kl_scale != "per_class" and not loss.kl, "generator.loss.kl"),
+            "generator.loss.kl_where": (loss.kl_where != "everywhere" and not loss.kl, "generator.loss.kl"),
             "schedule.clock": (schedule.clock != "step" and schedule.kind == "constant", "another schedule.kind"),
             "schedule.factor": (schedule.factor != 0.1 and schedule.kind != "multistep", "schedule.kind = multistep"),
         }
@@ -261,6 +277,12 @@ class Config:
             raise UsageError(
                 "student.loss.attention needs the teacher's stages, which a bank does not hold: set it to 0"
             )
+        if self.generator.output != "pixels":
+            raise UsageError("generator.output = batchnorm: expected pixels, as a bank stores images as bytes")
+        if (self.bank.reset == "nothing") != (self.bank.reset_every == 0):
+            raise UsageError("bank.reset and bank.reset_every go together: set both or neither")
+        if self.bank.pixels and (self.bank.survives, self.bank.reset) != ("last", "nothing"):
+            raise UsageError("bank.survives and bank.reset have no effect with bank.pixels: set one or the other")
         if not 0 < self.bank.until <= 1:
             raise UsageError(f"bank.until = {self.bank.until}: expected a fraction of the run, above 0 and at most 1")
         if not 0 <= self.bank.momentum < 1:
@@ -309,7 +331,12 @@ _NOT_NEGATIVE = {
     "student.weight_decay",
     "replay.capacity",
     "bank.rounds",
+    "bank.warmup",
+    "bank.until",
+    "bank.momentum",
+    "generator.beta1",
     "bank.views",
+    "bank.reset_every",
     "bank.random_crop",
 }
 

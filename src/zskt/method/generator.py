@@ -65,6 +65,25 @@ class Generator(nn.Module):
         return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
 
 
+class FreePixels(nn.Module):
+    """Stands for a generator where images are optimised themselves: clips them (N, C, H, W) to pixels in [0, 1].
+
+    The gradient of a clipped pixel passes, so that it can return. Source: DeepInversion, which clips after each update.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        """`mean` and `std` are (C, 1, 1)."""
+        super().__init__()
+        self.register_buffer("low", (0 - mean) / std)
+        self.register_buffer("high", (1 - mean) / std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x.clamp(self.low, self.high) - x).detach()
+
+
 class Pixels(nn.Module):
     """Makes pixels in [0, 1] of any numbers (N, C, H, W), by a sigmoid, and normalises them."""
 

@@ -19,8 +19,17 @@ from zskt.networks.observe import Observation, Resolution, at_least_float32
 Scale = Literal["per_class", "batchmean"]
 
 
-def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, scale: Scale = "batchmean") -> Tensor:
-    """T^2 mean_n sum_k t_nk (log t_nk - log s_nk), with t and s the softmax of logits (N, K) over temperature T.
+def forward_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale: Scale = "batchmean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """T^2 mean_n w_n sum_k t_nk (log t_nk - log s_nk), with t and s the softmax of logits (N, K) over temperature T.
+
+    `weights` w (N,) are 1 by default.
 
     `per_class` divides by K too: what the released ZSKT code's `kl_div(reduction='mean')` does, and what its attention
     weight of 250 is relative to. `batchmean` is the true mean divergence in nats. Source: ZSKT eq. 1; T^2 after Hinton
@@ -28,8 +37,20 @@ def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, sc
     """
     log_student = F.log_softmax(at_least_float32(student) / temperature, dim=1)  # (N, K)
     log_teacher = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)  # (N, K)
-    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    if weights is None:
+        divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    else:
+        each = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)  # (N,)
+        divergence = (weights * each).mean() * temperature**2
     return divergence / student.shape[1] if scale == "per_class" else divergence
+
+
+def agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """Weights (N,): 1 where the logits (N, K) of both put an image in the same class, else 0. Source: CMI, Fast, NAYER.
+
+    An adversary weighted by them looks for images that the student is unsure about, not for those it gets wrong.
+    """
+    return (student.argmax(dim=1) == teacher.argmax(dim=1)).to(at_least_float32(student).dtype)
 
 
 def l1_logits(student: Tensor, teacher: Tensor) -> Tensor:
@@ -44,19 +65,6 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     log_middle = torch.logaddexp(log_student, log_teacher) - math.log(2)  # (N, K)
     halves = (F.kl_div(log_middle, side, reduction="batchmean", log_target=True) for side in (log_student, log_teacher))
     return torch.stack(list(halves)).mean()
-
-
-def masked_jensen_shannon(student: Tensor, teacher: Tensor, *, temperature: float = 3.0) -> Tensor:
-    """mean_n a_n [KL(m || t) + KL(m || s)] / 2 of logits (N, K), with a_n = 1 where both have the same argmax, else 0.
-
-    t and s are the softmax over temperature T, m = (t + s) / 2, and all three are clamped to [.01, .99]. Source: CMI
-    (Fang et al. 2021) and Fast (Fang et al. 2022), as coded.
-    """
-    t, s = (F.softmax(at_least_float32(logits) / temperature, dim=1) for logits in (teacher, student))  # (N, K) each
-    m = ((t + s) / 2).clamp(0.01, 0.99)
-    t, s = t.clamp(0.01, 0.99), s.clamp(0.01, 0.99)
-    divergence = (m * (m.log() - (t.log() + s.log()) / 2)).sum(dim=1)  # (N,)
-    return (divergence * (student.argmax(dim=1) == teacher.argmax(dim=1))).mean()
 
 
 def attention_map(features: Tensor, size: Resolution | None = None) -> Tensor:

@@ -11,14 +11,16 @@ from zskt.method.updates import Beliefs, Term
 
 def generator_terms(w: GeneratorLoss) -> dict[str, Term]:
     """The generator's loss as weighted terms; a weight of 0 leaves the term out."""
+
+    def kl(b: Beliefs) -> Tensor:
+        student, teacher = b.student.logits, b.teacher.logits
+        weights = losses.agreement(student, teacher) if w.kl_where == "agreeing" else None
+        return losses.forward_kl(student, teacher, scale=w.kl_scale, weights=weights)
+
     terms: dict[str, tuple[float, Term]] = {
-        "kl": (w.kl, lambda b: losses.forward_kl(b.student.logits, b.teacher.logits, scale=w.kl_scale)),
+        "kl": (w.kl, kl),
         "l1": (w.l1, lambda b: losses.l1_logits(b.student.logits, b.teacher.logits)),
         "jensen_shannon": (w.jensen_shannon, lambda b: losses.jensen_shannon(b.student.logits, b.teacher.logits)),
-        "masked_jensen_shannon": (
-            w.masked_jensen_shannon,
-            lambda b: losses.masked_jensen_shannon(b.student.logits, b.teacher.logits),
-        ),
         "batchnorm": (w.batchnorm, lambda b: losses.batchnorm_prior(b.teacher.statistics)),
         "one_hot": (w.one_hot, lambda b: losses.one_hot(b.teacher.logits, b.labels)),
         "balance": (w.balance, lambda b: losses.class_balance(b.teacher.logits)),

@@ -10,6 +10,7 @@ from torch import Tensor
 from zskt.errors import ZsktError
 from zskt.files import read_tensors
 from zskt.method.bank import bank_images
+from zskt.method.build import make_generator
 from zskt.method.config import read_config
 from zskt.method.generator import Generator, pseudo_images
 from zskt.method.protocol import Make
@@ -64,7 +65,7 @@ def load_generator(folder: str | Path, network: Classifier) -> Generator:
         raise ZsktError(
             f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
         )
-    generator = Generator(config.generator.latent, network.input_size, config.generator.width)
+    generator = make_generator(network, config)
     with restoring(folder):
         generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
     return generator
