@@ -30,7 +30,7 @@ from torch import Tensor
 
 from zskt.data.arrays import Pixels, Split, find_arrays, read_arrays
 from zskt.data.sources import IMAGE_NAME, Member, Notice, members_of
-from zskt.errors import UsageError, ZsktError, first_line, to_stderr, unknown
+from zskt.errors import UsageError, ZsktError, failing, to_stderr, unknown
 from zskt.files import expanded, replacing, write_json
 from zskt.networks.models import Size
 
@@ -233,13 +233,12 @@ def _groups(files: list[Member]) -> Iterator[list[Member]]:
 
 def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, list[str]]:
     """One image as (C, H, W) uint8, resized if `size` is given, and what was changed."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=_DECODERS)
+    with failing(f"{member} cannot be decoded", "replace or remove it"):
+        try:
+            image: Image.Image = Image.open(io.BytesIO(content), formats=_DECODERS)
+        except UnidentifiedImageError:
+            raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
         image.load()
-    except UnidentifiedImageError:
-        raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
-    except Exception as error:  # damaged images and decompression bombs raise many types
-        raise ZsktError(f"{member} cannot be decoded ({first_line(error)}); replace or remove it") from error
     if image.mode not in _CHANNELS:
         raise ZsktError(f"{member}: expected 8 bits per channel, found mode {image.mode}; convert it")
     native = (_CHANNELS[image.mode], image.height, image.width)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from zskt.errors import ZsktError, cannot, first_line
+from zskt.errors import ZsktError, failing, system_errors
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 2**36
@@ -24,12 +24,8 @@ def open_archive(path: Path) -> zipfile.ZipFile:
     Raises ZsktError for absolute names or `..`, symbolic links, names given twice, and more than MOST_MEMBERS members,
     MOST_BYTES or MOST_EXPANSION, all before any member is read.
     """
-    try:
+    with failing(f"{path} is a damaged archive", "fetch or save it again"), system_errors("read", path):
         archive = zipfile.ZipFile(path)
-    except OSError as error:
-        raise cannot("read", path, error) from error
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise ZsktError(f"{path} is a damaged archive ({first_line(error)}); fetch or save it again") from error
     members = archive.infolist()
     names = [member.filename for member in members]
     checks: list[tuple[str, Callable[[zipfile.ZipInfo], bool]]] = [

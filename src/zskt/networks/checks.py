@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError, first_line
+from zskt.errors import ZsktError, failing
 from zskt.networks.classifier import Classifier, Output
 from zskt.networks.models import Size
-from zskt.networks.observe import check_state, evaluating, fixed_batch, logits_of, refusal
+from zskt.networks.observe import answer, check_state, evaluating, fixed_batch, logits_of
 
 SMALLEST = 1e-12
 """Least probability that a logarithm is taken of, so that its gradient is finite."""
@@ -49,20 +49,13 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
     Probabilities are turned into their logarithms. Unless `copied` is False, the given classifier is left unchanged.
     Raises ZsktError for a network that cannot be distilled (`probe`) or has another number of classes.
     """
-    try:
-        with torch.no_grad():
-            teacher = copy.deepcopy(classifier) if copied else classifier
+    advice = "remove attributes that are not part of it (locks, open files), or reload it"
+    with failing("the network cannot be copied and frozen", advice), torch.no_grad():
+        teacher = copy.deepcopy(classifier) if copied else classifier
         check_state(teacher.module, "network")
         for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_
             parameter.requires_grad_(False)
         teacher.eval()
-    except ZsktError:
-        raise
-    except (Exception, SystemExit) as error:  # locks, open files, tensors with a history, custom methods
-        raise ZsktError(
-            f"the network cannot be copied and frozen ({first_line(error)}); remove attributes that are not part of it "
-            "(locks, open files), or reload it"
-        ) from error
     if teacher.probed:
         return teacher
     found = probe(teacher.module, teacher.input_size)
@@ -124,12 +117,7 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
     """The outputs (2, K) for two images; raises ZsktError unless gradients reach the images."""
     images = noise.requires_grad_() * 1  # not a leaf, like a generator's images
     with torch.enable_grad():
-        try:
-            outputs = logits_of(module(images))  # (2, K)
-        except ZsktError:
-            raise
-        except (Exception, SystemExit) as error:  # a foreign module may raise anything for a shape
-            raise refusal(module, noise.detach(), error) from error
+        outputs = answer(module, images)  # (2, K)
     if images._version:
         raise ZsktError("the network changes its input images in place; use out-of-place operations")
     if not outputs.is_floating_point():
@@ -142,12 +130,8 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
     unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): the plain sum of probabilities has no gradient
     gradient = None
     if outputs.requires_grad:
-        try:
+        with failing("the backward pass of the network fails", "check its in-place operations"):
             (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
-        except Exception as error:
-            raise ZsktError(
-                f"the backward pass of the network fails ({first_line(error)}); check its in-place operations"
-            ) from error
     if gradient is None:
         raise ZsktError(
             "no gradient reaches the images, which distillation needs: remove torch.no_grad, inference_mode, integer "
@@ -160,23 +144,18 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
 
 def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> None:
     """Check a copy of the student with one forward and backward pass in training mode."""
-    try:
-        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
-            twin = copy.deepcopy(student)
-            twin.train()
-            logits = logits_of(twin(images))  # (2, K)
-            trained = [p for p in twin.parameters() if p.requires_grad]
-            weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, in case of a softmax
-            reached = logits.requires_grad and any(
-                gradient is not None
-                for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
-            )
-    except ZsktError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ZsktError(
-            f"the student cannot be copied and trained on a batch of two ({first_line(error)}); fix its training mode"
-        ) from error
+    unchanged = torch.random.fork_rng([images.device] if images.is_cuda else [])
+    what = "the student cannot be copied and trained on a batch of two"
+    with failing(what, "fix its training mode"), unchanged, torch.enable_grad():
+        twin = copy.deepcopy(student)
+        twin.train()
+        logits = logits_of(twin(images))  # (2, K)
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, in case of a softmax
+        reached = logits.requires_grad and any(
+            gradient is not None
+            for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
+        )
     if logits.shape != shape or not reached:
         found = f"shape {tuple(logits.shape)}" if logits.shape != shape else "logits without a gradient"
         raise ZsktError(
@@ -199,15 +178,8 @@ def check_pair(teacher: Classifier, student: nn.Module) -> None:
         )
     noise = torch.randn(2, *teacher.input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     size = " x ".join(map(str, teacher.input_size))
-    try:
-        with evaluating(student):
-            outputs = logits_of(student(noise))  # (2, K)
-    except ZsktError:
-        raise
-    except (Exception, SystemExit) as error:  # as in as_teacher
-        raise ZsktError(
-            f"the student rejects the teacher's images of {size} ({first_line(error)}); build it for that size"
-        ) from error
+    with failing(f"the student rejects the teacher's images of {size}", "build it for that size"), evaluating(student):
+        outputs = logits_of(student(noise))  # (2, K)
     if (kind := output_kind(outputs)) == "probabilities":
         raise ZsktError(f"expected a student that returns logits, found {kind}; remove its softmax")
     classes = outputs.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zskt.errors import ZsktError, printable, short
 from zskt.networks import models
 from zskt.networks.models import Size
-from zskt.networks.observe import batchnorm_layers, blank_images, check_state, evaluating, logits_of, refusal
+from zskt.networks.observe import answer, batchnorm_layers, blank_images, check_state, evaluating, logits_of
 
 Output = Literal["logits", "probabilities", "log-probabilities"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
@@ -126,14 +126,8 @@ class Classifier(nn.Module):
 
     def _count_classes(self) -> int:
         check_state(self.module, "network")
-        images = blank_images(self.module, self.input_size)  # (2, C, H, W)
-        try:
-            with evaluating(self.module):
-                return logits_of(self.module(images)).shape[1]
-        except ZsktError:
-            raise
-        except (Exception, SystemExit) as error:  # a foreign module may raise anything for a shape
-            raise refusal(self.module, images, error) from error
+        with evaluating(self.module):
+            return answer(self.module, blank_images(self.module, self.input_size)).shape[1]
 
 
 def checked_size(size: Sequence[int]) -> Size:

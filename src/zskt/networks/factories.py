@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from zskt.errors import UsageError, ZsktError, first_line, short, unknown
+from zskt.errors import UsageError, ZsktError, failing, first_line, short, unknown
 from zskt.settings import from_text
 
 _ORIGIN = "_zskt_factory"
@@ -62,20 +62,13 @@ def find_function(spec: str) -> Callable[..., Any]:
     path = _file_of(spec)
     if path is not None and not path.is_file():
         raise ZsktError(f"expected a Python file at {path}, found none; check the path before the colon")
-    with _importable(spec):
-        try:
-            found: Any = _load_file(path) if path is not None else importlib.import_module(place)
-            for part in name.split("."):
-                if not hasattr(found, part):
-                    raise unknown(f"function in {place}", part, _callables(found))
-                found = getattr(found, part)
-        except UsageError:
-            raise
-        except (Exception, SystemExit) as error:  # user code can raise anything
-            raise ZsktError(
-                f"cannot import {place} for {spec} ({type(error).__name__}: {first_line(error)}); check its name, the "
-                "current folder and the code"
-            ) from error
+    advice = "check its name, the current folder and the code"
+    with _importable(spec), failing(f"cannot import {place} for {spec}", advice, named=True):
+        found: Any = _load_file(path) if path is not None else importlib.import_module(place)
+        for part in name.split("."):
+            if not hasattr(found, part):
+                raise unknown(f"function in {place}", part, _callables(found))
+            found = getattr(found, part)
     if not callable(found):
         raise ZsktError(f"expected a function or class at {spec}, found {type(found).__name__}; give another name")
     function: Callable[..., Any] = found

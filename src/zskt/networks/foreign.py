@@ -1,4 +1,4 @@
-"""Other people's libraries: imported when asked for, kept quiet, their errors as one line."""
+"""Other people's libraries: imported when asked for, kept quiet, their failure to import as one line."""
 
 import contextlib
 import importlib
@@ -50,18 +50,6 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
         if transformers is not None and bars:
             transformers.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def failing(what: str) -> Iterator[None]:
-    """Quiet, and whatever goes wrong with `what` is one line."""
-    try:
-        with quiet():
-            yield
-    except ZsktError:
-        raise
-    except Exception as error:  # a parser of foreign files fails in every way
-        raise ZsktError(f"cannot load {what} ({type(error).__name__}: {first_line(error)}); check it") from error
 
 
 def optional(package: str, extra: str) -> Any:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import ZsktError, first_line
+from zskt.errors import ZsktError, failing
 from zskt.files import read_json, tensor_shapes
 from zskt.networks.classifier import count_parameters
-from zskt.networks.foreign import Found, failing, optional
+from zskt.networks.foreign import Found, optional, quiet
 from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.rebuild import unallocated, without_code
 from zskt.networks.weights import find_state_dict
@@ -23,15 +23,12 @@ FETCHED = ["*.json", "*.safetensors", "README.md"]
 def fetch(repository: str, revision: str | None = None) -> Path:
     """The local copy of a repository "owner/name" of the Hugging Face hub, downloaded unless it is there already."""
     hub = optional("huggingface_hub", "hub")
-    try:
+    what = f"found no folder {repository}, and cannot download it from the Hugging Face hub"
+    # Unknown, private, offline, ...: the name of the exception says which.
+    with failing(what, "check the name, the revision, your access and the connection", named=True):
         return Path(
             hub.snapshot_download(repository, revision=revision, allow_patterns=FETCHED, ignore_patterns=["*/*"])
         )
-    except Exception as error:  # unknown, private, offline, ...: the name of its class says which
-        raise ZsktError(
-            f"found no folder {repository}, and cannot download it from the Hugging Face hub ({type(error).__name__}: "
-            f"{first_line(error)}); check the name, the revision, your access and the connection"
-        ) from error
 
 
 def read_folder(folder: Path) -> Found:
@@ -46,7 +43,7 @@ def read_folder(folder: Path) -> Found:
             "save_pretrained"
         )
     written = read_json(folder / "config.json")
-    with failing(str(folder)):
+    with failing(f"cannot load {folder}", "check it", named=True), quiet():
         config, kind = _config_and_class(transformers, written, folder / "config.json")
         weights = None if tensors else read_weights(pickled[0])  # never by the library, which may unpickle
         held = sum(math.prod(shape) for path in tensors for shape in tensor_shapes(path).values())
@@ -111,7 +108,8 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
             found.source = name
             break
     channels = getattr(config, "num_channels", None)
-    try:
+    advice = "correct it, or remove it and give --input-size, --mean and --std"
+    with failing(f"cannot make sense of {folder / found.source}", advice, named=True):
         if not isinstance(written, dict):
             raise TypeError(f"expected an object, found {type(written).__name__}")
         sides = _sides(written) or _pair(getattr(config, "image_size", None))
@@ -128,11 +126,6 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
             mean, std = (list(map(float, written[name])) for name in ("image_mean", "image_std"))
         mean = [value + offset for value in mean]
         found.mean, found.std, _ = unit_normalisation(mean, std, white=white, where=folder / found.source)
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ZsktError(
-            f"cannot make sense of {folder / found.source} ({type(error).__name__}: {first_line(error)}); correct it, "
-            "or remove it and give --input-size, --mean and --std"
-        ) from error
 
 
 def _sides(written: Mapping[str, Any]) -> tuple[int, int] | None:

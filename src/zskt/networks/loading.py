@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import UsageError, ZsktError, short, to_stderr
+from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
 from zskt.networks.archives import kind_of
@@ -17,7 +17,7 @@ from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.folder import is_hub_folder, load_network
-from zskt.networks.foreign import Found, failing, optional
+from zskt.networks.foreign import Found, optional, quiet
 from zskt.networks.graphs import read_exported, read_torchscript
 from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.weights import fill
@@ -197,7 +197,7 @@ def _from_library(
     package = optional("torchvision.models" if library == "torchvision" else "timm", "vision")
     if weights is None:
         notice(f"{library} downloads its weights for {name}, unless it has done so before")
-    with failing(f"{library}:{name}"):
+    with failing(f"cannot load {library}:{name}", "check it", named=True), quiet():
         if library == "timm":
             module = package.create_model(name, pretrained=weights is None, **arguments)
             config = dict(module.pretrained_cfg)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from zskt.errors import ZsktError, first_line, short
+from zskt.errors import ZsktError, failing, first_line, short
 
 T = TypeVar("T")
 
@@ -191,6 +191,16 @@ def refusal(module: nn.Module, images: Tensor, error: BaseException) -> ZsktErro
     )
 
 
+def answer(module: nn.Module, images: Tensor) -> Tensor:
+    """Logits (2, K) of images (2, C, H, W); raises ZsktError saying why the network rejects them."""
+    try:
+        return logits_of(module(images))
+    except ZsktError:
+        raise
+    except (Exception, SystemExit) as error:  # a foreign module may raise anything for a shape
+        raise refusal(module, images.detach(), error) from error
+
+
 def fixed_batch(count: int, error: BaseException) -> ZsktError:
     """The error for a network with a fixed batch size."""
     return ZsktError(
@@ -201,10 +211,8 @@ def fixed_batch(count: int, error: BaseException) -> ZsktError:
 
 def check_state(module: nn.Module, who: str) -> None:
     """Raise ZsktError unless the state of the network `who` consists of dense tensors with values."""
-    try:
+    with failing(f"state_dict of the {who} fails", "fix it"):
         state = module.state_dict()
-    except (Exception, SystemExit) as error:
-        raise ZsktError(f"state_dict of the {who} fails ({first_line(error)}); fix it") from error
     for name, value in state.items():
         found = (
             ""

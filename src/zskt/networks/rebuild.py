@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zskt.errors import ZsktError, first_line, short, to_stderr
+from zskt.errors import ZsktError, failing, short, to_stderr
 from zskt.networks import models
 from zskt.networks.factories import call_factory, factory_of
 from zskt.networks.foreign import optional, quiet
@@ -105,13 +105,8 @@ def _from_transformers(name: str, config: dict[str, Any], where: Path, num_class
             "of its own; install another version, or make the network yourself and hand it in"
         )
     config = without_code(config, where, num_classes)
-    try:
-        with quiet():
-            module: nn.Module = kind(kind.config_class.from_dict(config))
-    except Exception as error:  # a config of another version may fail in any way
-        raise ZsktError(
-            f"{where} holds a config that {name} does not accept ({first_line(error)}); save the network again"
-        ) from error
+    with failing(f"{where} holds a config that {name} does not accept", "save the network again"), quiet():
+        module: nn.Module = kind(kind.config_class.from_dict(config))
     return module
 
 

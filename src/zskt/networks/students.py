@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from zskt.errors import UsageError, ZsktError, first_line
+from zskt.errors import UsageError, ZsktError, failing
 from zskt.networks import models
 from zskt.networks.checks import Logarithm
 from zskt.networks.classifier import Classifier, count_parameters
@@ -232,14 +232,9 @@ def _listed(teacher: Classifier, library: str, home: str) -> Iterator[Ladder]:
 
 def _from_library(teacher: Classifier, library: str, name: str) -> nn.Module:
     """A timm or torchvision network with random weights for the teacher's classes."""
-    home = "timm" if library == "timm" else "torchvision.models"
-    try:
-        importlib.import_module(home)
-    except Exception as error:  # a torchvision built for another torch raises RuntimeError
-        raise ZsktError(
-            f"{library}:{name} needs {library}, which cannot be imported ({first_line(error)}); "
-            "pip install 'zskt[vision]'"
-        ) from error
+    what = f"{library}:{name} needs {library}, which cannot be imported"
+    with failing(what, "pip install 'zskt[vision]'"):
+        importlib.import_module("timm" if library == "timm" else "torchvision.models")
     arguments: dict[str, Any] = {"num_classes": teacher.num_classes}
     if library == "timm":
         made = {"model_name": name, "pretrained": False, "in_chans": teacher.input_size[0]}

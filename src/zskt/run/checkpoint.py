@@ -20,7 +20,7 @@ import filelock
 import torch
 from torch import Tensor
 
-from zskt.errors import UsageError, ZsktError, cannot, first_line
+from zskt.errors import UsageError, ZsktError, failing, system_errors
 from zskt.files import TEMPORARY, read_tensors, read_text, write_tensors
 from zskt.method.config import Config, read_config
 from zskt.settings import flat
@@ -58,15 +58,10 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
 
 
-@contextlib.contextmanager
-def restoring(folder: Path) -> Iterator[None]:
-    """Turn errors while restoring a checkpoint into a ZsktError: it does not fit."""
-    try:
-        yield
-    except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ZsktError(
-            f"the checkpoint in {folder} does not fit ({first_line(error)}); resume with the same model and settings"
-        ) from error
+def restoring(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The boundary for restoring a checkpoint: errors inside mean that it does not fit."""
+    kinds = RuntimeError, LookupError, TypeError, ValueError
+    return failing(f"the checkpoint in {folder} does not fit", "resume with the same model and settings", kinds=kinds)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,20 +126,14 @@ class JsonLines:
 
     def append(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, allow_nan=False) + "\n"
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise cannot("write", self.path, error) from error
+        with system_errors("write", self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def size(self) -> int:
         """Size in bytes, after an fsync."""
-        try:
-            with self.path.open("ab") as file:
-                os.fsync(file.fileno())
-                return os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise cannot("write", self.path, error) from error
+        with system_errors("write", self.path), self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
 
     def cut(self, size: int) -> None:
         """Truncate to `size` bytes, which drops lines newer than the checkpoint."""
@@ -152,11 +141,8 @@ class JsonLines:
             raise ZsktError(
                 f"{self.path} is shorter than its checkpoint says; restore it or start again with another --out"
             )
-        try:
-            with self.path.open("ab") as file:
-                file.truncate(size)
-        except OSError as error:
-            raise cannot("write", self.path, error) from error
+        with system_errors("write", self.path):
+            os.truncate(self.path, size)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -184,7 +170,7 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
 
     A run that was stopped before its first checkpoint starts again either way.
     """
-    try:
+    with system_errors("use", folder):
         if folder.exists() and not folder.is_dir():
             raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
         begun = exists(folder / "checkpoint") or (folder / "student.json").exists()
@@ -192,8 +178,6 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
             raise ZsktError(
                 f"expected a new or empty folder at {folder}, found other things ({other[0]}); choose another --out"
             )
-    except OSError as error:
-        raise cannot("use", folder, error) from error
     if begun and not resume:
         raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
     if not begun:
@@ -233,15 +217,14 @@ def owning(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    try:
+    with system_errors("write", folder):
         fresh = not _content(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
-    except OSError as error:
-        raise cannot("write", folder, error) from error
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
     try:
         for path in folder.rglob(TEMPORARY):  # left behind by a killed process
             path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import UsageError, ZsktError, first_line
+from zskt.errors import UsageError, ZsktError, failing
 from zskt.files import read_json, read_text, write_text
 from zskt.method.config import Config
 from zskt.run.checkpoint import read_lines
@@ -63,14 +63,10 @@ def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
     if len({run["name"] for run in runs}) < len(runs):
         for run, folder in zip(runs, folders, strict=True):
             run["name"] = str(folder)
-    try:
+    what = f"metrics.jsonl or student.json in {', '.join(map(str, folders))} is damaged"
+    with failing(what, "restore or omit it", kinds=(LookupError, TypeError, ValueError, AttributeError)):
         page = _page(runs)
         summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        names = ", ".join(map(str, folders))
-        raise ZsktError(
-            f"metrics.jsonl or student.json in {names} is damaged ({first_line(error)}); restore or omit it"
-        ) from error
     write_text(path, page)
     return summaries
 
