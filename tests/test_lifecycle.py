@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import zskt
 from zskt.run import checkpoint, lifecycle
-from zskt.run.lifecycle import Intervals, Lifecycle, describe
+from zskt.run.lifecycle import Lifecycle, describe
 
 
 class Walk:
@@ -53,7 +53,12 @@ def life(folder: Path | None, **options: Any) -> Lifecycle:
     torch.manual_seed(0)
     if folder is not None:
         folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = {"intervals": Intervals(log=1, evaluate=4, checkpoint=3), "identity": {"what": "walk"}}
+    settings: dict[str, Any] = {
+        "log_every": 1,
+        "evaluate_every": 4,
+        "checkpoint_every": 3,
+        "identity": {"what": "walk"},
+    }
     return Lifecycle(Walk(), folder, **settings | options)
 
 
@@ -115,7 +120,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_losses_that_are_not_finite_end_a_run_at_its_next_line(tmp_path: Path) -> None:
-    run = life(tmp_path / "run", intervals=Intervals(log=4, evaluate=100, checkpoint=2))
+    run = life(tmp_path / "run", log_every=4, evaluate_every=100, checkpoint_every=2)
     assert isinstance(run.repeated, Walk)
     run.repeated.bad_from = 6
     with pytest.raises(zskt.ZsktError, match=r"loss of the walk is nan at step 8: .*lower walk\.learning_rate"):
@@ -125,7 +130,7 @@ def test_losses_that_are_not_finite_end_a_run_at_its_next_line(tmp_path: Path) -
 @pytest.mark.parametrize("folder", [True, False])
 def test_weights_that_are_not_finite_are_neither_kept_nor_returned(folder: bool, tmp_path: Path) -> None:
     """Even where no loss showed it: the last update comes after the last loss."""
-    run = life(tmp_path / "run" if folder else None, intervals=Intervals(log=100, evaluate=100, checkpoint=100))
+    run = life(tmp_path / "run" if folder else None, log_every=100, evaluate_every=100, checkpoint_every=100)
 
     def break_it(event: lifecycle.Event) -> None:
         assert isinstance(run.repeated, Walk)

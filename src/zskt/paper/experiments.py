@@ -25,7 +25,7 @@ from zskt.networks.folder import load_network, save_teacher
 from zskt.paper.baselines import cross_entropy, few_shot, kd_at, teach, train_student
 from zskt.paper.jobs import Job, Show
 from zskt.paper.training import Training, digest
-from zskt.run.checkpoint import owning
+from zskt.run.checkpoint import exists, owning
 from zskt.run.distill import distill
 from zskt.run.lifecycle import Event
 from zskt.runtime import pick_device, seeded
@@ -217,11 +217,8 @@ class Experiment:
                 self.build(self.student, seed),
                 recipe,
                 settings=settings,
-                out=folder,
                 evaluate=self.measuring,
-                resume=started(folder),
-                stop_after=stop_after,
-                callbacks=[lambda event: show(event.step, event.steps, percent((event.line or {}).get("accuracy")))],
+                **going_on(folder, stop_after, show),
             ).finished
 
         return Job(
@@ -316,14 +313,15 @@ def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]
     """How a training is kept in its job's folder, resumed there, left early and shown."""
 
     def callback(event: Event) -> None:
-        show(event.step, event.steps, percent((event.line or {}).get("accuracy")))
+        accuracy = (event.line or {}).get("accuracy")
+        show(event.step, event.steps, "" if accuracy is None else f"test {100 * accuracy:.2f} %")
 
     return {"out": folder, "resume": started(folder), "stop_after": stop_after, "callbacks": [callback]}
 
 
 def started(folder: Path) -> bool:
     """Whether a job has a checkpoint; a folder without one is removed."""
-    if any((folder / "checkpoint").glob("*.safetensors")):
+    if exists(folder / "checkpoint"):
         return True
     if folder.exists():
         with owning(folder):  # not in use
@@ -334,11 +332,6 @@ def started(folder: Path) -> bool:
 def amount(per_class: int | None) -> str:
     """How many images of each class, for names."""
     return "all" if per_class is None else f"{per_class}-per-class"
-
-
-def percent(accuracy: float | None) -> str:
-    """What to show beside a bar."""
-    return "" if accuracy is None else f"test {100 * accuracy:.2f} %"
 
 
 def normalisation(train: Dataset) -> tuple[Sequence[float], Sequence[float]]:

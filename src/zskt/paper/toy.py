@@ -6,11 +6,10 @@ numbers are those of the paper's notebook (polo5/ZeroShotKnowledgeTransfer, note
 N points, K classes, G x G grid; everything runs in float32 on one CPU thread.
 """
 
-import contextlib
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from zskt.files import replacing
 from zskt.method.losses import forward_kl
 from zskt.paper.tables import markdown, provenance
 from zskt.run.plots import save_image
-from zskt.runtime import arithmetic, seeded, stream
+from zskt.runtime import arithmetic, seeded, stream, threads
 
 GAUSSIANS = (  # class, centre, standard deviations, radius of the hole around the centre
     (0, (0.0, 1.0), (0.3, 0.4), 0.3),
@@ -182,7 +181,7 @@ class PointMatching:
 def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None] | None = None) -> ToyResult:
     """The experiment; about fifty evenly spaced rounds are recorded, and `callback` is called with each."""
     started = time.monotonic()
-    with arithmetic(), _one_thread():
+    with arithmetic(), threads(1):  # enough for matrices this small, and sums are the same on every machine
         points, labels = butterfly(seed)
         training = round(TRAINING_SHARE * len(points))
         teacher = train_teacher(points[:training], labels[:training], seed)
@@ -209,24 +208,13 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
 
 def seconds_per_round() -> float:
     """Seconds of a round on this machine without drawing: the mean of 20 with untrained networks."""
-    with arithmetic(), seeded(0), _one_thread():
+    with arithmetic(), seeded(0), threads(1):
         matching = PointMatching(mlp().requires_grad_(False), mlp(), torch.randn(POINTS, 2))
         started = time.monotonic()
         for _ in range(20):
             matching.move_points()
             matching.train_student()
         return (time.monotonic() - started) / 20
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread: enough for matrices this small, and sums come out the same on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -276,15 +264,10 @@ def _render(figure: Figure, scale: float) -> Image.Image:
 
 
 def save_animation(path: Path, images: Sequence[Image.Image]) -> None:
-    """Write a looping .gif or .webp; each image is shown for 0.12 s, the last one for 2 s."""
-    kind = {".gif": "GIF", ".webp": "WEBP"}.get(path.suffix)
-    if kind is None or not images:
-        raise UsageError(
-            f"{path}: expected at least one image and the suffix .gif or .webp, found {len(images)} images"
-        )
+    """Write a looping GIF; each image is shown for 0.12 s, the last one for 2 s."""
     shown = [120] * (len(images) - 1) + [2000]
     with replacing(path) as file:
-        images[0].save(file, format=kind, save_all=True, append_images=images[1:], duration=shown, loop=0)
+        images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=shown, loop=0)
 
 
 def reproduce_toy(
@@ -326,19 +309,22 @@ def reproduce_toy(
 def toy_table(result: Mapping[str, Any]) -> str:
     """The Markdown page for what `reproduce_toy` returned, with the `circumstances` of the run."""
     stamp = f" (scale {result['scale']:g})" if "scale" in result else ""
-    lines = [f"# Toy experiment: agreement with the teacher over the plane{stamp}", ""]
     rows = [
         [str(run["seed"]), f"{run['agreement']:.3f}", f"{run['teacher_accuracy']:.3f}", f"{run['seconds']:.0f}"]
         for run in result["per_seed"]
     ]
     rows.append(["median", f"{result['agreement']:.3f}", f"{result['teacher_accuracy']:.3f}", ""])
-    lines += markdown(["seed", "agreement", "teacher accuracy", "seconds"], rows)
-    lines += [
-        "",
-        "The paper gives the teacher's accuracy, 0.968, and shows the student's regions without a number.",
-        "",
-    ]
-    lines += ["![agreement over the rounds](toy-agreement.png)", ""]
-    lines += [f"![both networks' regions](toy-seed-{result['seeds'][0]}.gif)", ""]
-    lines += provenance({**result, "threads": 1})
-    return "\n".join(lines) + "\n"
+    table = "\n".join(markdown(["seed", "agreement", "teacher accuracy", "seconds"], rows))
+    made = "\n".join(provenance({**result, "threads": 1}))
+    return f"""# Toy experiment: agreement with the teacher over the plane{stamp}
+
+{table}
+
+The paper gives the teacher's accuracy, 0.968, and shows the student's regions without a number.
+
+![agreement over the rounds](toy-agreement.png)
+
+![both networks' regions](toy-seed-{result["seeds"][0]}.gif)
+
+{made}
+"""

@@ -30,7 +30,7 @@ from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import check_teacher_folder, save_network
 from zskt.networks.observe import memory_format
 from zskt.run import checkpoint
-from zskt.run.lifecycle import Callback, Intervals, Lifecycle
+from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.runtime import arithmetic, pick_device, seeded, stream
 from zskt.settings import check_bounds
 
@@ -204,7 +204,9 @@ def fit(
         life = Lifecycle(
             repeated,
             folder,
-            intervals=Intervals(log=every, evaluate=every, checkpoint=every),
+            log_every=every,
+            evaluate_every=every,
+            checkpoint_every=every,
             identity={
                 "settings": settings,
                 "normalisation": [like.mean.flatten().tolist(), like.std.flatten().tolist()],

@@ -29,7 +29,7 @@ from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module
 from zskt.run import checkpoint
 from zskt.run.cuda_graph import CapturedStep
-from zskt.run.lifecycle import Callback, Intervals, Lifecycle
+from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.run.plots import believed_grid, save_image
 from zskt.runtime import arithmetic, pick_device, seeded, stream, threads
 from zskt.settings import flat, to_toml
@@ -131,9 +131,9 @@ def distill(
             life = Lifecycle(
                 repeated,
                 folder,
-                intervals=Intervals(
-                    config.interval("log_every"), config.interval("evaluate_every"), config.interval("checkpoint_every")
-                ),
+                log_every=config.interval("log_every"),
+                evaluate_every=config.interval("evaluate_every"),
+                checkpoint_every=config.interval("checkpoint_every"),
                 identity={"method": config.method, "teacher": frozen.fingerprint()},
                 machine={name: value for name, value in flat(config.machine).items() if name != "device"},
                 evaluate=examiner.examine,

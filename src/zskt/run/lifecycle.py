@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zskt.errors import ZsktError
 from zskt.method.config import FORMAT, OTHER_FORMAT
@@ -30,22 +30,15 @@ class Event:
 Callback = Callable[[Event], None]
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Steps between log lines, evaluations and checkpoints."""
-
-    log: int
-    evaluate: int
-    checkpoint: int
-
-
 @dataclass
 class Lifecycle:
     """The state of a run, and its files if it has a folder."""
 
     repeated: Repeatable
     folder: Path | None
-    intervals: Intervals
+    log_every: int
+    evaluate_every: int
+    checkpoint_every: int
     identity: Mapping[str, Any]
     """JSON values that a run must share with the checkpoint it resumes from"""
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +55,7 @@ class Lifecycle:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.device = next(parameter.device for module in self._modules() for parameter in module.parameters())
+        self.device = next(p.device for module in self.repeated.modules().values() for p in module.parameters())
         self.machine = {
             **self.machine,
             "device": str(self.device),
@@ -100,7 +93,7 @@ class Lifecycle:
                 for callback in callbacks:
                     callback(Event(self.step, self.steps, losses, line, self.repeated))
                 leaving = request.reached() or self.step == last
-                if leaving or self.step % self.intervals.checkpoint == 0:
+                if leaving or self.step % self.checkpoint_every == 0:
                     self.save()
                 if leaving:
                     request.raise_if_signalled(f"stopped at step {self.step:,} of {self.steps:,}")
@@ -109,10 +102,10 @@ class Lifecycle:
     def log(self, losses: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Write what is due after this step; returns the log line, if any. Only this waits for losses."""
         line: dict[str, Any] = {"step": self.step}
-        if self.step in (1, self.steps) or self.step % self.intervals.log == 0:
+        if self.step in (1, self.steps) or self.step % self.log_every == 0:
             line |= describe(losses)
             self._check_losses(losses)
-        if self.finished or self.step % self.intervals.evaluate == 0:
+        if self.finished or self.step % self.evaluate_every == 0:
             line |= self.evaluate(self.step)
         if len(line) == 1:
             return None
@@ -197,9 +190,6 @@ class Lifecycle:
                     f"the loss of the {name} is {value.flatten()[-1]:g} at step {self.step:,}: the run has diverged; "
                     + self.advice.format(name=name.split(".")[0])
                 )
-
-    def _modules(self) -> list[nn.Module]:
-        return list(self.repeated.modules().values())
 
 
 def describe(losses: Mapping[str, Tensor]) -> dict[str, Any]:
