@@ -118,66 +118,48 @@ def model_card(name: str, network: Classifier, described: Mapping[str, Any]) -> 
     measures = MEASURES if origin["recipe"] else {"accuracy": "accuracy", "calibration_error": "calibration error"}
     measured = {label: f"{found[key]:.4f}" if key in found else "not measured" for key, label in measures.items()}
     distilled = "Distilled from its teacher without any data, by zero-shot knowledge transfer."
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
-        "---",
-        "",
+    paragraphs = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"]),
         f"# {name}",
-        "",
         f"An image classifier. {distilled}" if origin["recipe"] else "An image classifier.",
-        "",
-        *_table("network", rows),
-        "",
+        _table("network", rows),
         "## Where it comes from",
-        "",
-        *_table("origin", {key: "not recorded" if value is None else value for key, value in origin.items()}),
-        "",
-        *(f"Warning of the run: {html.escape(light)}\n" for light in described.get("warnings") or []),
+        _table("origin", {key: "not recorded" if value is None else value for key, value in origin.items()}),
+        *(f"Warning of the run: {html.escape(light)}" for light in described.get("warnings") or []),
         "## What was measured",
-        "",
         "On the test images given to the command that made it; accuracies and agreement are fractions in [0, 1].",
-        "",
-        *_table("measure", measured),
-        "",
+        _table("measure", measured),
         "## How to use it",
-        "",
-        *_usage(name, kind, size.replace(" x ", ", ")),
-        "",
+        _usage(name, kind, size.replace(" x ", ", ")),
         f"Written by zskt {__version__}. Its licence is up to whoever trained the teacher.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def _usage(name: str, kind: str, size: str) -> list[str]:
+def _usage(name: str, kind: str, size: str) -> str:
     """How to load the folder, by what rebuilds the network."""
     if kind == "transformers":
-        classes = ("AutoImageProcessor", "AutoModelForImageClassification")
-        return [
-            "With transformers; zskt is not needed:",
-            "",
-            "```python",
-            f"from transformers import {', '.join(classes)}",
-            "",
-            f'processor = {classes[0]}.from_pretrained("{name}")',
-            f'model = {classes[1]}.from_pretrained("{name}")',
-            'logits = model(**processor(images, return_tensors="pt")).logits',
-            "```",
-        ]
+        return f"""With transformers; zskt is not needed:
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = AutoModelForImageClassification.from_pretrained("{name}")
+logits = model(**processor(images, return_tensors="pt")).logits
+```"""
     load = {
         "factory": f'Classifier.from_pretrained("{name}", trust=True)  # runs the code that makes the network',
         "python": f'load_student("{name}", module=module)  # the network, made by its own code',
     }.get(kind, f'Classifier.from_pretrained("{name}")')
-    return [
-        "Loading it needs zskt (`pip install zskt`), as its architecture is not one of transformers:",
-        "",
-        "```python",
-        "import zskt",
-        "",
-        f"network = zskt.{load}",
-        f"logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size})",
-        "```",
-    ]
+    return f"""Loading it needs zskt (`pip install zskt`), as its architecture is not one of transformers:
+
+```python
+import zskt
+
+network = zskt.{load}
+logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size})
+```"""
 
 
 def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +168,7 @@ def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:
     return {**how, "factory": f"{Path(place).name}:{name}"} if colon and place.endswith(".py") else dict(how)
 
 
-def _table(head: str, rows: Mapping[str, Any]) -> list[str]:
+def _table(head: str, rows: Mapping[str, Any]) -> str:
     texts = {str(key): html.escape(printable(value), quote=False) for key, value in rows.items()}
     cells = ((key, " ".join(text.split()).replace("|", "\\|")) for key, text in texts.items())
-    return [f"| {head} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)]
+    return "\n".join([f"| {head} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)])

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError, printable, short
+from zskt.errors import ZsktError, failing, printable, short
 from zskt.networks import models
 from zskt.networks.models import Size
 from zskt.networks.observe import answer, batchnorm_layers, blank_images, check_state, evaluating, logits_of
@@ -126,7 +126,7 @@ class Classifier(nn.Module):
 
     def _count_classes(self) -> int:
         check_state(self.module, "network")
-        with evaluating(self.module):
+        with failing("the network cannot be put into eval mode", "fix its train method"), evaluating(self.module):
             return answer(self.module, blank_images(self.module, self.input_size)).shape[1]
 
 

@@ -64,27 +64,25 @@ def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: 
     A student that only its owner's code can make is handed in as `module`, whose weights are replaced in a copy; one
     that a factory made is rebuilt by it, which runs that code, with `trust`. Raises ZsktError saying which it needs.
     """
-    return _load(Path(folder), "student", module, trust)
+    return load_network(folder, module=module, trust=trust, stem="student")
 
 
-def load_network(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
+def load_network(
+    folder: str | Path, *, module: nn.Module | None = None, trust: bool = False, stem: str | None = None
+) -> Classifier:
     """The teacher of a teacher folder or the student of a run folder, whichever `folder` is; see `load_student`."""
-    return _load(Path(folder), "student" if (Path(folder) / "student.json").exists() else "teacher", module, trust)
-
-
-def _load(folder: Path, stem: str, module: nn.Module | None = None, trust: bool = False) -> Classifier:
+    folder = Path(folder)
+    stem = stem or ("student" if (folder / "student.json").exists() else "teacher")
     path = folder / f"{stem}.json"
-    if not path.exists() and is_hub_folder(folder):
+    if path.exists():
+        return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
+    if is_hub_folder(folder):
         return read_network(folder / "config.json", folder / "model.safetensors", module, trust=trust)
-    if not path.exists():
-        what = "a folder without it" if folder.is_dir() else "a file" if folder.exists() else "nothing"
-        near = (
-            "if this run has not finished, resume it with --resume"
-            if (folder / "config.toml").exists()
-            else ("make one with zskt teach, zskt import or zskt distill")
-        )
-        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what}; {near}")
-    return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
+    what = "a folder without it" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+    near = "make one with zskt teach, zskt import or zskt distill"
+    if (folder / "config.toml").exists():
+        near = "if this run has not finished, resume it with --resume"
+    raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what}; {near}")
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -170,7 +168,5 @@ def _checked_metadata(path: Path) -> dict[str, Any]:
 
 HUB_TYPE = "zskt"
 """`model_type` in the config.json of a folder in the Hugging Face layout."""
-
-
 FORMAT = 1
 """Version of the JSON beside the weights."""

@@ -214,19 +214,17 @@ def check_state(module: nn.Module, who: str) -> None:
     with failing(f"state_dict of the {who} fails", "fix it"):
         state = module.state_dict()
     for name, value in state.items():
-        found = (
-            ""
-            if isinstance(value, Tensor)
-            else f"a {type(value).__name__}, which no weights file can hold; store a tensor"
-        )
-        if is_lazy(value):
+        if not isinstance(value, Tensor):
+            found = f"a {type(value).__name__}, which no weights file can hold; store a tensor"
+        elif is_lazy(value):
             found = "one without a shape; run the network on an image first"
-        elif isinstance(value, Tensor) and value.is_meta:
+        elif value.is_meta:
             found = "one on the meta device, without values; load its weights"
-        elif isinstance(value, Tensor) and value.layout is not torch.strided:
+        elif value.layout is not torch.strided:
             found = f"one of layout {value.layout}; make it dense"
-        if found:
-            raise ZsktError(f"expected an ordinary tensor in {short(name)} of the {who}, found {found}")
+        else:
+            continue
+        raise ZsktError(f"expected an ordinary tensor in {short(name)} of the {who}, found {found}")
 
 
 def layout(module: nn.Module, size: tuple[int, ...]) -> torch.memory_format:
@@ -330,9 +328,5 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
 
 def stage_resolutions(module: nn.Module, stages: Sequence[str], size: tuple[int, int, int]) -> list[Resolution]:
     """(H, W) of each named stage's output for images of `size` = (C, H, W)."""
-    observer = Observer(module, stages)
-    try:
-        with evaluating(module):
-            return [tuple(output.shape[2:]) for output in observer(blank_images(module, size)).stages]
-    finally:
-        observer.close()
+    with contextlib.closing(Observer(module, stages)) as observer, evaluating(module):
+        return [tuple(output.shape[2:]) for output in observer(blank_images(module, size)).stages]

@@ -105,19 +105,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's global random generators, for the CPU and a CUDA device."""
-    cuda = {"rng/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"rng/cpu": torch.get_rng_state(), **cuda}
-
-
-def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore `random_state`."""
-    torch.set_rng_state(tensors["rng/cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
-
-
 class JsonLines:
     """An append-only file of one JSON object per line, truncated on resume."""
 
@@ -248,11 +235,6 @@ class StopRequest:
 
     def reached(self) -> bool:
         return self.signum is not None or time.monotonic() >= self.deadline
-
-    def raise_if_signalled(self, what: str) -> None:
-        """Raise Interrupted after a signal, once everything is saved."""
-        if self.signum is not None:
-            raise Interrupted(self.signum, f"{what}; continue with --resume")
 
 
 @contextlib.contextmanager

@@ -96,8 +96,10 @@ class Lifecycle:
                 if leaving or self.step % self.checkpoint_every == 0:
                     self.save()
                 if leaving:
-                    request.raise_if_signalled(f"stopped at step {self.step:,} of {self.steps:,}")
                     break
+        if request.signum is not None:  # everything is saved
+            what = f"stopped at step {self.step:,} of {self.steps:,}; continue with --resume"
+            raise checkpoint.Interrupted(request.signum, what)
 
     def log(self, losses: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Write what is due after this step; returns the log line, if any. Only this waits for losses."""
@@ -130,7 +132,9 @@ class Lifecycle:
         for name, optimiser in self.repeated.optimisers().items():
             tensors |= checkpoint.prefixed(f"optimiser:{name}", checkpoint.optimizer_state(optimiser))
         tensors |= checkpoint.prefixed("state", self.repeated.state_dict())
-        tensors |= checkpoint.random_state(self.device)
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         metadata = {
             "format": FORMAT,
             "identity": self.identity,
@@ -156,7 +160,9 @@ class Lifecycle:
             for name, optimiser in self.repeated.optimisers().items():
                 checkpoint.restore_optimizer(optimiser, checkpoint.under(f"optimiser:{name}", tensors))
             self.repeated.load_state_dict(checkpoint.under("state", tensors))
-            checkpoint.restore_random_state(tensors, self.device)
+            torch.set_rng_state(tensors["rng/cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
             self.step, self.seconds_before = metadata["step"], metadata["seconds"]
             self.metrics.cut(metadata["metrics_bytes"])
             self.timing.cut(metadata["timing_bytes"])
