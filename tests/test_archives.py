@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from small import GREY, Normalisation
 from zskt.errors import ZsktError
 from zskt.networks import archives
-from zskt.networks.archives import kind_of, open_archive
+from zskt.networks.archives import kind_of, open_archive, read_weights
 from zskt.networks.foreign import quiet
 from zskt.networks.loading import load_teacher
-from zskt.networks.weights_file import read_weights
 
 MODEL = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"

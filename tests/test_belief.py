@@ -21,8 +21,8 @@ from zskt.evaluate.measures import (
     noise_classes,
     predict,
     pseudo_beliefs,
+    pseudo_image_warnings,
 )
-from zskt.evaluate.warnings import pseudo_image_warnings
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from small import make_teacher, shake_batchnorm
 from zskt.errors import ZsktError
 from zskt.networks import models
+from zskt.networks.archives import read_weights
 from zskt.networks.checks import as_teacher, check_pair
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import load_network, load_student, save_network, save_teacher
-from zskt.networks.weights_file import read_weights
 
 SIZE, MEAN, STD = (3, 16, 16), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

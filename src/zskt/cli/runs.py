@@ -32,8 +32,7 @@ from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
-from zskt.run.distill import distill
-from zskt.run.finished import sampler
+from zskt.run.distill import distill, sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.runtime import pick_device

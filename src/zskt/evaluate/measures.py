@@ -171,6 +171,22 @@ def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, 
     return found
 
 
+def pseudo_image_warnings(beliefs: dict[str, Any]) -> list[str]:
+    """Warnings from what `pseudo_beliefs` returns; none of them estimates the accuracy."""
+    classes = len(beliefs["class_counts"])
+    seen = sum(count > 0 for count in beliefs["class_counts"])
+    found = []
+    if beliefs["class_entropy"] < 0.5:
+        found.append(
+            f"collapse: the teacher predicts {seen} of {classes} classes on the pseudo images, most of them in very few"
+        )
+    if beliefs["teacher_confidence"] < 1.5 / classes:
+        found.append("the teacher recognises nothing in the pseudo images: its confidence is close to chance")
+    if beliefs["pseudo_agreement"] < 0.5:
+        found.append("the student disagrees with the teacher on most pseudo images: try more steps or a larger student")
+    return found
+
+
 def noise_classes(network: Classifier, count: int = 1_000, seed: int = 0) -> list[int]:
     """How many of `count` images of uniform noise a network assigns to each class (K numbers). ZSKT, figure 5."""
     noise = torch.rand(count, *network.input_size, generator=torch.Generator().manual_seed(seed))

@@ -31,8 +31,7 @@ from zskt.networks.foreign import quiet
 from zskt.networks.loading import load_teacher
 from zskt.networks.observe import evaluating
 from zskt.networks.rebuild import describe_module
-from zskt.run.distill import DistillResult
-from zskt.run.finished import Sample, sampler
+from zskt.run.distill import DistillResult, Sample, sampler
 
 Format = Literal["onnx", "pt2", "hub"]
 IMAGES = 256

@@ -1,13 +1,19 @@
-"""Zip archives from elsewhere (torch checkpoints, TorchScript, torch.export), looked at before anything reads them."""
+"""Files of torch's from elsewhere: zip archives looked at before anything reads them, and the reader of weights."""
 
+import argparse
+import pickle
 import re
 import stat
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from zskt.errors import ZsktError, failing, system_errors
+from zskt.files import read_tensors
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 2**36
@@ -59,3 +65,34 @@ def kind_of(path: Path) -> Kind:
     if names & {"archive_format", "models/model.json", "serialized_exported_program.json"}:
         return "exported program"
     return "TorchScript" if "constants.pkl" in names else "weights"
+
+
+def read_weights(path: Path) -> Any:
+    """The content of a `.safetensors` file or torch checkpoint; no code in it is run.
+
+    Torch files are loaded with `weights_only`; of other classes only `argparse.Namespace` is allowed, which many
+    training scripts save with the weights. Raises ZsktError for anything unreadable, truncated or unsafe.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    with system_errors("read", path), path.open("rb") as file:
+        zipped = zipfile.is_zipfile(file)
+    if zipped:
+        again = "fetch or save it again"
+        with open_archive(path) as archive, failing(f"{path} is a damaged archive", again):
+            if damaged := archive.testzip():  # torch does not verify checksums
+                raise ZsktError(f"{path} is damaged: wrong checksum of {damaged}; {again}")
+    with failing(f"{path} is truncated or not a weights file", "fetch or save it again"):
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about unusual pickle protocols
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+                raise ZsktError(
+                    f"{path} wants to run {wanted[1]} while loading, which is refused; save only the state dict, with "
+                    "safetensors or torch.save(model.state_dict(), ...), and import that"
+                ) from error
+            raise ZsktError(
+                f"{path} is not a torch checkpoint of tensors; fetch it again, or save the state dict"
+            ) from error

@@ -12,7 +12,7 @@ from typing import Any
 from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
-from zskt.networks.archives import kind_of
+from zskt.networks.archives import kind_of, read_weights
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.factories import call_factory, is_factory
@@ -21,7 +21,6 @@ from zskt.networks.foreign import Found, optional, quiet
 from zskt.networks.graphs import read_exported, read_torchscript
 from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.weights import fill
-from zskt.networks.weights_file import read_weights
 
 Notice = Callable[[str], None]  # one line for the user
 

@@ -1,10 +1,11 @@
-"""A distillation run: the method's steps with evaluation, sample images and the finished student.
+"""A distillation run: training with evaluation, sample images and the finished student; later, images from its folder.
 
 Nothing here reads data: test images come in as tensors and never reach the training.
 """
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import UsageError
-from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs
-from zskt.evaluate.warnings import pseudo_image_warnings
-from zskt.files import read_json, write_tensors, write_text
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs, pseudo_image_warnings
+from zskt.files import read_json, read_tensors, write_tensors, write_text
 from zskt.method.build import arrange
-from zskt.method.config import Config
-from zskt.method.generator import SAMPLES
+from zskt.method.config import Config, read_config
+from zskt.method.generator import SAMPLES, Generator, pseudo_images
 from zskt.method.matching import BeliefMatching
 from zskt.method.protocol import Make, Method
-from zskt.method.recipe import AUTO, Plan, plan
+from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import save_network
@@ -234,3 +234,43 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
     if result.config.method != "belief_matching":
         write_tensors(folder / "method.safetensors", result.method.state_dict())
     save_network(folder, "student", result.network, **result.metadata(), seconds=round(seconds, 1))
+
+
+Sample = Callable[[int, int], Tensor]
+"""(n, seed) -> pseudo images (n, C, H, W), normalised"""
+
+
+def sampler(
+    folder: str | Path, network: Classifier, *, method: Make | None = None, teacher: Classifier | None = None
+) -> Sample:
+    """A function that draws pseudo images from the finished run in `folder`, whose student is `network`.
+
+    A run with a custom method needs that `method` and the `teacher`. Raises ZsktError if they are missing or do not
+    fit.
+    """
+    folder = Path(folder)
+    config = read_config(folder / "config.toml")
+    if config.method == "belief_matching":
+        if config.generator.width == "auto":
+            raise ZsktError(
+                f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
+            )
+        generator = Generator(config.generator.latent, network.input_size, config.generator.width)
+        with checkpoint.restoring(folder):
+            generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
+        return functools.partial(pseudo_images, generator, generator.latent)
+    if method is None or teacher is None:
+        raise ZsktError(
+            f"{folder} uses a custom method, {config.method}: give --teacher, --method FILE:FUNCTION and "
+            "--trust to draw its images"
+        )
+    if (given := describe_method(method)) != config.method:
+        raise ZsktError(f"expected the method of {folder}, {config.method}, found {given}; give the same one")
+    built = method(as_teacher(teacher), network.module.requires_grad_(), config)
+    built.close()
+    with checkpoint.restoring(folder):
+        for name, part in built.modules().items():
+            part.load_state_dict(read_tensors(folder / f"{name}.safetensors")[0])
+        built.load_state_dict(read_tensors(folder / "method.safetensors")[0])
+    network.requires_grad_(False).eval()
+    return built.sample
