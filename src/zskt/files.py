@@ -25,8 +25,7 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-TEMPORARY = ".*.tmp"
-"""Names of files that are not whole yet."""
+TEMPORARY = ".*.tmp"  # names of files that are not whole yet
 
 
 @contextlib.contextmanager

@@ -16,13 +16,11 @@ import torch
 
 from zskt.errors import UsageError
 
-__version__ = "0.1.0"
-"""of this package; defined only here"""
+__version__ = "0.1.0"  # of this package; defined only here
 
 CPU = torch.device("cpu")
 
-LARGEST = 10**9
-"""whole number that a setting may have; libraries overflow beyond it"""
+LARGEST = 10**9  # whole number that a setting may have; libraries overflow beyond it
 
 
 @contextlib.contextmanager

@@ -22,11 +22,9 @@ from zskt.networks.observe import at_least_float32, layout
 
 Stepped = Literal["first", "second"]
 Start = Literal["prediction", "label"]
-Progress = Callable[[int, int], None]
-"""called with (paths done, total)"""
+Progress = Callable[[int, int], None]  # called with (paths done, total)
 
-EXAMPLES = 8
-"""Number of images whose individual curves are kept, for plots."""
+EXAMPLES = 8  # number of images whose individual curves are kept, for plots
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,14 @@ from zskt.networks.rebuild import describe_module
 from zskt.run.distill import DistillResult, Sample, sampler
 
 Format = Literal["onnx", "pt2", "hub"]
-IMAGES = 256
-"""Pseudo images to compare on, and as many others to calibrate with."""
+IMAGES = 256  # pseudo images to compare on, and as many others to calibrate with
 BATCHES = (1, 7, 56, 64, 64, 64)
 """They are fed in batches of these sizes, so that a batch size that got fixed shows; small enough for large images."""
-TIMED = (1, 32)
-"""Batch sizes that are timed."""
+TIMED = (1, 32)  # batch sizes that are timed
 TURNS, PATIENCE = 100, 5.0
 """Timings of each network and batch size: so many, or as many as fit into so many seconds, but 10 at least."""
 
-Answer = Callable[[Tensor], Tensor]
-"""An exported file, read back: images as they are fed (N, C, H, W) -> logits (N, K)."""
+Answer = Callable[[Tensor], Tensor]  # an exported file, read back: images as they are fed (N, C, H, W) -> logits (N, K)
 
 
 @dataclass(frozen=True)

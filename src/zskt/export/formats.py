@@ -25,8 +25,7 @@ INPUTS: dict[str, str] = {
     "uint8": "images as bytes, 0..255",
     "normalised": "images in [0, 1] after (x - mean) / std",
 }
-CALIBRATED = 16
-"""Images per calibration batch."""
+CALIBRATED = 16  # images per calibration batch
 
 
 def need(package: str) -> Any:

@@ -16,10 +16,8 @@ from zskt.errors import ZsktError, failing, system_errors
 from zskt.files import read_tensors
 
 MOST_MEMBERS = 100_000
-MOST_BYTES = 2**36
-"""64 GiB in all, unpacked."""
-MOST_EXPANSION = 100
-"""Unpacked bytes of a member per packed one; torch does not compress at all."""
+MOST_BYTES = 2**36  # 64 GiB in all, unpacked
+MOST_EXPANSION = 100  # unpacked bytes of a member per packed one; torch does not compress at all
 
 Kind = Literal["weights", "TorchScript", "exported program"]
 

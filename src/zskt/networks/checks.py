@@ -14,8 +14,7 @@ from zskt.networks.classifier import Classifier, Output
 from zskt.networks.models import Size
 from zskt.networks.observe import answer, check_state, evaluating, fixed_batch, logits_of
 
-SMALLEST = 1e-12
-"""Least probability that a logarithm is taken of, so that its gradient is finite."""
+SMALLEST = 1e-12  # least probability that a logarithm is taken of, so that its gradient is finite
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class Probe:
 
     num_classes: int
     output: Output
-    notes: tuple[str, ...]
-    """for the user; not errors"""
+    notes: tuple[str, ...]  # for the user; not errors
 
 
 class Logarithm(nn.Module):

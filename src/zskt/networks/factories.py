@@ -20,8 +20,7 @@ from torch import nn
 from zskt.errors import UsageError, ZsktError, failing, first_line, short, unknown
 from zskt.settings import from_text
 
-_ORIGIN = "_zskt_factory"
-"""Attribute of a network that records its factory."""
+_ORIGIN = "_zskt_factory"  # attribute of a network that records its factory
 
 
 def parse_arguments(assignments: Sequence[str], option: str) -> dict[str, Any]:

@@ -166,7 +166,5 @@ def _checked_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-HUB_TYPE = "zskt"
-"""`model_type` in the config.json of a folder in the Hugging Face layout."""
-FORMAT = 1
-"""Version of the JSON beside the weights."""
+HUB_TYPE = "zskt"  # `model_type` in the config.json of a folder in the Hugging Face layout
+FORMAT = 1  # version of the JSON beside the weights

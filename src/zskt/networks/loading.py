@@ -36,12 +36,9 @@ class Loaded:
     """A teacher, and where things about it were found."""
 
     teacher: Classifier
-    kind: str
-    """what kind of thing it was loaded from"""
-    normalisation: str
-    """where mean and standard deviation come from"""
-    lost: str = ""
-    """in one line, what this kind cannot give; empty where nothing is lost"""
+    kind: str  # what kind of thing it was loaded from
+    normalisation: str  # where mean and standard deviation come from
+    lost: str = ""  # in one line, what this kind cannot give; empty where nothing is lost
 
 
 def load_teacher(

@@ -20,8 +20,7 @@ from zskt.errors import ZsktError, failing, first_line, short
 
 T = TypeVar("T")
 
-Resolution = tuple[int, ...]
-"""(H, W) of a map"""
+Resolution = tuple[int, ...]  # (H, W) of a map
 
 
 class ChannelStatistics(NamedTuple):

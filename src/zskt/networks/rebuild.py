@@ -22,8 +22,7 @@ _RUNS_CODE = {
     *("kernel_config", "quantization_config"),
 }
 """Entries of a config by which transformers loads modules or kernels from a repository."""
-FETCHES = "timm"
-"""How model types begin that hand over to timm, which fetches or unpickles what a config names."""
+FETCHES = "timm"  # how model types begin that hand over to timm, which fetches or unpickles what a config names
 
 
 class _Untouched(TorchFunctionMode):

@@ -22,8 +22,7 @@ from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.rebuild import unallocated
 from zskt.runtime import seeded
 
-NEAR = 2.0
-"""Largest factor between the requested size and that of the nearest relative."""
+NEAR = 2.0  # largest factor between the requested size and that of the nearest relative
 
 SUGGESTED = (
     *("convnet-8", "convnet-16", "convnet-32", "convnet-64", "lenet-5-half", "lenet-5"),
@@ -32,8 +31,7 @@ SUGGESTED = (
 )
 """Networks of ours of many sizes, suggested where `auto` finds no relative."""
 
-Ladder = list[tuple[str, Callable[[], nn.Module]]]
-"""Names and builders of networks, the largest first."""
+Ladder = list[tuple[str, Callable[[], nn.Module]]]  # names and builders of networks, the largest first
 
 
 def make_student(

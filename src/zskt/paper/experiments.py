@@ -30,8 +30,7 @@ from zskt.run.distill import distill
 from zskt.run.lifecycle import Event
 from zskt.runtime import pick_device, seeded
 
-PATHS = 128
-"""Paths followed together in transition curves."""
+PATHS = 128  # paths followed together in transition curves
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,10 @@ class Experiment:
     root: Path
     train: Dataset
     test: Dataset
-    model: str
-    """of the teacher"""
+    model: str  # of the teacher
     student: str
     budget: Budget
-    given: Classifier | None = None
-    """a teacher that is not to be trained here"""
+    given: Classifier | None = None  # a teacher that is not to be trained here
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
 

@@ -16,10 +16,8 @@ from zskt.files import read_json, write_json
 from zskt.run.checkpoint import Interrupted
 from zskt.runtime import arithmetic, seeded
 
-Show = Callable[[int, int, str], None]
-"""called with (units done, total units, text to show beside them)"""
-Bar = Callable[[str, str], contextlib.AbstractContextManager[Show]]
-"""(job name, unit) -> a progress bar"""
+Show = Callable[[int, int, str], None]  # called with (units done, total units, text to show beside them)
+Bar = Callable[[str, str], contextlib.AbstractContextManager[Show]]  # (job name, unit) -> a progress bar
 
 
 @dataclass(frozen=True)

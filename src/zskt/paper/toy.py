@@ -38,12 +38,10 @@ GAUSSIANS = (  # class, centre, standard deviations, radius of the hole around t
 )
 DRAWN, TRAINING_SHARE, EPOCHS, BATCH, RATE = 1000, 0.7, 30, 50, 1e-3
 """points per Gaussian including the hole; training split; the teacher's epochs and batch size; Adam's learning rate"""
-LARGEST = 3.0
-"""limit on the points' coordinates, on the elements of their gradient, and on the student's gradient norm"""
+LARGEST = 3.0  # limit on the points' coordinates, on the elements of their gradient, and on the student's gradient norm
 POINTS, ROUNDS, POINT_STEPS, STUDENT_STEPS = 50, 2000, 50, 10
 """the points take more steps than the student, the opposite of the experiments on images"""
-GRID, FRAMES = 151, 50
-"""grid points per side of the plane; number of intervals between recorded rounds"""
+GRID, FRAMES = 151, 50  # grid points per side of the plane; number of intervals between recorded rounds
 COLORS, PALE = ("#4477aa", "#ddaa33", "#bb5566"), ListedColormap(["#c3d3e4", "#f6e7c4", "#eccdd3"])
 """of the classes' points and regions: colour-blind safe, and distinct in greyscale"""
 
@@ -52,36 +50,24 @@ COLORS, PALE = ("#4477aa", "#ddaa33", "#bb5566"), ListedColormap(["#c3d3e4", "#f
 class Frame:
     """The record of a round."""
 
-    round: int
-    """rounds done"""
-    agreement: float
-    """share of the plane where student and teacher predict the same class"""
-    points: Tensor
-    """pseudo points (N, 2)"""
-    classes: Tensor
-    """the student's classes (G, G) over the plane, rows from the bottom"""
+    round: int  # rounds done
+    agreement: float  # share of the plane where student and teacher predict the same class
+    points: Tensor  # pseudo points (N, 2)
+    classes: Tensor  # the student's classes (G, G) over the plane, rows from the bottom
 
 
 @dataclass(frozen=True)
 class ToyResult:
     """One run of the experiment."""
 
-    teacher: nn.Sequential
-    """trained on the butterfly, frozen"""
-    student: nn.Sequential
-    """trained on pseudo points only; in eval mode, like the teacher"""
-    teacher_accuracy: float
-    """on the test points"""
-    agreement: float
-    """in the last frame"""
-    frames: list[Frame]
-    """the recorded rounds, first and last included"""
-    classes: Tensor
-    """the teacher's classes (G, G) over the plane, rows from the bottom"""
-    test: tuple[Tensor, Tensor]
-    """points (M, 2) and their labels (M,)"""
-    seconds: float
-    """wall time without drawing"""
+    teacher: nn.Sequential  # trained on the butterfly, frozen
+    student: nn.Sequential  # trained on pseudo points only; in eval mode, like the teacher
+    teacher_accuracy: float  # on the test points
+    agreement: float  # in the last frame
+    frames: list[Frame]  # the recorded rounds, first and last included
+    classes: Tensor  # the teacher's classes (G, G) over the plane, rows from the bottom
+    test: tuple[Tensor, Tensor]  # points (M, 2) and their labels (M,)
+    seconds: float  # wall time without drawing
 
 
 def butterfly(seed: int) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,7 @@ from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.runtime import arithmetic, pick_device, seeded, stream
 from zskt.settings import check_bounds
 
-Images = tuple[Tensor, Tensor]
-"""uint8 images (M, C, H, W) and their labels (M,)"""
+Images = tuple[Tensor, Tensor]  # uint8 images (M, C, H, W) and their labels (M,)
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """The loss () of a batch: normalised images (N, C, H, W) and labels (N,); it calls the network in training itself."""

@@ -25,8 +25,7 @@ from zskt.files import TEMPORARY, read_tensors, read_text, write_tensors
 from zskt.method.config import Config, read_config
 from zskt.settings import flat
 
-KEPT = 2
-"""Checkpoints kept."""
+KEPT = 2  # checkpoints kept
 
 
 class Interrupted(ZsktError):

@@ -18,8 +18,7 @@ from zskt.method.replay import ReplayBuffer
 from zskt.run.checkpoint import optimizer_state
 from zskt.runtime import seeded
 
-WARM_UP = 3
-"""Steps before the recording, in which libraries choose algorithms; their effect is undone."""
+WARM_UP = 3  # steps before the recording, in which libraries choose algorithms; their effect is undone
 
 Step = Callable[[], Mapping[str, Tensor]]
 Record = Callable[[Step, Sequence[torch.Generator]], Step]

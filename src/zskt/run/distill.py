@@ -236,8 +236,7 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
     save_network(folder, "student", result.network, **result.metadata(), seconds=round(seconds, 1))
 
 
-Sample = Callable[[int, int], Tensor]
-"""(n, seed) -> pseudo images (n, C, H, W), normalised"""
+Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W), normalised
 
 
 def sampler(

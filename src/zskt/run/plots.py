@@ -19,8 +19,7 @@ from zskt.files import replacing
 
 Lines = Sequence[Mapping[str, Any]]
 
-CAPTION_LINE = 12
-"""Pixels from one line of a caption to the next."""
+CAPTION_LINE = 12  # pixels from one line of a caption to the next
 
 
 def styled() -> AbstractContextManager[None]:
@@ -94,8 +93,7 @@ def series(lines: Lines, key: str, pick: int | None = None) -> tuple[list[float]
     return [step for step, _ in found], [value for _, value in found]
 
 
-LEVELS = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)))
-"""Line styles of horizontal lines."""
+LEVELS = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)))  # line styles of horizontal lines
 
 PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
     "student loss": {"last update of a step": ("student_loss", -1), "first": ("student_loss", 0)},

@@ -16,8 +16,7 @@ from zskt.networks.models.resnet import ResNet, resnet
 from zskt.networks.models.vgg import VGG, vgg11
 from zskt.networks.models.wide_resnet import WideResNet, wide_resnet
 
-MOST = 100_000
-"""classes, channels, or pixels on a side; more are taken for a mistake"""
+MOST = 100_000  # classes, channels, or pixels on a side; more are taken for a mistake
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
 """Examples for `build`, which also accepts any wrn-DEPTH-WIDTH and convnet-WIDTH, and -WIDTH after resnet-18, resnet-34
 and vgg-11."""
