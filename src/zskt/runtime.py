@@ -80,7 +80,6 @@ def threads(count: int | str) -> Iterator[None]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

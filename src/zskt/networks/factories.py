@@ -66,7 +66,8 @@ def find_function(spec: str) -> Callable[..., Any]:
         found: Any = _load_file(path) if path is not None else importlib.import_module(place)
         for part in name.split("."):
             if not hasattr(found, part):
-                raise unknown(f"function in {place}", part, _callables(found))
+                names = [name for name, value in vars(found).items() if callable(value) and name[0] != "_"]
+                raise unknown(f"function in {place}", part, names)
             found = getattr(found, part)
     if not callable(found):
         raise ZsktError(f"expected a function or class at {spec}, found {type(found).__name__}; give another name")
@@ -136,10 +137,6 @@ def _load_file(path: Path) -> types.ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _callables(holder: Any) -> list[str]:
-    return [name for name, value in vars(holder).items() if callable(value) and not name.startswith("_")]
 
 
 def _signature(factory: Any) -> str:

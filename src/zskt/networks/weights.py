@@ -186,7 +186,6 @@ def _renamed(keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def _layers(parts: Mapping[str, _Path], shapes: Mapping[str, Sequence[int]]) -> _Layers:
-    """The tensors by module."""
     layers: _Layers = {}
     for key, (*path, leaf) in parts.items():
         if leaf in layers.setdefault(tuple(path), {}):

@@ -49,7 +49,6 @@ class Budget:
     """share of these updates and of this rate; ours, as the paper says no more than "naive fine-tuning" """
 
     def scaled(self, scale: float) -> "Budget":
-        """All amounts of work times `scale`."""
         shrunk = {name: max(1, round(getattr(self, name) * scale)) for name in ("updates", "steps", "images")}
         return dataclasses.replace(self, **shrunk)
 
@@ -70,7 +69,6 @@ class Experiment:
 
     @property
     def pair(self) -> str:
-        """The two networks, for names."""
         return f"{'given' if self.given else self.model}-to-{self.student}"
 
     @functools.cached_property
@@ -84,7 +82,6 @@ class Experiment:
         return self.test.images, self.test.labels
 
     def build(self, spec: str, seed: int) -> nn.Module:
-        """A network with random weights."""
         channels, height, width = self.test.images.shape[1:]
         with seeded(seed):
             return models.build(spec, len(self.test.class_names), (channels, height, width))
@@ -204,7 +201,6 @@ class Experiment:
         )
 
     def zero_shot(self, seed: int, recipe: str) -> Job:
-        """A student distilled without data."""
         teacher, steps = self.teacher(seed), self.budget.steps
         settings = {"steps": steps, "seed": seed, "machine.device": self.device, "machine.precision": self.precision}
 

@@ -42,7 +42,6 @@ class Job:
     """jobs that must finish first"""
 
     def folder(self, root: Path) -> Path:
-        """Where its results are."""
         return root / "parts" / self.name
 
     def measured(self, root: Path) -> dict[str, Any] | None:

@@ -115,7 +115,6 @@ class Request:
 
     @property
     def data(self) -> str:
-        """The name of the image set."""
         return self.train.name
 
     def study(self, model: str, student: str, **published: int) -> Experiment:
@@ -147,7 +146,6 @@ def published_budget(train: Dataset, model: str) -> Budget:
 
 
 def reproduction(request: Request) -> Reproduction:
-    """The requested table or figure."""
     makers: dict[str, Callable[[Request], Reproduction]] = {
         "table-1": table_1,
         "table-2": table_2,

@@ -74,7 +74,6 @@ class Reproduction:
 
     @property
     def jobs(self) -> list[Job]:
-        """All jobs that its cells read."""
         return [job for cell in self.cells for job in cell.jobs]
 
 
@@ -152,5 +151,4 @@ def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] 
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]

@@ -147,13 +147,11 @@ class PointMatching:
 
     @torch.no_grad()
     def move_points(self) -> None:
-        """Move the points to where the student disagrees with the teacher."""
         for _ in range(POINT_STEPS):
             self.points.grad = point_gradient(self.points, *self.weights).clamp_(-LARGEST, LARGEST)  # (N, 2)
             self.point_optimizer.step()
 
     def train_student(self) -> None:
-        """Train the student to agree with the teacher on the points."""
         x = squash(self.points)  # (N, 2)
         teacher_logits = self.teacher(x)  # (N, K), constant over the updates
         for _ in range(STUDENT_STEPS):

@@ -121,7 +121,6 @@ class Supervised:
         self.batches: Iterator[Images] | None = None
 
     def step(self) -> dict[str, Tensor]:
-        """One update."""
         if self.batches is None:
             self.batches = endless_batches(self.train, self.training, self.updates.done, self.device)
         self.network.module.train()

@@ -189,7 +189,6 @@ class Lifecycle:
             self.warnings.append(f"resumed with {', '.join(changed)}: not bit for bit equal to an uninterrupted run")
 
     def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Raise ZsktError when a loss is NaN or infinite."""
         for name, value in losses.items():
             if not bool(value.isfinite().all()):
                 raise ZsktError(

@@ -182,7 +182,9 @@ def single_transitions(
             words = [class_names[k] if class_names else str(k) for k in (start, target)]
             axes.set_title(" → ".join(words))
             inset = axes.inset_axes((0.02, 0.66, 0.32, 0.32))
-            inset.imshow(np.asarray(image_grid(_fractions(transitions.images[i : i + 1]), columns=1)), cmap="gray")
+            image = transitions.images[i : i + 1]  # (1, C, H, W)
+            fraction = image / 255 if image.dtype == torch.uint8 else image
+            inset.imshow(np.asarray(image_grid(fraction, columns=1)), cmap="gray")
             inset.set_axis_off()
         figure.legend(panels[0].lines, [visible(name) for name in names], loc="outside lower center", ncols=2)
         figure.supylabel("probability of the target class", fontsize=8)
@@ -196,10 +198,6 @@ def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
     for unused in axes[count:]:
         unused.remove()
     return list(axes[:count])
-
-
-def _fractions(images: Tensor) -> Tensor:
-    return images / 255 if images.dtype == torch.uint8 else images
 
 
 def _png(figure: Figure) -> bytes:
