@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
 from zskt.networks import models
-from zskt.networks.classifier import Classifier
+from zskt.networks.classifier import Classifier, unit_normalisation
 from zskt.networks.folder import load_network, save_teacher
-from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.weights import find_renaming, find_state_dict, import_weights, parse_renames
 
 SIZE, CLASSES = (3, 32, 32), 10

@@ -21,12 +21,11 @@ from zskt.evaluate.measures import measure, noise_classes
 from zskt.method.protocol import Make
 from zskt.method.recipe import AUTO, choose, plan
 from zskt.networks import models
-from zskt.networks.classifier import Classifier, count_parameters
+from zskt.networks.classifier import Classifier, count_parameters, unit_normalisation
 from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
 from zskt.networks.loading import Loaded, is_own_folder, load
 from zskt.networks.models import Size
-from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.networks.students import describe_student, make_student
 from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames

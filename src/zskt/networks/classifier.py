@@ -1,6 +1,7 @@
 """An image classifier, teacher or student, with its normalisation, input size and classes."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -8,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError, failing, printable, short
+from zskt.errors import UsageError, ZsktError, failing, printable, short
 from zskt.networks import models
 from zskt.networks.models import Size
 from zskt.networks.observe import answer, batchnorm_layers, blank_images, check_state, evaluating, logits_of
@@ -128,6 +129,37 @@ class Classifier(nn.Module):
         check_state(self.module, "network")
         with failing("the network cannot be put into eval mode", "fix its train method"), evaluating(self.module):
             return answer(self.module, blank_images(self.module, self.input_size)).shape[1]
+
+
+def unit_normalisation(
+    mean: Sequence[float], std: Sequence[float], *, white: float | None = None, where: Path | str | None = None
+) -> tuple[Sequence[float], Sequence[float], tuple[str, ...]]:
+    """Mean and standard deviation of pixels in [0, 1], one each per channel, and lines for the user.
+
+    `white` is the value of a white pixel on the scale that they are given on; where it is None, values above 1 say that
+    it is 255. `where` is what they were read from, None for --mean and --std. Raises ZsktError, for options UsageError,
+    for numbers that fit neither scale or not each other.
+    """
+    values = (*mean, *std)
+    if where is None:
+        given = f"--mean {' '.join(f'{value:g}' for value in mean)} --std {' '.join(f'{value:g}' for value in std)}"
+    else:
+        given = short(f"{where}: mean {list(mean)} and std {list(std)}", 300)
+    kind = UsageError if where is None else ZsktError
+    if len(mean) != len(std) or not all(abs(value) < math.inf for value in values):  # NaN neither
+        raise kind(f"{given}: expected as many numbers in both, one per channel; correct them")
+    notices: tuple[str, ...] = ()
+    if white is None:
+        white = 1 if max(values, default=0) <= 1 else 255
+        if white == 255 and any(0 < value < 1 or not 0 <= value <= 255 for value in values):
+            raise kind(f"{given}: expected all in [0, 1] or all in 0..255, found both or neither")
+        if white == 255:
+            notices = (f"{given} read as 0..255 and divided by 255",)
+    if white != 1:
+        mean, std = [value / white for value in mean], [value / white for value in std]
+    if not all(0 <= value <= 1 for value in mean) or not all(1e-6 <= value <= 1 for value in std):
+        raise kind(f"{given}: expected mean in [0, 1] and std in (0, 1] for pixels in [0, 1]; correct them")
+    return mean, std, notices
 
 
 def checked_size(size: Sequence[int]) -> Size:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from zskt.errors import ZsktError, short
 from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write_tensors
 from zskt.networks.checks import as_teacher
-from zskt.networks.classifier import Classifier, checked_size, count_parameters
-from zskt.networks.normalisation import unit_normalisation
+from zskt.networks.classifier import Classifier, checked_size, count_parameters, unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
 from zskt.runtime import cpu_name, versions
 

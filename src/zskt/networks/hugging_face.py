@@ -9,9 +9,8 @@ from typing import Any
 from zskt.errors import ZsktError, failing
 from zskt.files import read_json, tensor_shapes
 from zskt.networks.archives import read_weights
-from zskt.networks.classifier import count_parameters
+from zskt.networks.classifier import count_parameters, unit_normalisation
 from zskt.networks.foreign import Found, optional, quiet
-from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.rebuild import unallocated, without_code
 from zskt.networks.weights import find_state_dict
 

@@ -14,12 +14,11 @@ from zskt.files import expanded
 from zskt.networks import hugging_face
 from zskt.networks.archives import kind_of, read_weights
 from zskt.networks.checks import as_teacher
-from zskt.networks.classifier import Classifier
+from zskt.networks.classifier import Classifier, unit_normalisation
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.folder import is_hub_folder, load_network
 from zskt.networks.foreign import Found, optional, quiet
 from zskt.networks.graphs import read_exported, read_torchscript
-from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.weights import fill
 
 Notice = Callable[[str], None]  # one line for the user

@@ -21,8 +21,7 @@ from zskt.errors import UsageError, ZsktError, short, unknown
 from zskt.networks import models
 from zskt.networks.archives import read_weights
 from zskt.networks.checks import as_teacher
-from zskt.networks.classifier import Classifier
-from zskt.networks.normalisation import unit_normalisation
+from zskt.networks.classifier import Classifier, unit_normalisation
 
 NOT_VERIFIED = "mapping not verified: names and shapes fit, accuracy not measured; give --data to measure it"
 

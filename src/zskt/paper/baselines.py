@@ -7,7 +7,6 @@ N batch, M images in all, K classes, C x H x W images.
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -112,35 +111,25 @@ def cross_entropy(module: nn.Module) -> Objective:
     return objective
 
 
-def kd_at(
-    teacher: Classifier,
-    student: nn.Module,
-    *,
-    alpha: float = 0.9,
-    temperature: float = 4.0,
-    beta: float = 1000.0,
-    cross_entropy: bool = True,
-) -> Objective:
-    """(1 - alpha) CE + 2 alpha T^2 KL(t || s) / K + beta sum of attention distances.
+ALPHA, TEMPERATURE, BETA = 0.9, 4.0, 1000.0  # of KD+AT, as released
 
-    t and s are the softmax of the logits over the temperature T; KL is the mean over the batch. Without
-    `cross_entropy` its term is left out, as the paper has it. A `beta` of 1000 is meant for images of 32 x 32: the
-    distance is a mean over pixels between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
+
+def kd_at(teacher: Classifier, student: nn.Module, *, cross_entropy: bool = True) -> Objective:
+    """(1 - ALPHA) CE + 2 ALPHA T^2 KL(t || s) / K + BETA sum of attention distances.
+
+    t and s are the softmax of the logits over T = TEMPERATURE; KL is the mean over the batch. Without `cross_entropy`
+    its term is left out, as the paper has it. BETA is meant for images of 32 x 32: the distance is a mean over pixels
+    between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
 
     The teacher is copied and stays as it is; the student has hooks only while the loss is computed. Raises ZsktError
-    where teacher and student, or with a `beta` their stages, do not fit together. Source: the few-shot baseline of the
-    released ZSKT code, after Hinton et al. 2015 (KL) and Zagoruyko & Komodakis 2017 (attention).
+    where teacher and student, or their stages, do not fit together. Source: the few-shot baseline of the released ZSKT
+    code, after Hinton et al. 2015 (KL) and Zagoruyko & Komodakis 2017 (attention).
     """
-    if not 0 <= alpha <= 1 or not 0 < temperature < math.inf or not 0 <= beta < math.inf:
-        raise UsageError(
-            f"alpha = {alpha}, temperature = {temperature}, beta = {beta}: expected alpha from 0 to 1, a positive "
-            "temperature and a beta of 0 or more"
-        )
     check_pair(teacher, student)
     try:
-        stages = stage_pairs(teacher, student) if beta else ((), ())
+        stages = stage_pairs(teacher, student)
     except ZsktError as error:  # whose advice is for the command line of a run
-        raise ZsktError(f"{str(error).rpartition(';')[0]}; set beta=0") from error
+        raise ZsktError(f"{str(error).rpartition(';')[0]}; choose another student") from error
     layout = memory_format(teacher.module, teacher.input_size)
     frozen = copy.deepcopy(teacher).to(memory_format=layout)  # type: ignore[call-overload]
     watched = Observer(frozen.module, stages[0])
@@ -152,12 +141,10 @@ def kd_at(
             theirs = watched(x.contiguous() if layout == torch.contiguous_format else x)
         with closing(Observer(student, stages[1])) as learner:
             ours = learner(x)
-        loss = 2 * alpha * forward_kl(ours.logits, theirs.logits, temperature=temperature, scale="per_class")
+        loss = 2 * ALPHA * forward_kl(ours.logits, theirs.logits, temperature=TEMPERATURE, scale="per_class")
         if cross_entropy:
-            loss = loss + (1 - alpha) * F.cross_entropy(at_least_float32(ours.logits), labels)
-        if beta:
-            loss = loss + beta * attention_transfer(ours.stages, theirs.stages)
-        return loss
+            loss = loss + (1 - ALPHA) * F.cross_entropy(at_least_float32(ours.logits), labels)
+        return loss + BETA * attention_transfer(ours.stages, theirs.stages)
 
     return objective
 
