@@ -4,7 +4,6 @@ N images, K classes. Only a copy of the student is ever put in training mode.
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,6 @@ from zskt.networks.models import Size
 from zskt.networks.observe import answer, check_state, evaluating, fixed_batch, logits_of
 
 SMALLEST = 1e-12  # least probability that a logarithm is taken of, so that its gradient is finite
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What checks on noise images have found."""
-
-    num_classes: int
-    output: Output
-    notes: tuple[str, ...]  # for the user; not errors
 
 
 class Logarithm(nn.Module):
@@ -56,14 +46,12 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
         teacher.eval()
     if teacher.probed:
         return teacher
-    found = probe(teacher.module, teacher.input_size)
-    if found.num_classes != teacher.num_classes:
-        raise ZsktError(
-            f"expected a network with {teacher.num_classes} classes, found {found.num_classes} outputs; check both"
-        )
-    if found.output == "probabilities":
+    classes, teacher.output, teacher.notes = probe(teacher.module, teacher.input_size)
+    if classes != teacher.num_classes:
+        raise ZsktError(f"expected a network with {teacher.num_classes} classes, found {classes} outputs; check both")
+    if teacher.output == "probabilities":
         teacher.module = Logarithm(teacher.module).eval()
-    teacher.output, teacher.notes, teacher.probed = found.output, found.notes, True
+    teacher.probed = True
     return teacher
 
 
@@ -78,16 +66,17 @@ def output_kind(outputs: Tensor) -> Output:
     return "logits"
 
 
-def probe(module: nn.Module, size: Size) -> Probe:
-    """Check a frozen network on noise of `size` = (C, H, W); raises ZsktError if it cannot be distilled.
+def probe(module: nn.Module, size: Size) -> tuple[int, Output, tuple[str, ...]]:
+    """Check a frozen network on noise of `size` = (C, H, W): its classes, kind of outputs, and notes for the user.
 
-    Three images in two batches, of standard deviation 1 and 3, and one backward pass to the images.
+    Three images in two batches, of standard deviation 1 and 3, and one backward pass to the images. Raises ZsktError
+    if it cannot be distilled.
     """
     rng = torch.Generator().manual_seed(0)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     noise = torch.randn(3, *size, generator=rng) * torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1, 1)  # (3, C, H, W)
     noise = noise.to(like.device, like.dtype)
-    first = _with_gradient(module, noise[:2].clone(), size)  # (2, K)
+    first = _with_gradient(module, noise[:2].clone())  # (2, K)
     with torch.no_grad():
         try:
             both = logits_of(module(noise))  # (3, K)
@@ -108,10 +97,10 @@ def probe(module: nn.Module, size: Size) -> Probe:
             "the output for an image varies between calls or with the rest of the batch: are dropout or BatchNorm in "
             "training mode?"
         )
-    return Probe(int(both.shape[1]), kind, tuple(notes))
+    return int(both.shape[1]), kind, tuple(notes)
 
 
-def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
+def _with_gradient(module: nn.Module, noise: Tensor) -> Tensor:
     """The outputs (2, K) for two images; raises ZsktError unless gradients reach the images."""
     images = noise.requires_grad_() * 1  # not a leaf, like a generator's images
     with torch.enable_grad():

@@ -143,11 +143,10 @@ class Observer:
 
 
 @contextlib.contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; the mode of each submodule is restored afterwards."""
-    modes = [(child, child.training) for module in modules for child in module.modules()]
-    for module in modules:
-        module.eval()
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
     try:
         with torch.no_grad():
             yield

@@ -103,11 +103,11 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+@dataclass(frozen=True)
 class JsonLines:
     """An append-only file of one JSON object per line, truncated on resume."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def append(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, allow_nan=False) + "\n"

@@ -178,19 +178,16 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
     return CapturedStep(method)
 
 
+@dataclass
 class Examiner:
     """Evaluates a run's student: beliefs about pseudo images, accuracy and agreement on test images."""
 
-    def __init__(
-        self, teacher: Classifier, method: Method, folder: Path | None, images: tuple[Tensor, Tensor] | None
-    ) -> None:
-        self.teacher = teacher
-        self.method = method
-        self.folder = folder
-        self.images = images
-        self.network = teacher.like(method.student)
-        self.answers: Tensor | None = None
-        self.measured: dict[str, float] = {}
+    teacher: Classifier
+    method: Method
+    folder: Path | None
+    images: tuple[Tensor, Tensor] | None
+    answers: Tensor | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
     def examine(self, step: int) -> dict[str, Any]:
         """Both networks' beliefs about 64 pseudo images, always of the same seed, and what `measure` returns."""
@@ -213,7 +210,7 @@ class Examiner:
         pictures, labels = self.images
         if self.answers is None:
             self.answers = predict(self.teacher, pictures)  # (M, K)
-        self.measured = judge(predict(self.network, pictures), labels, self.answers)
+        self.measured = judge(predict(self.teacher.like(self.method.student), pictures), labels, self.answers)
         return self.measured
 
     def last(self) -> dict[str, float]:
