@@ -92,8 +92,6 @@ KNOWN: dict[str, KnownSet] = {
     "svhn": KnownSet((3, 32, 32), _DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), False, _SVHN_FILES),
 }
 
-# Image files: decoding, resizing, the cache
-
 _IMAGE = re.compile(  # [top/]split/class/file; non-greedy, because CIFAR-100 has a class called train
     rf"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/{IMAGE_NAME.pattern}", re.IGNORECASE | re.DOTALL
 )
@@ -264,9 +262,6 @@ def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, lis
         changes.append(f"resized and centre-cropped to {height} x {width}")
     pixels = np.asarray(image)  # (H, W) or (H, W, 3)
     return (pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)), changes
-
-
-# Public functions
 
 
 def read(

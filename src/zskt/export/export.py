@@ -167,9 +167,6 @@ def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agre
         )
 
 
-# What is exported, and the images to compare on.
-
-
 @dataclass(frozen=True)
 class Source:
     """A network, what is known of its making, and what draws its run's pseudo images, if there is a run."""
@@ -227,9 +224,6 @@ def from_folder(
     is_run = (folder / "config.toml").exists() and (folder / "student.json").exists()
     sample = sampler(folder, network, method=method, teacher=teacher) if is_run else None
     return Source(network, metadata, sample)
-
-
-# Reading back, comparing, timing.
 
 
 def read_back(path: Path, form: Format, network: Classifier) -> Answer:

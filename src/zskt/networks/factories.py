@@ -85,12 +85,12 @@ def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Mo
         try:
             network = factory(**(arguments or {}))
         except (Exception, SystemExit) as error:
+            takes = "others"
             with contextlib.suppress(TypeError, ValueError):  # some callables have no signature
+                takes = str(inspect.signature(factory))
                 inspect.signature(factory).bind(**(arguments or {}))
                 raise ZsktError(f"{spec} failed with {type(error).__name__}: {first_line(error)}; fix it") from error
-            raise ZsktError(
-                f"{spec} does not take these arguments ({first_line(error)}); it takes {_signature(factory)}"
-            ) from error
+            raise ZsktError(f"{spec} does not take these arguments ({first_line(error)}); it takes {takes}") from error
     if not isinstance(network, nn.Module):
         raise ZsktError(f"expected {spec} to return a torch.nn.Module, found {type(network).__name__}; fix it")
     path = _file_of(spec)
@@ -137,10 +137,3 @@ def _load_file(path: Path) -> types.ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _signature(factory: Any) -> str:
-    try:
-        return str(inspect.signature(factory))
-    except (TypeError, ValueError):
-        return "others"

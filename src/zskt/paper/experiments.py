@@ -254,10 +254,8 @@ class Experiment:
             (student, teacher),
         )
 
-    # Units of work on noise, for the estimate of the cost
-
     def blank_teacher(self) -> Classifier:
-        """A teacher as fast as the real one."""
+        """A teacher as fast as the real one, for the estimate of the cost."""
         if self.given is not None:
             return copy.deepcopy(self.given).to(pick_device(self.device))
         mean, std = normalisation(self.train)

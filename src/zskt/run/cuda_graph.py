@@ -5,7 +5,6 @@ them. A graph repeats the same kernels on the same memory, so whatever changes f
 read: learning rates are copied in, random generators advance with the graph, the replay buffer's slot is on the device.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -106,7 +105,7 @@ class CapturedStep:
         try:
             for (player, rate, done), rates in zip(kept, self.rates, strict=True):
                 if rate is not None:
-                    player.rate = functools.partial(_fed, rates, done)  # type: ignore[assignment]
+                    player.rate = lambda update, rates=rates, done=done: rates[update - done]
             return self.matching.step()
         finally:
             for player, rate, done in kept:
@@ -120,8 +119,3 @@ class CapturedStep:
             **{f"{i}": optimizer_state(player.optimizer) for i, player in enumerate(self.players)},
         }
         return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-
-
-def _fed(rates: Tensor, done: int, update: int) -> Tensor:
-    """The learning rate of an update, as a view of `rates`."""
-    return rates[update - done]

@@ -27,8 +27,6 @@ MEASURES = {
     "kl_teacher_student": "KL(teacher, student), nats",
     "calibration_error": "expected calibration error",
 }
-
-
 METADATA = {
     "teacher_model": "teacher",
     "model": "student",
