@@ -51,10 +51,8 @@ class Timing:
     network: str
     parameters: int
     bytes: int
-    milliseconds: dict[int, float]
-    """median by the clock, by batch size"""
-    processor: dict[int, float]
-    """likewise, of processor time: much less where other programs were in the way"""
+    milliseconds: dict[int, float]  # median by the clock, by batch size
+    processor: dict[int, float]  # likewise, of processor time: much less where other programs were in the way
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ otherwise it is the last child at each resolution.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -270,20 +271,17 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
     calls: dict[str, _Call] = {}
     tokens = False
 
-    def watch(name: str) -> Any:
-        def hook(child: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            nonlocal tokens
-            x = inputs[0] if inputs else None
-            tokens |= isinstance(output, Tensor) and output.ndim == 3
-            if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim == output.ndim == 4:
-                calls.pop(name, None)  # a module called twice counts where it was called last
-                calls[name] = _Call(tuple(x.shape[2:]), tuple(output.shape[2:]), output, output._version)
-
-        return hook
+    def watch(name: str, child: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal tokens
+        x = inputs[0] if inputs else None
+        tokens |= isinstance(output, Tensor) and output.ndim == 3
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim == output.ndim == 4:
+            calls.pop(name, None)  # a module called twice counts where it was called last
+            calls[name] = _Call(tuple(x.shape[2:]), tuple(output.shape[2:]), output, output._version)
 
     # TorchScript modules reject hooks, and call their children without them.
     called = [(name, m) for name, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    handles = [child.register_forward_hook(watch(name)) for name, child in called if name]
+    handles = [child.register_forward_hook(functools.partial(watch, name)) for name, child in called if name]
     try:
         with evaluating(module):
             module(blank_images(module, size))

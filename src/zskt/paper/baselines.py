@@ -104,11 +104,7 @@ def train_student(
 
 def cross_entropy(module: nn.Module) -> Objective:
     """Cross-entropy of a network's logits to the labels, mean over the batch, in nats."""
-
-    def objective(x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(at_least_float32(logits_of(module(x))), labels)
-
-    return objective
+    return lambda x, labels: F.cross_entropy(at_least_float32(logits_of(module(x))), labels)
 
 
 ALPHA, TEMPERATURE, BETA = 0.9, 4.0, 1000.0  # of KD+AT, as released

@@ -24,22 +24,14 @@ Bar = Callable[[str, str], contextlib.AbstractContextManager[Show]]  # (job name
 class Job:
     """One network or comparison, and how to produce it."""
 
-    name: str
-    """also the name of its folder"""
-    settings: Mapping[str, Any]
-    """what the result depends on besides `needs`: JSON values"""
-    units: int
-    """amount of work"""
-    unit: str
-    """what `units` counts"""
-    pace: str
-    """jobs of the same pace take equally long per unit"""
-    trial: Callable[[], Callable[[], Any]]
-    """returns a function that does one unit of this work, on noise"""
-    run: Callable[[Path, str | None, Show], bool]
-    """starts or resumes it in a folder, within a time limit; returns whether it has finished"""
-    needs: tuple["Job", ...] = ()
-    """jobs that must finish first"""
+    name: str  # also the name of its folder
+    settings: Mapping[str, Any]  # what the result depends on besides `needs`: JSON values
+    units: int  # amount of work
+    unit: str  # what `units` counts
+    pace: str  # jobs of the same pace take equally long per unit
+    trial: Callable[[], Callable[[], Any]]  # returns a function that does one unit of this work, on noise
+    run: Callable[[Path, str | None, Show], bool]  # go on in a folder, within a time limit; whether it has finished
+    needs: tuple["Job", ...] = ()  # jobs that must finish first
 
     def folder(self, root: Path) -> Path:
         return root / "parts" / self.name

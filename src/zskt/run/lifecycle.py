@@ -39,16 +39,11 @@ class Lifecycle:
     log_every: int
     evaluate_every: int
     checkpoint_every: int
-    identity: Mapping[str, Any]
-    """JSON values that a run must share with the checkpoint it resumes from"""
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    """values that may differ on resume, at the price of bitwise equality"""
-    evaluate: Callable[[int], dict[str, Any]] = lambda step: {}
-    """returns what an evaluation adds to the log"""
-    advance: Callable[[], Mapping[str, Tensor]] | None = None
-    """replaces `repeated.step`"""
-    advice: str = "lower {name}.learning_rate or set {name}.clip"
-    """remedy for divergence of network `name`"""
+    identity: Mapping[str, Any]  # JSON values that a run must share with the checkpoint it resumes from
+    machine: Mapping[str, Any] = field(default_factory=dict)  # may differ on resume, at the price of bitwise equality
+    evaluate: Callable[[int], dict[str, Any]] = lambda step: {}  # returns what an evaluation adds to the log
+    advance: Callable[[], Mapping[str, Tensor]] | None = None  # replaces `repeated.step`
+    advice: str = "lower {name}.learning_rate or set {name}.clip"  # remedy for divergence of network `name`
     started: float = field(default_factory=time.monotonic)
     step: int = 0
     seconds_before: float = 0.0
