@@ -20,8 +20,6 @@ from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import at_least_float32, layout
 
-Stepped = Literal["first", "second"]
-Start = Literal["prediction", "label"]
 Progress = Callable[[int, int], None]  # called with (paths done, total)
 
 EXAMPLES = 8  # number of images whose individual curves are kept, for plots
@@ -37,9 +35,9 @@ class Paths:
     """gradient steps towards each class, K in the paper"""
     step_size: float = 1.0
     """of a gradient step in the stepped network's normalised space, xi in the paper"""
-    stepped: Stepped = "first"
+    stepped: Literal["first", "second"] = "first"
     """the network whose gradient is followed"""
-    start: Start = "prediction"
+    start: Literal["prediction", "label"] = "prediction"
     """the class that a path starts from: the common prediction (the paper) or the label (the released code)"""
     seed: int = 0
     """of the choice of images"""

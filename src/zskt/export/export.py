@@ -145,7 +145,8 @@ def export(
             timed |= {"student": (network, reference)} | ({"student, int8": (network, place)} if int8 else {})
             timings = time_networks(timed, fed, tolerance)
         size = sum(file.stat().st_size for file in (place, *place.rglob("*")) if file.is_file())
-    return Exported(path, form, fed, int8, size, len(images), origin.images_from, **found, timings=timings)
+    images_from = "seeded noise in [0, 1]" if origin.sample is None else "the run's pseudo images"
+    return Exported(path, form, fed, int8, size, len(images), images_from, **found, timings=timings)
 
 
 def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agreement: float) -> None:
@@ -172,10 +173,6 @@ class Source:
     network: Classifier
     metadata: Mapping[str, Any]
     sample: Sample | None
-
-    @property
-    def images_from(self) -> str:
-        return "the run's pseudo images" if self.sample is not None else "seeded noise in [0, 1]"
 
     def pseudo_images(self, seeds: Sequence[int]) -> Tensor:
         """64 images for each seed (64 seeds, C, H, W), normalised, on the CPU; noise where there is no run."""

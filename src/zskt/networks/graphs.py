@@ -19,12 +19,7 @@ from zskt.networks.foreign import Found, quiet
 _NORM = torch.ops.aten.batch_norm.default
 _DECOMPOSED_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 """what `run_decompositions` makes of it; returns a tuple that begins with the result"""
-_LAYERS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
+_LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _EXPORT_AGAIN = (
     "export it with a dynamic batch, as in torch.export.export(model.eval(), (images,), "
     "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"

@@ -61,21 +61,11 @@ def load_teacher(
     files, which are programs, and folders that name a factory. `notice` gets lines worth knowing. Raises UsageError for
     options that are missing or have no use, ZsktError for what cannot be loaded or distilled.
     """
-    return load(
-        what,
-        weights=weights,
-        arguments=arguments,
-        input_size=input_size,
-        mean=mean,
-        std=std,
-        trust=trust,
-        notice=notice,
-    ).teacher
+    return load(what, weights, arguments, input_size, mean, std, trust, notice).teacher
 
 
 def load(
     what: str | Path,
-    *,
     weights: str | Path | None = None,
     arguments: Mapping[str, Any] | None = None,
     input_size: Sequence[int] | None = None,
