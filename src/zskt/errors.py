@@ -83,4 +83,5 @@ def failing(
 
 
 def to_stderr(line: str) -> None:
+    """One line for the user."""
     print(printable(line), file=sys.stderr, flush=True)

@@ -100,6 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_text(path: Path) -> str:
+    """The content of a text file."""
     try:
         with system_errors("read", path):
             return path.read_text(encoding="utf-8")
@@ -108,6 +109,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON document."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:

@@ -80,6 +80,7 @@ def threads(count: int | str) -> Iterator[None]:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -93,6 +93,7 @@ def watching(matching: BeliefMatching, around: Callable[[str, Callable[[], Any]]
 
 
 def count(matching: BeliefMatching) -> dict[str, Work]:
+    """The work of one step, by phase."""
     counter = Counter()
 
     def around(name: str, call: Callable[[], Any]) -> Any:

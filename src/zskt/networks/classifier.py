@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, failing, printable, short
-from zskt.files import expanded
 from zskt.networks import models
 from zskt.networks.models import Size
 from zskt.networks.observe import answer, batchnorm_layers, blank_images, check_state, evaluating, logits_of
@@ -82,20 +81,9 @@ class Classifier(nn.Module):
         Only JSON and safetensors files of a repository are downloaded. `trust` lets a zskt folder run the factory that
         it names. Raises ZsktError for what cannot be found or read.
         """
-        from zskt.networks import hugging_face, loading  # here, as both import this module
+        from zskt.networks.loading import load_pretrained  # here, as loading imports this module
 
-        folder = expanded(folder_or_repository)
-        if folder.is_dir():
-            if revision is not None:
-                raise UsageError(f"revision has no use beside {folder}, a folder on this machine; leave it out")
-        elif folder.exists() or not hugging_face.REPOSITORY.fullmatch(str(folder_or_repository)):
-            raise ZsktError(
-                f"expected a folder or a Hugging Face repository as owner/name, found {short(folder_or_repository)}, "
-                "which is neither; zskt.load_teacher takes files and other specifiers"
-            )
-        else:
-            folder = hugging_face.fetch(str(folder_or_repository), revision)
-        return loading.load_teacher(folder, trust=trust)
+        return load_pretrained(folder_or_repository, trust=trust, revision=revision)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""

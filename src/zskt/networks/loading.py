@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import UsageError, ZsktError, failing, to_stderr
+from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
 from zskt.networks.archives import kind_of, read_weights
@@ -62,6 +62,22 @@ def load_teacher(
     options that are missing or have no use, ZsktError for what cannot be loaded or distilled.
     """
     return load(what, weights, arguments, input_size, mean, std, trust, notice).teacher
+
+
+def load_pretrained(what: str | Path, *, trust: bool, revision: str | None) -> Classifier:
+    """See `Classifier.from_pretrained`."""
+    folder = expanded(what)
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"revision has no use beside {folder}, a folder on this machine; leave it out")
+    elif folder.exists() or not hugging_face.REPOSITORY.fullmatch(str(what)):
+        raise ZsktError(
+            f"expected a folder or a Hugging Face repository as owner/name, found {short(what)}, which is neither; "
+            "zskt.load_teacher takes files and other specifiers"
+        )
+    else:
+        folder = hugging_face.fetch(str(what), revision)
+    return load_teacher(folder, trust=trust)
 
 
 def load(

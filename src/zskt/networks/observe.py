@@ -51,6 +51,7 @@ class Observation:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, converted to float32 if in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -200,6 +201,7 @@ def answer(module: nn.Module, images: Tensor) -> Tensor:
 
 
 def fixed_batch(count: int, error: BaseException) -> ZsktError:
+    """The error for a network with a fixed batch size."""
     return ZsktError(
         f"the network takes batches of exactly {count} ({first_line(error)}); export it with a dynamic batch, as in "
         "torch.export.export(..., dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"

@@ -130,6 +130,7 @@ def published_budget(train: Dataset, model: str) -> Budget:
 
 
 def reproduction(request: Request) -> Reproduction:
+    """The requested table or figure."""
     makers: dict[str, Callable[[Request], Reproduction]] = {
         "table-1": table_1,
         "table-2": table_2,

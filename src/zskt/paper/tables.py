@@ -147,4 +147,5 @@ def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] 
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]

@@ -64,6 +64,7 @@ def restoring(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under names that begin with `prefix/`."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
