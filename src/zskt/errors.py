@@ -68,11 +68,7 @@ def system_errors(verb: str, path: Path) -> Iterator[None]:
 def failing(
     what: str, advice: str, *, named: bool = False, kinds: tuple[type[BaseException], ...] = (Exception, SystemExit)
 ) -> Iterator[None]:
-    """The boundary to code that fails in every way, such as parsers and networks from elsewhere.
-
-    What it raises of these `kinds` becomes "`what` (its first line, after its type if `named`); `advice`"; errors of
-    ours pass.
-    """
+    """Whatever fails inside becomes "`what` (its first line, after its type if `named`); `advice`"; ours passes."""
     try:
         yield
     except ZsktError:

@@ -1,7 +1,4 @@
-"""Files that are either complete or absent.
-
-Nothing in this package writes a pickle: tensors go to safetensors, everything else to JSON, JSON lines or TOML.
-"""
+"""Files that are either complete or absent; nothing is pickled: safetensors, JSON, JSON lines and TOML."""
 
 import contextlib
 import itertools
@@ -30,10 +27,7 @@ TEMPORARY = ".*.tmp"  # names of files that are not whole yet
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that replaces `path` only once it is complete: temporary file, fsync, rename.
-
-    On any error the temporary file is removed and `path` is left as it was.
-    """
+    """A binary file that replaces `path` once it is complete (temporary file, fsync, rename), and not on any error."""
     temporary = None
     if path.exists() and not path.is_file():  # a rename would replace a device
         raise ZsktError(f"cannot write {path}: it is a folder or device; choose another place with --out")
@@ -68,10 +62,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A path for a new file or folder that is moved to `path` only if the work on it succeeds.
-
-    It lies in a temporary folder beside `path`, which is removed at the end. Raises ZsktError if `path` exists.
-    """
+    """A path for a new file or folder, moved to `path` only if the work succeeds; raises ZsktError if `path` exists."""
     if os.path.lexists(path):
         raise ZsktError(f"{path} already exists; choose another --out or remove it")
     with system_errors("write", path):

@@ -210,10 +210,7 @@ def read_source(
 def from_folder(
     folder: Path, network: Classifier, method: Make | None = None, teacher: Classifier | None = None
 ) -> Source:
-    """A network that was loaded from a run, teacher or hub folder, with what else is there.
-
-    A run of an own method needs that `method` and its `teacher` again, for pseudo images to compare on.
-    """
+    """A loaded network with what else is in its folder; a run of an own method needs `method` and its `teacher`."""
     paths = [folder / f"{name}.json" for name in ("student", "teacher", "config")]
     metadata: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
     is_run = (folder / "config.toml").exists() and (folder / "student.json").exists()

@@ -1,7 +1,4 @@
-"""Checks of a teacher, which is also frozen, and of a pair of teacher and student.
-
-N images, K classes. Only a copy of the student is ever put in training mode.
-"""
+"""Checks of a teacher, which is also frozen, and of a pair of teacher and student; N images, K classes."""
 
 import copy
 

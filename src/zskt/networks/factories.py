@@ -1,7 +1,4 @@
-"""Networks from a factory, a function of the user's: `package.module:factory` or `file.py:factory`, with arguments.
-
-Importing and calling a factory runs the user's code, so it happens only on request.
-"""
+"""Networks from a function of the user's, `package.module:factory` or `file.py:factory`: on request, as code runs."""
 
 import contextlib
 import importlib
@@ -76,10 +73,7 @@ def find_function(spec: str) -> Callable[..., Any]:
 
 
 def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """The network that `package.module:factory` or `file.py:factory` returns for these keyword arguments.
-
-    Raises what `find_function` raises, and ZsktError if the factory fails or returns something else.
-    """
+    """The network that a factory returns for these arguments; raises ZsktError if it fails or returns another thing."""
     factory = find_function(spec)
     with _importable(spec):
         try:

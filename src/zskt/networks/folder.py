@@ -17,10 +17,7 @@ from zskt.runtime import cpu_name, versions
 
 
 def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) -> None:
-    """Write `stem`.safetensors and `stem`.json; `metadata` (how trained, measured accuracy, ...) goes into the JSON.
-
-    The JSON goes last: a folder without it does not count as a network.
-    """
+    """Write `stem`.safetensors, then `stem`.json with `metadata`: without the JSON it does not count as a network."""
     write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
     made = {"versions": versions(), "hardware": cpu_name()}
     write_json(folder / f"{stem}.json", describe_network(network) | metadata | made)

@@ -145,10 +145,7 @@ def import_weights(
 def fill(
     module: nn.Module, path: Path, rename: Mapping[str, str] | None = None, advice: str = ADVICE
 ) -> dict[str, str]:
-    """Load a foreign checkpoint into `module`, in place; returns foreign key -> own key.
-
-    No code in the file is run. Raises ZsktError, with `advice`, for names that do not map.
-    """
+    """Load a foreign checkpoint into `module`; returns foreign key -> own key, or raises ZsktError with `advice`."""
     own, foreign = module.state_dict(), find_state_dict(read_weights(path))
     if nested := [key for key, tensor in foreign.items() if tensor.is_nested]:
         raise ZsktError(f"{short(nested[0])}: expected a dense tensor, found a nested one; convert and save it again")

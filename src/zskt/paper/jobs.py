@@ -1,7 +1,4 @@
-"""The jobs behind tables and figures: each has a folder, runs once and resumes where it was interrupted.
-
-Results that were made with other settings are refused, never silently reused.
-"""
+"""The jobs behind tables and figures: each has a folder, runs once, resumes, and refuses results of other settings."""
 
 import contextlib
 import math
@@ -73,10 +70,7 @@ def check_settings(jobs: Sequence[Job], root: Path) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], root: Path, seconds: float, bar: Bar) -> dict[str, str]:
-    """Run the unfinished jobs in order until the time is up; returns failed job -> reason.
-
-    A failure does not stop other jobs, except those that need the failed one.
-    """
+    """Run the unfinished jobs in order until the time is up; returns failed job -> reason, also for what needs it."""
     deadline = time.monotonic() + seconds
     failed: dict[str, str] = {}
     for job in jobs:

@@ -152,10 +152,7 @@ FREE = ("log_every", "evaluate_every", "checkpoint_every")
 
 
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raise ZsktError unless a new run may start in `folder` or, with `resume`, this run may continue there.
-
-    A run that was stopped before its first checkpoint starts again either way.
-    """
+    """Raise ZsktError unless a run may start in `folder`, or start again without a checkpoint, or `resume` there."""
     with system_errors("use", folder):
         if folder.exists() and not folder.is_dir():
             raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
@@ -196,10 +193,7 @@ def exists(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def owning(folder: Path | None) -> Iterator[None]:
-    """Lock a folder, created if missing, against other processes.
-
-    If the work fails before its first checkpoint, the folder is removed: there is nothing to resume.
-    """
+    """Lock a folder, created if missing, and remove it if the work fails before there is something to resume."""
     if folder is None:
         yield
         return

@@ -40,10 +40,7 @@ __all__ = [
 
 
 def build(spec: str, num_classes: int, input_size: Size) -> nn.Module:
-    """A network with random weights for images of `input_size` = (C, H, W).
-
-    Raises UsageError for an unknown spec or one that does not fit the size.
-    """
+    """A network with random weights for images of `input_size` (C, H, W); UsageError if `spec` is unknown or unfit."""
     if not 2 <= num_classes <= MOST or len(input_size) != 3 or not all(1 <= side <= MOST for side in input_size):
         raise UsageError(
             f"expected 2 to {MOST:,} classes and an input size C H W of 1 to {MOST:,}, found {num_classes} classes "
