@@ -89,11 +89,7 @@ def is_hub_folder(folder: Path) -> bool:
 
 
 def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, trust: bool = False) -> Classifier:
-    """The network that the JSON at `path` describes, with the tensors of a safetensors file.
-
-    `module` is a network rebuilt by the caller: its weights are replaced in a copy. `trust` lets a factory that the
-    JSON names run.
-    """
+    """The network that the JSON at `path` describes, or a copy of `module`, with the tensors of a safetensors file."""
     metadata = _checked_metadata(path)
     mean, std, _ = unit_normalisation(metadata["mean"], metadata["std"], white=1, where=path)
 

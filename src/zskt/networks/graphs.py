@@ -53,10 +53,7 @@ class Graph(nn.Module):
 
 
 def read_exported(path: Path) -> Found:
-    """The network in a `.pt2` file of torch.export.save; runs whatever code the file holds.
-
-    Raises ZsktError for programs of fixed batch size, of integer or several inputs, or exported in training mode.
-    """
+    """The network in a `.pt2` file, whose code runs; ZsktError unless it takes float images, any batch, in eval."""
     try:
         with quiet():
             graph = torch.export.load(path).module()

@@ -56,11 +56,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (N, K) in the output of a teacher or student.
-
-    The output may be the logits, have them as `.logits` or `["logits"]` (as in transformers), or be a tuple or list
-    whose first tensor they are.
-    """
+    """The logits (N, K) in an output: itself, its `.logits` or `["logits"]`, or the first tensor of a tuple or list."""
     logits = getattr(output, "logits", None)
     if isinstance(output, Tensor):
         logits = output

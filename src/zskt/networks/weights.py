@@ -54,10 +54,7 @@ class _Choice:
 
 
 def find_state_dict(loaded: object) -> dict[str, Tensor]:
-    """The largest mapping name -> tensor, at the top level or nested (`state_dict`, `model`, ...).
-
-    Optimiser states are skipped. Raises ZsktError if there is none, or if several are equally large.
-    """
+    """The largest mapping name -> tensor, however nested; ZsktError if there is none, or several as large."""
     found: dict[str, dict[str, Tensor]] = {}
     waiting: list[tuple[str, object]] = [("", loaded)]
     seen: set[int] = set()  # no recursion, as a hostile file may nest deeply or in circles

@@ -41,10 +41,7 @@ def teach(
     stop_after: str | int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
-    """Train `module` in place, by cross-entropy, into a teacher; with `out` it is written to that folder.
-
-    `mean` and `std` (C numbers each, for pixels in [0, 1]) become its normalisation. The rest as in `fit`.
-    """
+    """Train `module` in place, by cross-entropy, into a teacher; mean and std are of pixels in [0, 1]. See `fit`."""
     like = Classifier(module, input_size=train[0].shape[1:], mean=mean, std=std, class_names=class_names)
     return fit(
         "teacher",

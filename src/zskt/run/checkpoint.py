@@ -232,10 +232,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
-    """A request to stop after `seconds` or, with `signals`, at the first SIGINT or SIGTERM; a second one acts at once.
-
-    Outside the main thread, where Python allows no handlers, signals act as usual.
-    """
+    """A request to stop after `seconds` or, with `signals` (main thread), at SIGINT or SIGTERM; the next one acts."""
     request = StopRequest(time.monotonic() + seconds)
     if not signals or threading.current_thread() is not threading.main_thread():
         yield request
