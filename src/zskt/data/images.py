@@ -103,7 +103,6 @@ _GROUP, _GROUP_BYTES = 256, 2**27  # most images decoded at once, and most bytes
 def _read_images(
     members: list[Member], split: Split, size: Size | None, progress: Progress | None, notice: Notice
 ) -> Dataset:
-    """The image files of one split, decoded or from the cache."""
     splits: dict[str, dict[str, list[Member]]] = {}  # split -> class -> images
     for member in members:
         if match := _IMAGE.fullmatch(member.name):

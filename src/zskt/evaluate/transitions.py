@@ -165,8 +165,7 @@ def believed(logits: Tensor, target: Tensor) -> Tensor:
 class Comparison:
     """How close two networks' beliefs are: on images, and on the paths from them to other classes."""
 
-    measured: dict[str, Any]
-    """all numbers, ready for JSON"""
+    measured: dict[str, Any]  # all numbers, ready for JSON
     transitions: Transitions
 
     @property

@@ -61,21 +61,15 @@ class Exported:
 
     path: Path
     format: Format
-    input: Input
-    """what it is fed"""
+    input: Input  # what it is fed
     int8: bool
     bytes: int
-    images: int
-    """compared on"""
+    images: int  # compared on
     images_from: str
-    largest_logit: float
-    """of the network itself, in magnitude"""
-    max_difference: float
-    """of a logit, in magnitude"""
-    agreement: float
-    """fraction of images with the same most probable class"""
-    timings: tuple[Timing, ...] = ()
-    """of teacher and student, where a teacher was given"""
+    largest_logit: float  # of the network itself, in magnitude
+    max_difference: float  # of a logit, in magnitude
+    agreement: float  # fraction of images with the same most probable class
+    timings: tuple[Timing, ...] = ()  # of teacher and student, where a teacher was given
 
 
 def export(

@@ -66,10 +66,8 @@ class Classifier(nn.Module):
                 f"expected a network with {len(self.class_names)} class names, found {self.num_classes} outputs; "
                 "check both"
             )
-        self.output: Output = "logits"
-        """what the module returns, according to `checks.probe`"""
-        self.notes: tuple[str, ...] = ()
-        """what else the user should know about the network"""
+        self.output: Output = "logits"  # what the module returns, according to `checks.probe`
+        self.notes: tuple[str, ...] = ()  # what else the user should know about the network
         self.probed = False
 
     @classmethod

@@ -150,7 +150,6 @@ def _family(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
 
 
 def _ours(teacher: Classifier, spec: str) -> Iterator[Ladder]:
-    """Narrower and shallower networks of ours."""
     ladders: list[list[str]] = []
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
         depth, width = int(match[1]), int(match[2])

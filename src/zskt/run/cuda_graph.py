@@ -64,7 +64,6 @@ class CapturedStep:
         self.repeat: Step | None = None
 
     def __call__(self) -> Mapping[str, Tensor]:
-        """One outer iteration."""
         if self.repeat is None and self.matching.replay.steady:
             self.repeat = self._recorded()
         if self.repeat is None:

@@ -41,15 +41,12 @@ class DistillResult:
 
     student: nn.Module = field(repr=False)
     teacher: Classifier = field(repr=False)
-    method: Method = field(repr=False)
-    """in its state after the last step; `method.sample(n, seed)` draws pseudo images"""
+    method: Method = field(repr=False)  # in its state after the last step; `method.sample(n, seed)` draws pseudo images
     config: Config = field(repr=False)
-    reason: str
-    """why this recipe was chosen"""
+    reason: str  # why this recipe was chosen
     step: int
     finished: bool
-    measured: dict[str, float] = field(default_factory=dict)
-    """at the last iterate, on the test images"""
+    measured: dict[str, float] = field(default_factory=dict)  # at the last iterate, on the test images
     warnings: list[str] = field(default_factory=list)
     out: Path | None = None
 
