@@ -59,18 +59,12 @@ class Transitions:
     Averages are over an image's K - 1 target classes; k = 0 is the original image.
     """
 
-    first: Tensor
-    """(M, S) mean probability of the target class, first network"""
-    second: Tensor
-    """(M, S) the same, second network"""
-    gaps: Tensor
-    """(M, S) mean |first - second|"""
-    starts: Tensor
-    """(M,) start class of each image"""
-    examples: Tensor
-    """(2, E, K - 1, S) both networks' curves for the first E images; target t is class starts + 1 + t mod K"""
-    images: Tensor
-    """(E, C, H, W) those images, as given"""
+    first: Tensor  # (M, S) mean probability of the target class, first network
+    second: Tensor  # (M, S) the same, second network
+    gaps: Tensor  # (M, S) mean |first - second|
+    starts: Tensor  # (M,) start class of each image
+    examples: Tensor  # (2, E, K - 1, S) both curves of the first E images; target t is class starts + 1 + t mod K
+    images: Tensor  # (E, C, H, W) those images, as given
 
     @property
     def error(self) -> float:

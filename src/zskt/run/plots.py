@@ -125,8 +125,7 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
                     axes.plot(steps, values, style, color=f"C{i % 10}", linewidth=1)
                     measured |= bool(steps)
                 axes.plot([], [], style, color="black", linewidth=1, label=label)
-            axes.set_title(title)
-            axes.set_xlabel("step")
+            axes.set(title=title, xlabel="step")
             if "loss" not in title and "test" not in title:
                 axes.set_ylim(-0.03, 1.03)
             if len(curves) > 1:
@@ -154,8 +153,7 @@ def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence
                 steps = np.arange(len(mean))
                 axes.plot(steps, mean, style, label=visible(name))
                 axes.fill_between(steps, mean - error, mean + error, alpha=0.25)
-            axes.set_ylim(-0.03, 1.03)
-            axes.set_title(title)
+            axes.set(title=title, ylim=(-0.03, 1.03))
         figure.supxlabel("step k", fontsize=8)
         figure.supylabel("probability of the target class", fontsize=8)
         figure.axes[0].legend()
@@ -178,9 +176,8 @@ def single_transitions(
             target = (start + 1 + turn) % (targets + 1)
             for curves, style in zip(transitions.examples[:, i, turn], ("-", "--"), strict=True):
                 axes.plot(range(steps), curves, style)
-            axes.set_ylim(-0.03, 1.03)
             words = [class_names[k] if class_names else str(k) for k in (start, target)]
-            axes.set_title(" → ".join(words))
+            axes.set(title=" → ".join(words), ylim=(-0.03, 1.03))
             inset = axes.inset_axes((0.02, 0.66, 0.32, 0.32))
             image = transitions.images[i : i + 1]  # (1, C, H, W)
             fraction = image / 255 if image.dtype == torch.uint8 else image
@@ -224,9 +221,7 @@ def few_shot_curves(
         for i, (label, values) in enumerate(levels.items()):
             axes.axhline(100 * float(np.mean(values)), color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)])
             axes.plot([], [], color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)], label=f"{label}, all images")
-        axes.set_xlabel("real images per class, M")
-        axes.set_ylabel("test accuracy, %")
-        axes.set_title(title)
+        axes.set(title=title, xlabel="real images per class, M", ylabel="test accuracy, %")
         axes.legend()
         return _png(figure)
 
@@ -269,9 +264,7 @@ def nature_of_pseudo_data(
         beliefs, *histograms = upper.subplots(1, 3)
         for who, style in (("teacher", "-"), ("student", "--")):
             beliefs.plot(*series(lines, f"{who}_confidence"), style, label=who)
-        beliefs.set_title("mean maximum probability")
-        beliefs.set_xlabel("step")
-        beliefs.set_ylim(0, 1.03)
+        beliefs.set(title="mean maximum probability", xlabel="step", ylim=(0, 1.03))
         beliefs.legend()
         for axes, (who, counts) in zip(histograms, recent_classes(lines).items(), strict=False):
             _histogram(axes, counts, class_names)
