@@ -28,13 +28,12 @@ TEMPORARY = ".*.tmp"  # names of files that are not whole yet
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that replaces `path` once it is complete (temporary file, fsync, rename), and not on any error."""
-    temporary = None
     if path.exists() and not path.is_file():  # a rename would replace a device
         raise ZsktError(f"cannot write {path}: it is a folder or device; choose another place with --out")
     with system_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
             with os.fdopen(descriptor, "w+b") as file:
                 yield file
                 file.flush()
@@ -42,12 +41,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.umask(mask := os.umask(0))  # the only way to read the umask
             os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, path)
-            temporary = None
-            _sync(path.parent)
-        finally:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -59,7 +59,11 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(-1, 1, 1), persistent=False)
         self.training = module.training
-        self.num_classes = num_classes or self._count_classes()
+        if not num_classes:
+            check_state(module, "network")
+            with failing("the network cannot be put into eval mode", "fix its train method"), evaluating(module):
+                num_classes = answer(module, blank_images(module, self.input_size)).shape[1]
+        self.num_classes = num_classes
         self.class_names = tuple(map(printable, class_names)) if class_names is not None else None
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ZsktError(
@@ -122,11 +126,6 @@ class Classifier(nn.Module):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def _count_classes(self) -> int:
-        check_state(self.module, "network")
-        with failing("the network cannot be put into eval mode", "fix its train method"), evaluating(self.module):
-            return answer(self.module, blank_images(self.module, self.input_size)).shape[1]
 
 
 def unit_normalisation(

@@ -274,15 +274,12 @@ def find_stages(module: nn.Module, size: tuple[int, int, int]) -> tuple[str, ...
             calls.pop(name, None)  # a module called twice counts where it was called last
             calls[name] = _Call(tuple(x.shape[2:]), tuple(output.shape[2:]), output, output._version)
 
-    # TorchScript modules reject hooks, and call their children without them.
-    called = [(name, m) for name, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    handles = [child.register_forward_hook(functools.partial(watch, name)) for name, child in called if name]
-    try:
-        with evaluating(module):
-            module(blank_images(module, size))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, evaluating(module):
+        for name, child in module.named_modules():
+            # TorchScript modules reject hooks, and call their children without them.
+            if name and not isinstance(child, torch.jit.ScriptModule):
+                hooks.enter_context(child.register_forward_hook(functools.partial(watch, name)))
+        module(blank_images(module, size))
     if tokens:  # a transformer: its only map, the patch embedding, is not a stage
         return ()
 
