@@ -225,7 +225,7 @@ def test_kd_at_is_the_published_baseline(watched: Watched, tmp_path: Path) -> No
     assert len(watched.objectives) == 2
     for found, ce in zip(watched.objectives, (True, False), strict=True):
         assert found is not None
-        assert (found["alpha"], found["temperature"], found["beta"], found["cross_entropy"]) == (0.9, 4, 1000, ce)
+        assert found["cross_entropy"] is ce  # the weights are constants: see test_baselines.py
         assert found["teacher"].fingerprint() == network(study, study.teacher(0)).fingerprint()
     fresh = study.build("convnet-2", 0).state_dict()
     for state in watched.modules:  # from scratch, as the student without a teacher
