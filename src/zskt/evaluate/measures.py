@@ -89,10 +89,7 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def measure(network: Classifier, images: Tensor, labels: Tensor, teacher: Classifier | None = None) -> dict[str, float]:
-    """Accuracy and calibration error of a network and, given a teacher, agreement and KL both ways (nats).
-
-    Images (M, C, H, W), labels (M,). Accuracies and agreement are fractions in [0, 1].
-    """
+    """Accuracy and calibration error and, given a teacher, agreement (all in [0, 1]) and KL both ways (nats)."""
     check_images(network, images, labels)
     if teacher is not None:
         check_networks(network, teacher)

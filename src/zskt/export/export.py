@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import UsageError, ZsktError, first_line, unknown
+from zskt.errors import UsageError, ZsktError, failing, first_line, unknown
 from zskt.evaluate.measures import agreement
 from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
 from zskt.export.hub import write_hub
@@ -226,10 +226,8 @@ def read_back(path: Path, form: Format, network: Classifier) -> Answer:
             return load_teacher(path, notice=lambda line: None).float()  # what there is to note is known already
         return load_student(path, module=None if "spec" in how else network.module).float()
     except Exception as error:  # a damaged file fails in every way that a parser can
-        reason = first_line(error)
-        raise ZsktError(
-            f"the exported {form} cannot be read back ({reason}); nothing was written; use another --format"
-        ) from error
+        why = f"({first_line(error)}); nothing was written; use another --format"
+        raise ZsktError(f"the exported {form} cannot be read back {why}") from error
 
 
 def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -> dict[str, float]:
@@ -238,13 +236,9 @@ def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -
     network = copy.deepcopy(network).float()
     with evaluating(network):
         for batch in torch.split(images, list(BATCHES)):
-            try:
+            what = f"the exported network fails on a batch of {len(batch)}"
+            with failing(what, "nothing was written; use another --format"):
                 theirs.append(answer(batch).detach())  # (N, K)
-            except Exception as error:
-                raise ZsktError(
-                    f"the exported network fails on a batch of {len(batch)} ({first_line(error)}); nothing was "
-                    "written; use another --format"
-                ) from error
             ours.append(network(batch if fed == "normalised" else network.normalise(batch)))
     found, expected = torch.cat(theirs).double(), torch.cat(ours).double()  # (N, K) each
     return {

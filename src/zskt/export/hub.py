@@ -24,11 +24,7 @@ _NUMBERS = ("steps", "seed", "seconds", "teacher_parameters")
 
 
 def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) -> None:
-    """Write config.json, model.safetensors, preprocessor_config.json and README.md.
-
-    `metadata` is that of a student.json or teacher.json (recipe, steps, measured, ...), or less; what is missing is
-    called not recorded or not measured.
-    """
+    """Write config.json, model.safetensors, preprocessor_config.json and README.md; it says what `metadata` lacks."""
     described = {**known_metadata(metadata), **describe_network(network)}
     described["rebuild"] = _without_folder(described["rebuild"])
     names = network.class_names or [str(k) for k in range(network.num_classes)]

@@ -110,10 +110,7 @@ def _from_transformers(name: str, config: dict[str, Any], where: Path, num_class
 
 
 def without_code(config: Any, where: Path, num_classes: int | None = None) -> Any:
-    """A transformers config, at any depth less the entries by which somebody's code would be fetched and run.
-
-    Raises ZsktError for model types of timm's, and for a class count that is unreasonable or not `num_classes`.
-    """
+    """A transformers config less what would fetch and run code; ZsktError for a model of timm, a wrong class count."""
     if isinstance(config, list):
         return [without_code(item, where) for item in config]
     if not isinstance(config, dict):

@@ -236,11 +236,7 @@ Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W)
 def sampler(
     folder: str | Path, network: Classifier, *, method: Make | None = None, teacher: Classifier | None = None
 ) -> Sample:
-    """A function that draws pseudo images from the finished run in `folder`, whose student is `network`.
-
-    A run with a custom method needs that `method` and the `teacher`. Raises ZsktError if they are missing or do not
-    fit.
-    """
+    """A function that draws pseudo images from the finished run in `folder`, whose student is `network`."""
     folder = Path(folder)
     config = read_config(folder / "config.toml")
     if config.method == "belief_matching":
