@@ -214,7 +214,7 @@ def fit(
             },
             machine={"precision": machine["precision"]},
             evaluate=measure,
-            advice="lower --learning-rate",
+            advice="lower --learning-rate and start again",
         )
         if resume:
             life.restore()
