@@ -136,10 +136,10 @@ def test_own_folders(tmp_path: Path) -> None:
     assert loaded.teacher.fingerprint() == make_teacher().fingerprint()
     useless: dict[str, Any] = {"input_size": SIZE, "mean": [0.5] * 3, "weights": "net.pt", "arguments": {"a": 1}}
     for name, value in useless.items():
-        assert "has no use" in refused(partial(load, tmp_path / "teacher", **{name: value}), UsageError)
+        assert "has no effect" in refused(partial(load, tmp_path / "teacher", **{name: value}), UsageError)
     (tmp_path / "empty").mkdir()
     assert "teacher.json" in refused(lambda: load_teacher(tmp_path / "empty"))
-    assert "nothing there; give a teacher" in refused(lambda: load_teacher(tmp_path / "absent"))
+    assert "found nothing; give a teacher" in refused(lambda: load_teacher(tmp_path / "absent"))
 
 
 # Factories
@@ -353,7 +353,7 @@ def test_what_a_hugging_face_folder_does_not_say_is_asked_for(transformers: Any,
     assert lines == ["--mean 127.5 --std 51 read as 0..255 and divided by 255"]
     assert found.teacher.mean.item() == 0.5
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 16}}')
-    assert "cannot make sense of" in refused(lambda: load_teacher(tmp_path))
+    assert "cannot interpret" in refused(lambda: load_teacher(tmp_path))
 
 
 class Payload:
@@ -427,7 +427,7 @@ def test_from_pretrained_says_what_it_could_not_find(tmp_path: Path, monkeypatch
         assert "which is neither" in refused(partial(zskt.Classifier.from_pretrained, what))
     (tmp_path / "teacher").mkdir()
     revised = refused(lambda: zskt.Classifier.from_pretrained(tmp_path / "teacher", revision="v1"), UsageError)
-    assert "revision has no use" in revised
+    assert "revision has no effect" in revised
 
     def offline(repository: str, **options: Any) -> str:
         raise hub.errors.LocalEntryNotFoundError("offline, and nothing in the cache\nTraceback")
@@ -521,7 +521,7 @@ def test_commands_take_every_spelling(
     _, err = run(capsys, 2, "inspect", f"{script}:make")
     assert "--input-size C H W" in err
     _, err = run(capsys, 2, "inspect", tmp_path / "run", *options)
-    assert "has no use" in err
+    assert "has no effect" in err
     _, err = run(capsys, 2, "inspect", *factory[:3], "--teacher-args", "classes")
     assert "key=value" in err
 
@@ -536,7 +536,7 @@ def test_options_go_to_the_network_from_elsewhere(script: Path, tmp_path: Path) 
     assert (first.kind, second.kind) == ("folder of zskt", "factory")
     with pytest.raises(UsageError, match="are for one factory"):
         open_networks([f"{script}:make", f"{script}:Net"], foreign)
-    with pytest.raises(UsageError, match="has no use"):
+    with pytest.raises(UsageError, match="has no effect"):
         open_network(tmp_path / "teacher", foreign)
 
 
@@ -555,7 +555,7 @@ def test_a_preprocessor_of_odd_values_is_not_understood(transformers: Any, facts
     save_hugging_face(transformers, "vit", tmp_path, None)
     text = json.dumps(facts if isinstance(facts, list) else PREPROCESSOR | facts)
     (tmp_path / "preprocessor_config.json").write_text(text)
-    assert "cannot make sense of" in refused(lambda: load_teacher(tmp_path))
+    assert "cannot interpret" in refused(lambda: load_teacher(tmp_path))
 
 
 @pytest.mark.parametrize(

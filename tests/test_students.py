@@ -318,12 +318,12 @@ def test_a_factorys_student_is_rebuilt_with_trust(
     spec = "mynets:network" if place == "mynets" else f"{folder / 'mynets.py'}:network"
     assert how == {"factory": spec, "arguments": {"width": 5}}
     with pytest.raises(
-        zskt.ZsktError, match=r"says that .*:network makes this network, and calling it runs that code: .*--trust"
+        zskt.ZsktError, match=r"says that .*:network builds this network, and calling it runs that code: .*--trust"
     ):
         zskt.load_student(folder / "run")
     capsys.readouterr()
     assert same(zskt.load_student(folder / "run", trust=True).module, student)
-    assert capsys.readouterr().err.startswith(f"running {spec}, as ")
+    assert capsys.readouterr().err.startswith(f"running {spec}, named in ")
     assert same(zskt.load_student(folder / "run", module=call_factory("mynets:network", {"width": 5})).module, student)
 
 

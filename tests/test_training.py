@@ -288,7 +288,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         train(tmp_path / "a", stop_after="soon")
     with pytest.raises(zskt.UsageError, match="expected less than the image's 8 pixels"):
         train(None, random_crop=8)
-    with pytest.raises(zskt.ZsktError, match="as BatchNorm compares them, found 1; give more"):
+    with pytest.raises(zskt.ZsktError, match="as BatchNorm needs, found 1; give more"):
         train(None, images=1)
     with pytest.raises(zskt.UsageError, match="epochs = 0"):
         updates_in(0, 10, 16)
