@@ -206,6 +206,11 @@ def fails(expected: int, *arguments: object) -> str:
     return line
 
 
+def quiet(*arguments: str) -> contextlib.AbstractContextManager[Callable[[int, int, str], None]]:
+    """No bar."""
+    return contextlib.nullcontext(lambda done, total, beside: None)
+
+
 def tiny_recipe(name: str) -> Config:
     """A recipe with a small generator, small batches and two student updates: a step in milliseconds."""
     tiny = {"batch_size": 16, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
