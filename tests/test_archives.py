@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from small import GREY, Normalisation, Payload, refused
 from zskt.errors import ZsktError
 from zskt.networks import archives
-from zskt.networks.archives import kind_of, open_archive
+from zskt.networks.archives import open_archive
 from zskt.networks.foreign import quiet
 from zskt.networks.loading import load_teacher
 from zskt.networks.weights import import_weights
@@ -149,14 +149,6 @@ def test_a_crafted_weights_file_is_refused_and_has_not_run(name: str, how: str, 
     assert not trace.exists()
     pickle.loads(path.read_bytes()) if how == "plain pickle" else torch.load(path, weights_only=False)
     assert trace.exists()  # the payload is live: an unsafe load does run it
-
-
-def test_torchscript_takes_trust(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
-        for name in ("constants.pkl", "data.pkl", "code/__torch__.py"):
-            archive.writestr(f"script/{name}", b"")
-    assert kind_of(tmp_path / "script.pt") == "TorchScript"
-    assert "--trust" in refused(lambda: load_teacher(tmp_path / "script.pt", **HOW))
 
 
 def link(name: str) -> zipfile.ZipInfo:

@@ -362,10 +362,7 @@ def test_every_setting_of_a_run_has_an_option(capsys: pytest.CaptureFixture[str]
     [
         (["teach", "--shift", "2"], "--shift is now --random-crop"),
         (["teach", "--mirrored", "True"], "--mirrored is now --horizontal-flip"),
-        (
-            ["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "memory.kind=bank"],
-            "is now replay.kind",
-        ),
+        (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "memory.kind=bank"], "is now replay.kind"),
         (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "precision=bf16"], "now machine.precision"),
     ],
 )

@@ -547,12 +547,6 @@ def test_telemetry_is_off_before_onnxruntime_is_imported(monkeypatch: pytest.Mon
     assert need("onnxruntime") == "1"
 
 
-def test_zskt_imports_none_of_the_packages() -> None:
-    code = "import sys, zskt.cli; print([m for m in ('onnx', 'onnxscript', 'onnxruntime') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_sessions_run_on_one_thread(exports: dict[str, Path]) -> None:
     options = open_onnx(exports["uint8.onnx"]).get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
