@@ -56,6 +56,21 @@ class FourStages(nn.Module):
         return self.fc(self.stage4(F.max_pool2d(x, 2)).mean(dim=(2, 3)))
 
 
+class Viewing(nn.Module):
+    """Flattens its maps by `view`, which takes contiguous memory only."""
+
+    def __init__(self, width: int = 4, *, size: tuple[int, int, int] = (3, 16, 16), classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(size[0], width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.fc = nn.Linear(width * -(-size[1] // 2) * -(-size[2] // 2), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(F.relu(self.bn(self.conv1(x))))
+        return self.fc(x.view(x.shape[0], -1))
+
+
 class Tokens(nn.Module):
     """ViT-like: patches, then tokens (N, L, D), with LayerNorm and a learnt class token."""
 

@@ -167,19 +167,10 @@ def test_different_jobs_have_different_names(tmp_path: Path) -> None:
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names)
 
 
-STOPPED = {
-    "teacher": lambda study: study.teacher(0),
-    "from scratch": lambda study: study.taught("convnet-2", 0, 3),
-    "KD+AT": lambda study: study.distilled(0, 3),
-    "fine-tuned": lambda study: study.fine_tuned(0, "zskt", 3),
-    "zero-shot": lambda study: study.zero_shot(0, "zskt"),
-}
-
-
-@pytest.mark.parametrize("kind", STOPPED)
+@pytest.mark.parametrize("kind", ["teacher", "from scratch", "KD+AT", "fine-tuned", "zero-shot"])
 def test_an_interrupted_job_resumes_bit_for_bit(kind: str, made: Experiment, tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    job: Job = STOPPED[kind](study)
+    job = every_kind(study)[kind]
     make(study, *job.needs)
     shown: list[int] = []
     for stop in ("1", "0.001s") if job.units > 2 else ("1",):

@@ -531,7 +531,7 @@ def test_the_home_folder_stays_clean(finished: Path, tmp_path: Path) -> None:
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
     environment |= {"HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
-    command = [sys.executable, "-m", "zskt", "export", finished / "run", "--out", tmp_path / "student.onnx"]
+    command = [sys.executable, "-m", "zskt", "export", str(finished / "run"), "--out", str(tmp_path / "student.onnx")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert not list(home.iterdir())
     (line,) = done.stdout.splitlines()

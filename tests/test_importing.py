@@ -39,14 +39,10 @@ def network(spec: str = "wrn-10-1", num_classes: int = CLASSES) -> nn.Module:
     return module.eval()
 
 
-def shapes(tensors: dict[str, Tensor]) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
 @functools.cache
 def shapes_of(spec: str) -> Shapes:
     with torch.device("meta"):
-        return shapes(models.build(spec, CLASSES, SIZE).state_dict())
+        return {key: tuple(tensor.shape) for key, tensor in models.build(spec, CLASSES, SIZE).state_dict().items()}
 
 
 def renamed_by(rename: Callable[[str], str], own: Shapes) -> tuple[Shapes, dict[str, str]]:
@@ -205,7 +201,7 @@ def test_the_search_is_bounded_for_hostile_names() -> None:
     unrelated: Shapes = {}
     for key, shape in own.items():
         path, _, leaf = key.rpartition(".")
-        unrelated[f"a{numbers[path]}.b{numbers[path]}.c{numbers[path]}.d{numbers[path]}.{leaf}"] = shape
+        unrelated[".".join(f"{letter}{numbers[path]}" for letter in "abcd") + f".{leaf}"] = shape
 
     def graph(seed: int) -> Shapes:  # renaming one onto another is graph isomorphism
         edges = random.Random(seed).sample([(i, j) for i in range(14) for j in range(14)], 50)

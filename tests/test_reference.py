@@ -387,10 +387,8 @@ def test_transitions_agree_with_numpy() -> None:
     stepped, other, images = linear_pair()
     scale, shift = torch.tensor([0.5, 2.0, 1.5]).view(3, 1, 1), torch.tensor([0.3, -1.0, 0.7]).view(3, 1, 1)
     before = images.clone()
-    starts, settings = torch.tensor([2, 0]), {"steps": 3, "step_size": 0.7}
-    curves = released_transitions(
-        stepped, other, images, starts, CLASSES, **settings, renormalise=lambda x: scale * x + shift
-    )
+    settings: dict[str, Any] = {"steps": 3, "step_size": 0.7, "renormalise": lambda x: scale * x + shift}
+    curves = released_transitions(stepped, other, images, torch.tensor([2, 0]), CLASSES, **settings)
     assert torch.equal(images, before)
 
     weights_a, bias_a, weights_b, bias_b = (p.detach().numpy() for p in (*stepped.parameters(), *other.parameters()))

@@ -131,12 +131,6 @@ def test_every_update_is_told_and_a_twentieth_of_them_measured() -> None:
     assert seen[-1].line["accuracy"] == result.measured["accuracy"]
 
 
-@pytest.mark.parametrize("images", [2, 10, 33, 96])
-def test_updates_do_not_depend_on_the_number_of_images(images: int) -> None:
-    seen: list[Event] = []
-    assert train(None, 7, images, callbacks=[seen.append]).update == len(seen) == 7
-
-
 def test_bf16_trains_with_weights_in_fp32() -> None:
     network = train(None, 12, precision="bf16").network
     assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import zskt
-from small import make_teacher
+from small import Viewing, make_teacher
 from zskt.bench.reference import released_transitions
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.transitions import Paths, Transitions, compare, transition_curves
@@ -145,16 +145,7 @@ def test_bf16_is_close_and_off_by_default() -> None:
 
 
 def test_a_network_that_needs_contiguous_feature_maps_can_be_followed() -> None:
-    class Viewing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * 7 * 12, K)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(x)
-            return self.fc(x.view(len(x), -1))
-
-    network = Classifier(Viewing(), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
+    network = Classifier(Viewing(size=SIZE, classes=K), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
     images, starts = make_images()
     assert transition_curves(network, network, images.float(), starts, Paths(steps=2)).error == 0
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
-from small import Tokens, make_teacher
+from small import Tokens, Viewing, make_teacher
 from zskt.method.recipe import plan
 from zskt.networks import models
 from zskt.networks.observe import memory_format
@@ -23,21 +23,6 @@ from zskt.run.distill import distill
 
 TINY = {"steps": 2, "batch_size": 4, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
 Size = tuple[int, int, int]
-
-
-class Viewing(nn.Module):
-    """Flattens its maps by `view`, which takes contiguous memory only."""
-
-    def __init__(self, width: int = 4, *, size: Size = (3, 16, 16), classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(size[0], width, 3, padding=1)
-        self.bn = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.fc = nn.Linear(width * -(-size[1] // 2) * -(-size[2] // 2), classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(F.relu(self.bn(self.conv1(x))))
-        return self.fc(x.view(x.shape[0], -1))
 
 
 class Grouped(nn.Module):
