@@ -109,6 +109,11 @@ def test_empty_and_repeated_seeds_are_refused(seeds: tuple[int, ...]) -> None:
         reproduction(request("table-1", seeds=seeds))
 
 
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="did you mean figure-2"):
+        reproduction(request("figure-22"))
+
+
 # Published numbers, copied from their sources a second time.
 
 TABLE_1 = """
