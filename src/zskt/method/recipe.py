@@ -77,7 +77,7 @@ def plan(
     else:
         config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
         if config.method not in METHODS:
-            raise UsageError(f"this run uses a custom method, {config.method}: give it, as in --method FILE:FUNCTION")
+            raise custom_method(config.method)
         named = "student.loss.stages" in settings or "student.loss.attention" in settings
         if recipe == AUTO and config.student.loss.attention and not named and not stages_pair_up(teacher, student):
             config = replace(config, {"student.loss.attention": 0.0})
@@ -103,6 +103,11 @@ def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Con
     if "steps" not in settings:
         raise UsageError("a custom method has no default number of steps: give steps")
     return Config(recipe="own", method=describe_method(method))
+
+
+def custom_method(name: str) -> UsageError:
+    """The error for a custom method that was not given."""
+    return UsageError(f"this run uses a custom method, {name}: give it, as in --method FILE:FUNCTION")
 
 
 def describe_method(method: Make) -> str:
