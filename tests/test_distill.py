@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,16 @@ def test_resuming_a_finished_run_keeps_what_was_measured(tmp_path: Path) -> None
     arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
     first = distill(make_teacher(), new_student(), "zskt", evaluate=images(), **arguments)
     assert distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).measured == first.measured
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    distill(make_teacher(), new_student(), "zskt", **arguments)
+    before = (tmp_path / "run" / "student.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    with pytest.raises(zskt.ZsktError, match="holds a finished run whose checkpoints are gone"):
+        distill(make_teacher(seed=9), new_student(), "zskt", resume=True, **arguments)
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == before
 
 
 def test_resuming_otherwise_than_begun_is_refused_or_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
