@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from collections.abc import Callable
 from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from small import FourStages, make_teacher, without_batchnorm
 from zskt.method import recipe
 from zskt.method.generator import SAMPLES
 from zskt.networks import checks, models
+from zskt.method.protocol import Make
 from zskt.run import checkpoint
 from zskt.run.checkpoint import Interrupted
 from zskt.run.distill import distill
@@ -64,6 +67,20 @@ def images(count: int = 12) -> tuple[Tensor, Tensor]:
 
 class Killed(Exception):
     """Stands for a process that dies between two checkpoints."""
+PARTS = ("steps", "student", "step", "sample", "modules", "optimisers", "state_dict", "load_state_dict", "close")
+
+
+def own(change: Callable[[Any], dict[str, Any]]) -> Make:
+    """Belief matching as a method of one's own, with other parts; None leaves one out."""
+
+    def make(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> Any:
+        method = zskt.belief_matching(teacher, student, config)
+        parts = {part: getattr(method, part) for part in PARTS} | change(method)
+        return SimpleNamespace(**{name: part for name, part in parts.items() if part is not None})
+
+    return make
+
+
 
 
 def die_at(step: int) -> Any:
@@ -170,6 +187,49 @@ def test_evaluation_leaves_the_student_bit_identical(tmp_path: Path) -> None:
 
 def test_the_users_teacher_comes_back_as_it_was() -> None:
     module = models.wide_resnet(10, 2)
+def test_a_method_that_seeds_global_random_numbers_for_its_samples_changes_nothing() -> None:
+    def sample(method: Any) -> dict[str, Any]:
+        return {"sample": lambda n, seed: (torch.manual_seed(seed), method.sample(n, seed))[1]}
+
+    students = [new_student("dropout") for _ in range(2)]
+    for student, every in zip(students, (1, 6), strict=True):
+        distill(make_teacher(), student, method=own(sample), settings=TINY | {"evaluate_every": every})
+    assert torch.equal(*(student.get_parameter("fc.weight") for student in students))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda method: dict.fromkeys(PARTS), "make, found SimpleNamespace without step, modules, optimisers"),
+        (lambda method: {"close": None}, r"make, found SimpleNamespace without close; return .* zskt\.Method"),
+        (lambda method: {"modules": dict}, 'expected the given student as `student` and as "student" in modules'),
+        (lambda method: {"student": MLP}, "expected the given student as `student`"),
+        (
+            lambda method: {"modules": lambda: method.modules() | {"method": method.generator}},
+            r"'method' in modules\(\) of the method from .*make is reserved",
+        ),
+        (
+            lambda method: {"step": lambda: {"student": 1.0}},
+            r"tensors by name from SimpleNamespace\.step, found .*1\.0",
+        ),
+        (lambda method: {"step": lambda: None}, r"SimpleNamespace\.step, found None"),
+    ],
+)
+def test_an_incomplete_method_is_refused_at_once(
+    change: Callable[[Any], dict[str, Any]], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(zskt.ZsktError, match=words):
+        distill(make_teacher(), new_student(), method=own(change), settings=TINY, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_given_beside_a_plan() -> None:
+    teacher, student = make_teacher(), new_student()
+    planned = recipe.plan(teacher, student, "zskt", TINY)
+    with pytest.raises(zskt.UsageError, match="a Plan already has steps and settings"):
+        distill(teacher, student, planned, steps=7, settings={})
+
+
     module.block1.train()
     module.fc.requires_grad_(False)
     module.train()

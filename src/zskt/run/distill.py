@@ -20,7 +20,7 @@ from zskt.method.build import arrange
 from zskt.method.config import Config
 from zskt.method.generator import SAMPLES
 from zskt.method.matching import BeliefMatching
-from zskt.method.protocol import Make, Method
+from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, plan
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
@@ -125,7 +125,7 @@ def distill(
         arithmetic(),
         seeded(stream(config.seed, "run"), device),
     ):
-        repeated = recipe.make(frozen, student, config)
+        repeated = check_method(recipe.make(frozen, student, config), student, config.method)
         try:
             examiner = Examiner(frozen, repeated, folder, evaluate)
             life = Lifecycle(
@@ -199,7 +199,8 @@ class Examiner:
 
     def beliefs(self, step: int | None = None) -> dict[str, Any]:
         """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
-        x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
+        with seeded(0, next(self.method.student.parameters()).device):  # a method may seed the global generator itself
+            x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
         with evaluating(self.method.student):
             logits = {"T": self.teacher(x), "S": logits_of(self.method.student(x))}  # (64, K) each
         if step is not None and self.folder is not None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError
+from zskt.errors import ZsktError, short
 from zskt.method.config import FORMAT, OTHER_FORMAT
 from zskt.method.protocol import Repeatable
 from zskt.run import checkpoint
@@ -198,7 +198,10 @@ class Lifecycle:
             self.warnings.append(f"resumed with {', '.join(changed)}: not bit for bit equal to an uninterrupted run")
 
     def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Raise ZsktError when a loss is NaN or infinite."""
+        """Raise ZsktError when a loss is NaN or infinite, or no tensor."""
+        if not isinstance(losses, Mapping) or not all(isinstance(value, Tensor) for value in losses.values()):
+            step = f"{type(self.repeated).__name__}.step"
+            raise ZsktError(f"expected tensors by name from {step}, found {short(repr(losses))}; return its losses so")
         for name, value in losses.items():
             if not bool(value.isfinite().all()):
                 self._diverged(f"the loss of the {name} is {value.flatten()[-1]:g}", name.split(".")[0])
