@@ -103,8 +103,12 @@ def distill(
     checkpoint.parse_budget(stop_after)
     if (stop_after or resume) and out is None:
         raise UsageError("resume and stop_after need a folder for the run: set out")
-    if not isinstance(recipe, Plan):
-        given = {"steps": steps, "seed": seed}
+    given = {"steps": steps, "seed": seed}
+    if isinstance(recipe, Plan):
+        beside = given | {"method": method, "settings": settings}
+        if named := [name for name, value in beside.items() if value is not None]:
+            raise UsageError(f"a Plan already has {' and '.join(named)}: give them to `plan`")
+    else:
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
         recipe = plan(teacher, student, recipe, changes, method)
     config = recipe.config
