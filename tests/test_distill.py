@@ -466,6 +466,14 @@ def test_resuming_a_finished_run_keeps_what_was_measured(tmp_path: Path) -> None
 
 def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    for name in ("absent", "empty"):
+        with pytest.raises(zskt.ZsktError, match=f"run to resume in {tmp_path / name}, found no config.toml"):
+            distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / name, resume=True)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
     distill(make_teacher(), new_student(), "zskt", **arguments)
     before = (tmp_path / "run" / "student.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoint")

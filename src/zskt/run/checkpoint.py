@@ -206,6 +206,10 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
     if begun and not resume:
         raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
     if not begun:
+        if resume and not (folder / "config.toml").exists():
+            raise ZsktError(
+                f"expected a run to resume in {folder}, found no config.toml; check the path, or begin anew"
+            )
         return
     if not exists(folder / "checkpoint"):
         raise ZsktError(f"{folder} holds a finished run whose checkpoints are gone; choose another --out")

@@ -144,10 +144,10 @@ def distill(
                 advance=_captured(repeated, config, device),
                 started=started,
             )
-            if folder is not None:
-                write_text(folder / "config.toml", to_toml(config))
             if resume:
                 life.restore()
+            if folder is not None:
+                write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
         finally:
             repeated.close()

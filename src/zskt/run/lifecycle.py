@@ -1,6 +1,7 @@
 """The training loop of all methods: log, evaluation, signals, checkpoints and exact resume."""
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -187,7 +188,8 @@ class Lifecycle:
             if recorded.get(name) != value
         ]
         if different:
-            raise ZsktError(f"{self.folder} differs in {'; '.join(different)}: resume it with the same")
+            words = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(different))
+            raise ZsktError(f"{self.folder} differs in {words}: resume it with the same")
         before = metadata.get("machine", {})
         changed = [
             f"{name} {value} instead of {before.get(name)}"
