@@ -19,6 +19,7 @@ from zskt.method.recipe import (
     BF16_COMPARED,
     choose,
     load_recipe,
+    plan,
     recipe_texts,
     settle_precision,
     settle_width,
@@ -131,6 +132,14 @@ def test_what_does_not_fit_together_is_refused(
     with pytest.raises(ZsktError, match=words) as error:
         make_matching(recipe, teacher, student)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["recipe", "method", "format"])
+def test_a_run_is_not_renamed_by_its_settings(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is not among the settings"):
+        load_recipe("zskt", {name: "zskt"})
+    with pytest.raises(UsageError, match=f"{name} is not among the settings"):
+        plan(make_teacher(), models.wide_resnet(10, 1), "zskt", {name: "belief_matching"})
 
 
 def test_every_weight_brings_its_term_and_nothing_else_does() -> None:

@@ -42,6 +42,7 @@ def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Config:
         raise unknown("recipe", name, [AUTO, *texts])
     return replace(from_toml(Config, texts[name], f"recipe {name}"), settings or {})
 
+    _check_settings(settings or {})
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,6 +74,7 @@ def plan(
     settings = dict(settings or {})
     check_pair(teacher, student)
     if method is not None:
+    _check_settings(settings)
         config, reason = _own(method, recipe, settings), "a custom method"
     else:
         config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
@@ -96,6 +98,14 @@ def plan(
 
 def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Config:
     """The config that a custom method starts from."""
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UsageError for what no setting changes."""
+    if named := [name for name in ("recipe", "method", "format") if name in settings]:
+        raise UsageError(
+            f"{named[0]} is not among the settings that can be changed: give the argument recipe or method"
+        )
+
+
     if isinstance(recipe, Config):
         return dataclasses.replace(recipe, method=describe_method(method))
     if recipe != AUTO:
