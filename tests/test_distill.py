@@ -1,6 +1,7 @@
 """A run: exact resume, evaluation without effect, no data, nothing changed that is not the student."""
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -8,10 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ import zskt
 from small import FourStages, make_teacher, without_batchnorm
 from zskt.method import recipe
 from zskt.method.generator import SAMPLES
-from zskt.networks import checks, models
 from zskt.method.protocol import Make
+from zskt.networks import checks, models
 from zskt.run import checkpoint
 from zskt.run.checkpoint import Interrupted
 from zskt.run.distill import distill
+from zskt.run.finished import sampler
 from zskt.run.lifecycle import Event
 from zskt.runtime import stream
 
@@ -65,8 +67,6 @@ def images(count: int = 12) -> tuple[Tensor, Tensor]:
     return torch.randint(0, 256, (count, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(count) % 10
 
 
-class Killed(Exception):
-    """Stands for a process that dies between two checkpoints."""
 PARTS = ("steps", "student", "step", "sample", "modules", "optimisers", "state_dict", "load_state_dict", "close")
 
 
@@ -81,6 +81,8 @@ def own(change: Callable[[Any], dict[str, Any]]) -> Make:
     return make
 
 
+class Killed(Exception):
+    """Stands for a process that dies between two checkpoints."""
 
 
 def die_at(step: int) -> Any:
@@ -185,8 +187,6 @@ def test_evaluation_leaves_the_student_bit_identical(tmp_path: Path) -> None:
     assert len(list((tmp_path / "1" / "samples").iterdir())) == 6
 
 
-def test_the_users_teacher_comes_back_as_it_was() -> None:
-    module = models.wide_resnet(10, 2)
 def test_a_method_that_seeds_global_random_numbers_for_its_samples_changes_nothing() -> None:
     def sample(method: Any) -> dict[str, Any]:
         return {"sample": lambda n, seed: (torch.manual_seed(seed), method.sample(n, seed))[1]}
@@ -230,6 +230,8 @@ def test_nothing_is_given_beside_a_plan() -> None:
         distill(teacher, student, planned, steps=7, settings={})
 
 
+def test_the_users_teacher_comes_back_as_it_was() -> None:
+    module = models.wide_resnet(10, 2)
     module.block1.train()
     module.fc.requires_grad_(False)
     module.train()
@@ -464,8 +466,6 @@ def test_resuming_a_finished_run_keeps_what_was_measured(tmp_path: Path) -> None
     assert distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).measured == first.measured
 
 
-def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     for name in ("absent", "empty"):
         with pytest.raises(zskt.ZsktError, match=f"run to resume in {tmp_path / name}, found no config.toml"):
@@ -474,6 +474,8 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
     distill(make_teacher(), new_student(), "zskt", **arguments)
     before = (tmp_path / "run" / "student.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoint")
@@ -528,8 +530,29 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
 
 def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
     distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", stop_after=2)
-    with pytest.raises(zskt.ZsktError, match="differs in teacher"):
-        distill(make_teacher(seed=9), new_student(), "zskt", settings=TINY, out=tmp_path / "run", resume=True)
+    before = (tmp_path / "run" / "config.toml").read_text()
+    settings = TINY | {"log_every": 3}
+    with pytest.raises(zskt.ZsktError, match=r"differs in teacher [0-9a-f]{12}, now [0-9a-f]{12}: resume"):
+        distill(make_teacher(seed=9), new_student(), "zskt", settings=settings, out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+def rated(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config, rate: object) -> zskt.Method:
+    return zskt.belief_matching(teacher, student, config)
+
+
+def test_another_argument_or_teacher_of_an_own_method_is_refused(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    make = functools.partial(rated, rate=1e-3)
+    distill(make_teacher(), new_student(), method=make, **arguments)
+    with pytest.raises(zskt.ZsktError, match=r"rated\(rate=0\.001\)', now '.*rated\(rate=1\.0\)'"):
+        distill(make_teacher(), new_student(), method=functools.partial(rated, rate=1.0), resume=True, **arguments)
+    student = zskt.load_student(tmp_path / "run")
+    assert sampler(tmp_path / "run", student, method=make, teacher=make_teacher())(2, 0).shape == (2, 3, 16, 16)
+    with pytest.raises(zskt.ZsktError, match=r"expected the teacher of .*run, [0-9a-f]{12}, found [0-9a-f]{12}; give"):
+        sampler(tmp_path / "run", student, method=make, teacher=make_teacher(seed=9))
+    described = {recipe.describe_method(functools.partial(rated, rate=nn.ReLU().forward)) for _ in range(2)}
+    assert len(described) == 1  # whatever the addresses
 
 
 def test_divergence_is_said(tmp_path: Path) -> None:
