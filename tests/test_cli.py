@@ -368,3 +368,36 @@ def test_every_setting_of_a_run_has_an_option(capsys: pytest.CaptureFixture[str]
 )
 def test_names_of_before_are_refused_with_their_new_ones(command: list[str], words: str, teacher: str) -> None:
     assert words in fails(2, *[teacher if word == "t" else word for word in command])
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ('method = "belief_matchin"', [], "uses a custom method, belief_matchin: give it, as in --method FILE"),
+        ('recipe = "own"\nmethod = "own.py:make"', [], "uses a custom method, own.py:make: give it"),
+        ('method = "own.py:other"', ["--method", "own.py:make", "--trust"], "expected the method of mine.toml, own.py"),
+        ('recipe = "zskt"', ["--recipe", "zskt-fresh"], "recipe zskt of mine.toml and --recipe zskt-fresh: give one"),
+        ("format = 7", [], "format = 7: expected 2"),
+        (
+            'recipe = "zskt"\nsteps = 2',
+            ["--method", "own.py:make", "--trust"],
+            "recipe own (a custom method), 2 steps",  # the values count, the recipe does not
+        ),
+    ],
+)
+def test_a_file_of_settings_for_another_run_is_refused(
+    text: str,
+    options: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    teacher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(text)
+    Path("own.py").write_text("def make(teacher, student, config): ...\n")
+    head = ["distill", teacher, "--student", "wrn-10-1", "--out", "run", "--config", "mine.toml", "--stop-after", "1"]
+    assert main([*head, *options]) in (1, 2)
+    assert words in capsys.readouterr().err
+    assert not Path("run").exists()

@@ -1,14 +1,18 @@
 """A run: exact resume, evaluation without effect, no data, nothing changed that is not the student."""
 
 import copy
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +24,12 @@ import zskt
 from small import FourStages, make_teacher, refused, without_batchnorm
 from zskt.method import recipe
 from zskt.method.generator import SAMPLES
+from zskt.method.protocol import Make
 from zskt.networks import checks, models
 from zskt.run import checkpoint
 from zskt.run.checkpoint import Interrupted, read_lines
 from zskt.run.distill import DistillResult, distill
+from zskt.run.finished import sampler
 from zskt.run.lifecycle import Event
 from zskt.runtime import stream
 
@@ -65,6 +71,20 @@ def run(out: Path | None, student: nn.Module | None = None, recipe: str = "zskt"
 def images(count: int = 12) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(5)
     return torch.randint(0, 256, (count, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(count) % 10
+
+
+PARTS = ("steps", "student", "step", "sample", "modules", "optimisers", "state_dict", "load_state_dict", "close")
+
+
+def own(change: Callable[[Any], dict[str, Any]]) -> Make:
+    """Belief matching as a method of one's own, with other parts; None leaves one out."""
+
+    def make(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> Any:
+        method = zskt.belief_matching(teacher, student, config)
+        parts = {part: getattr(method, part) for part in PARTS} | change(method)
+        return SimpleNamespace(**{name: part for name, part in parts.items() if part is not None})
+
+    return make
 
 
 class Killed(Exception):
@@ -164,6 +184,49 @@ def test_evaluation_leaves_the_student_bit_identical(tmp_path: Path) -> None:
         students.append(student.state_dict())
     assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
     assert len(list((tmp_path / "1" / "samples").iterdir())) == 6
+
+
+def test_a_method_that_seeds_global_random_numbers_for_its_samples_changes_nothing() -> None:
+    def sample(method: Any) -> dict[str, Any]:
+        return {"sample": lambda n, seed: (torch.manual_seed(seed), method.sample(n, seed))[1]}
+
+    students = [new_student("dropout") for _ in range(2)]
+    for student, every in zip(students, (1, 6), strict=True):
+        distill(make_teacher(), student, method=own(sample), settings=TINY | {"evaluate_every": every})
+    assert torch.equal(*(student.get_parameter("fc.weight") for student in students))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda method: dict.fromkeys(PARTS), "make, found SimpleNamespace without step, modules, optimisers"),
+        (lambda method: {"close": None}, r"make, found SimpleNamespace without close; return .* zskt\.Method"),
+        (lambda method: {"modules": dict}, 'expected the given student as `student` and as "student" in modules'),
+        (lambda method: {"student": MLP}, "expected the given student as `student`"),
+        (
+            lambda method: {"modules": lambda: method.modules() | {"method": method.generator}},
+            r"'method' in modules\(\) of the method from .*make is reserved",
+        ),
+        (
+            lambda method: {"step": lambda: {"student": 1.0}},
+            r"tensors by name from SimpleNamespace\.step, found .*1\.0",
+        ),
+        (lambda method: {"step": lambda: None}, r"SimpleNamespace\.step, found None"),
+    ],
+)
+def test_an_incomplete_method_is_refused_at_once(
+    change: Callable[[Any], dict[str, Any]], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(zskt.ZsktError, match=words):
+        distill(make_teacher(), new_student(), method=own(change), settings=TINY, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_given_beside_a_plan() -> None:
+    teacher, student = make_teacher(), new_student()
+    planned = recipe.plan(teacher, student, "zskt", TINY)
+    with pytest.raises(zskt.UsageError, match="a Plan already has steps and settings"):
+        distill(teacher, student, planned, steps=7, settings={})
 
 
 def test_the_users_teacher_comes_back_as_it_was() -> None:
@@ -386,8 +449,27 @@ def test_resuming_a_finished_run_keeps_what_was_measured(tmp_path: Path) -> None
     assert run(tmp_path / "run", resume=True).measured == first.measured
 
 
-def test_resuming_with_other_threads_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path / "run", stop_after=2)
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    for name in ("absent", "empty"):
+        with pytest.raises(zskt.ZsktError, match=f"run to resume in {tmp_path / name}, found no config.toml"):
+            distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / name, resume=True)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    distill(make_teacher(), new_student(), "zskt", **arguments)
+    before = (tmp_path / "run" / "student.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    with pytest.raises(zskt.ZsktError, match="holds a finished run whose checkpoints are gone"):
+        distill(make_teacher(seed=9), new_student(), "zskt", resume=True, **arguments)
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == before
+
+
+def test_resuming_otherwise_than_begun_is_refused_or_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    distill(make_teacher(), new_student(), "zskt", stop_after=2, **arguments)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     (line,) = (line for line in run(tmp_path / "run", resume=True).warnings if "resumed" in line)
     assert "threads 64 instead of 1" in line
@@ -426,9 +508,30 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
-    run(tmp_path / "run", stop_after=2)
-    with pytest.raises(zskt.ZsktError, match="differs in teacher"):
-        distill(make_teacher(seed=9), new_student(), "zskt", settings=TINY, out=tmp_path / "run", resume=True)
+    distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", stop_after=2)
+    before = (tmp_path / "run" / "config.toml").read_text()
+    settings = TINY | {"log_every": 3}
+    with pytest.raises(zskt.ZsktError, match=r"differs in teacher [0-9a-f]{12}, now [0-9a-f]{12}: resume"):
+        distill(make_teacher(seed=9), new_student(), "zskt", settings=settings, out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+def rated(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config, rate: object) -> zskt.Method:
+    return zskt.belief_matching(teacher, student, config)
+
+
+def test_another_argument_or_teacher_of_an_own_method_is_refused(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    make = functools.partial(rated, rate=1e-3)
+    distill(make_teacher(), new_student(), method=make, **arguments)
+    with pytest.raises(zskt.ZsktError, match=r"rated\(rate=0\.001\)', now '.*rated\(rate=1\.0\)'"):
+        distill(make_teacher(), new_student(), method=functools.partial(rated, rate=1.0), resume=True, **arguments)
+    student = zskt.load_student(tmp_path / "run")
+    assert sampler(tmp_path / "run", student, method=make, teacher=make_teacher())(2, 0).shape == (2, 3, 16, 16)
+    with pytest.raises(zskt.ZsktError, match=r"expected the teacher of .*run, [0-9a-f]{12}, found [0-9a-f]{12}; give"):
+        sampler(tmp_path / "run", student, method=make, teacher=make_teacher(seed=9))
+    described = {recipe.describe_method(functools.partial(rated, rate=nn.ReLU().forward)) for _ in range(2)}
+    assert len(described) == 1  # whatever the addresses
 
 
 def test_divergence_is_said(tmp_path: Path) -> None:

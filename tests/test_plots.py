@@ -44,6 +44,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return found
 
 
+def test_losses_of_any_name_have_their_panel(drawn: list[Figure]) -> None:
+    plots.run_curves({"run": [{"step": 1, "critic_loss": [3.0], "student_loss": [2.0]}]})
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert (len(titles), titles[0], titles[-1]) == (7, "student loss", "critic loss")
+    assert drawn[0].axes[-1].lines[0].get_ydata() == [3.0]
+
+
 def pixels(png: bytes) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) of a PNG that is large enough and not blank."""
     with Image.open(io.BytesIO(png)) as image:

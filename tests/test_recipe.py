@@ -16,7 +16,15 @@ from zskt.method.build import arrange, belief_matching
 from zskt.method.config import Config
 from zskt.method.generator import WIDTHS, Generator
 from zskt.method.losses import attention_map
-from zskt.method.recipe import BF16_COMPARED, choose, load_recipe, recipe_texts, settle_precision, settle_width
+from zskt.method.recipe import (
+    BF16_COMPARED,
+    choose,
+    load_recipe,
+    plan,
+    recipe_texts,
+    settle_precision,
+    settle_width,
+)
 from zskt.method.replay import Fresh, ReplayBuffer, Same
 from zskt.method.schedule import Schedule, learning_rate
 from zskt.method.terms import generator_terms, student_terms
@@ -124,6 +132,14 @@ def test_what_does_not_fit_together_is_refused(
     recipe: str, teacher: Classifier, student: nn.Module, words: str
 ) -> None:
     assert re.search(words, refused(lambda: make_matching(recipe, teacher, student)))
+
+
+@pytest.mark.parametrize("name", ["recipe", "method", "format"])
+def test_a_run_is_not_renamed_by_its_settings(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is not among the settings"):
+        load_recipe("zskt", {name: "zskt"})
+    with pytest.raises(UsageError, match=f"{name} is not among the settings"):
+        plan(make_teacher(), models.wide_resnet(10, 1), "zskt", {name: "belief_matching"})
 
 
 def test_every_weight_brings_its_term_and_nothing_else_does() -> None:

@@ -20,7 +20,7 @@ from zskt.method.build import arrange
 from zskt.method.config import Config
 from zskt.method.generator import SAMPLES
 from zskt.method.matching import BeliefMatching
-from zskt.method.protocol import Make, Method
+from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, plan
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
@@ -103,8 +103,12 @@ def distill(
     checkpoint.parse_budget(stop_after)
     if (stop_after or resume) and out is None:
         raise UsageError("resume and stop_after need a folder for the run: set out")
-    if not isinstance(recipe, Plan):
-        given = {"steps": steps, "seed": seed}
+    given = {"steps": steps, "seed": seed}
+    if isinstance(recipe, Plan):
+        beside = given | {"method": method, "settings": settings}
+        if named := [name for name, value in beside.items() if value is not None]:
+            raise UsageError(f"a Plan already has {' and '.join(named)}: give them to `plan`")
+    else:
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
         recipe = plan(teacher, student, recipe, changes, method)
     config = recipe.config
@@ -125,7 +129,7 @@ def distill(
         arithmetic(),
         seeded(stream(config.seed, "run"), device),
     ):
-        repeated = recipe.make(frozen, student, config)
+        repeated = check_method(recipe.make(frozen, student, config), student, config.method)
         try:
             examiner = Examiner(frozen, repeated, folder, evaluate)
             life = Lifecycle(
@@ -140,10 +144,10 @@ def distill(
                 advance=_captured(repeated, config, device),
                 started=started,
             )
-            if folder is not None:
-                write_text(folder / "config.toml", to_toml(config))
             if resume:
                 life.restore()
+            if folder is not None:
+                write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
         finally:
             repeated.close()
@@ -199,7 +203,8 @@ class Examiner:
 
     def beliefs(self, step: int | None = None) -> dict[str, Any]:
         """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
-        x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
+        with seeded(0, next(self.method.student.parameters()).device):  # a method may seed the global generator itself
+            x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
         with evaluating(self.method.student):
             logits = {"T": self.teacher(x), "S": logits_of(self.method.student(x))}  # (64, K) each
         if step is not None and self.folder is not None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from zskt.errors import ZsktError
-from zskt.files import read_tensors
+from zskt.files import read_json, read_tensors
 from zskt.method.config import read_config
 from zskt.method.generator import Generator, pseudo_images
-from zskt.method.protocol import Make
+from zskt.method.protocol import Make, check_method
 from zskt.method.recipe import describe_method
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
@@ -40,7 +40,13 @@ def sampler(
         )
     if (given := describe_method(method)) != config.method:
         raise ZsktError(f"expected the method of {folder}, {config.method}, found {given}; give the same one")
-    built = method(as_teacher(teacher), network.module.requires_grad_(), config)
+    recorded = read_json(folder / "student.json").get("teacher_fingerprint")
+    if (fingerprint := teacher.fingerprint()) != recorded:
+        raise ZsktError(
+            f"expected the teacher of {folder}, {str(recorded)[:12]}, found {fingerprint[:12]}; give the same one"
+        )
+    student = network.module.requires_grad_()
+    built = check_method(method(as_teacher(teacher), student, config), student, config.method)
     built.close()
     with restoring(folder):
         for name, part in built.modules().items():

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from zskt.errors import UsageError, ZsktError, first_line
-from zskt.files import read_json, read_text, write_text
-from zskt.method.config import Config
+from zskt.files import read_json, write_text
+from zskt.method.config import read_config
 from zskt.run.checkpoint import read_lines
 from zskt.run.plots import run_classes, run_curves
-from zskt.settings import flat, from_toml
+from zskt.settings import flat
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
@@ -48,7 +48,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     student = folder / "student.json"
     return {
         "name": folder.resolve().name,
-        "config": flat(from_toml(Config, read_text(folder / "config.toml"), f"{folder}/config.toml")),
+        "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "metadata": read_json(student) if student.exists() else {},
         "samples": sorted((folder / "samples").glob("*.png")),
