@@ -37,7 +37,7 @@ from zskt.run.finished import sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.runtime import pick_device
-from zskt.settings import changes_of, from_text
+from zskt.settings import changes_of, from_text, replace
 
 SHORTCUTS = {"device": "machine.device", "threads": "machine.threads", "precision": "machine.precision"}
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run_distill(
     base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS))
     if is_factory(student):
         notice(f"note: --student {student} runs the code of that file or package")
-    seed = changes.get("seed", 0)
+    seed = replace(Config(), {"seed": changes.get("seed", 0)}).seed
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
     planned = plan(network, module, base, changes, make)
@@ -137,6 +137,7 @@ def read_settings(
     changes: dict[str, Any] = {}
     for assignment in assignments:
         name, value = from_text(assignment)
+        name = SHORTCUTS.get(name, name)
         if name in ("recipe", "method", "format"):
             raise UsageError(f"--set {name}: use --{'recipe' if name == 'format' else name}")
         if name in given or name in changes:
