@@ -172,9 +172,9 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
     if not config.machine.cuda_graph:
         return None
     if device.type != "cuda":
-        raise UsageError(f"cuda_graph = true is for CUDA devices, found {device}; leave it out or use --device cuda")
+        raise UsageError(f"machine.cuda_graph is for CUDA devices, found {device}; leave it out or use --device cuda")
     if not isinstance(method, BeliefMatching):
-        raise UsageError(f"cuda_graph = true is for belief_matching, found {config.method}; leave it out")
+        raise UsageError(f"machine.cuda_graph is for belief_matching, found {config.method}; leave it out")
     return CapturedStep(method)
 
 
