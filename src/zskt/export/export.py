@@ -24,7 +24,7 @@ from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_on
 from zskt.export.hub import write_hub
 from zskt.files import appearing, read_json
 from zskt.method.protocol import Make
-from zskt.networks.checks import as_teacher
+from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import load_network, load_student
 from zskt.networks.foreign import quiet
@@ -248,7 +248,7 @@ def read_back(path: Path, form: Format, network: Classifier) -> Answer:
         how = describe_module(network.module, network.num_classes, network.input_size)
         if "transformers" in how:
             return load_teacher(path, notice=lambda line: None).float()  # what there is to note is known already
-        return load_student(path, module=None if "spec" in how else network.module).float()
+        return load_student(path, module=None if "spec" in how else bare(network.module)).float()
     except Exception as error:  # a damaged file fails in every way that a parser can
         reason = first_line(error)
         raise ZsktError(

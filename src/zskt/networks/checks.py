@@ -43,6 +43,11 @@ class Logarithm(nn.Module):
         return logits_of(self.network(images)).clamp_min(SMALLEST).log()
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside `Logarithm`: what is saved, as `as_teacher` puts the wrapper around it again."""
+    return module.network if isinstance(module, Logarithm) else module
+
+
 def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
     """A private copy of a classifier: frozen, in eval mode, checked on noise unless it already was.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zskt.errors import ZsktError, short
 from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write_tensors
-from zskt.networks.checks import as_teacher
+from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, checked_size, count_parameters
 from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
@@ -22,7 +22,7 @@ def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) 
 
     The JSON goes last: a folder without it does not count as a network.
     """
-    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
+    write_tensors(folder / f"{stem}.safetensors", bare(network.module).state_dict())
     made = {"versions": versions(), "hardware": cpu_name()}
     write_json(folder / f"{stem}.json", describe_network(network) | metadata | made)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from zskt.errors import UsageError, ZsktError, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
@@ -53,6 +55,7 @@ def load_teacher(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
 ) -> Classifier:
@@ -62,6 +65,7 @@ def load_teacher(
     torch.export or a TorchScript file; `package.module:factory` or `file.py:factory`, called with `arguments`;
     `timm:NAME` or `torchvision:NAME`. `weights` is a checkpoint for a factory or a name. `input_size` is (C, H, W);
     `mean` and `std` have C values each, in [0, 1] or 0..255: needed where nothing beside the weights says them.
+    `module` is the network of a folder that only its own code makes, as in `load_student`.
     A factory runs code, as its name is given here; without `trust` nothing else does: it allows `.pt2` and TorchScript
     files, which are programs, and folders that name a factory. `notice` gets lines worth knowing. Raises UsageError for
     options that are missing or have no use, ZsktError for what cannot be loaded or distilled.
@@ -73,6 +77,7 @@ def load_teacher(
         input_size=input_size,
         mean=mean,
         std=std,
+        module=module,
         trust=trust,
         notice=notice,
     ).teacher
@@ -105,6 +110,7 @@ def load(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
 ) -> Loaded:
@@ -113,7 +119,9 @@ def load(
     if is_own_folder(path):
         given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
         _refuse_unused(given, f"{path}, a folder that has all of this in it")
-        return Loaded(load_network(path, trust=trust), "folder of zskt", "the folder")
+        return Loaded(load_network(path, module=module, trust=trust), "folder of zskt", "the folder")
+    if module is not None:
+        raise UsageError(f"module is for a folder of zskt, found {short(specifier)}; leave it out")
     if path.exists():
         _refuse_unused({"weights": weights, "args": arguments}, str(path))
         found = hugging_face.read_folder(path) if path.is_dir() else _recorded(path, trust)
