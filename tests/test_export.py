@@ -485,6 +485,18 @@ def test_int8_is_judged_on_other_images_than_it_is_calibrated_on(
 # What is asked for.
 
 
+def test_paths_may_be_texts_from_the_home_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    zskt.save_teacher("~/teacher", zskt.load_teacher(finished / "teacher"))
+    zskt.distill(zskt.load_teacher("~/teacher"), models.wide_resnet(10, 1), "zskt", settings=TINY, out="~/run")
+    assert zskt.load_student("~/run").num_classes == 10
+    assert zskt.write_report("~/run", "~/report.html") == zskt.write_report(["~/run"], "~/report.html")
+    zskt.export("~/run", "~/hub")
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "run", "report.html", "hub"}
+
+
 def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
     run, out = finished / "run", tmp_path / "out.onnx"
     assert "without a generator" in refused(lambda: zskt.export(finished / "teacher", out, int8=True))
@@ -499,6 +511,7 @@ def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             zskt.export(run, out, **options)
+    assert "found .bin; give a format" in refused(lambda: zskt.export(run, tmp_path / "out.bin"))
     out.write_text("mine")
     assert "already exists; choose another --out" in refused(lambda: zskt.export(run, out))
     assert out.read_text() == "mine"

@@ -11,6 +11,7 @@ from zskt.cli.progress import console, notice
 from zskt.cli.teachers import FOREIGN, Network, Options, open_method, open_networks
 from zskt.export.export import TIMED, Exported, Format, as_json, export, from_folder
 from zskt.export.formats import INPUTS, Input
+from zskt.files import expanded
 from zskt.networks.loading import is_own_folder
 
 
@@ -50,9 +51,9 @@ def run_export(
     assert found is not None
     make = None if method is None else open_method(method, foreign.trust)
     other = None if beside is None else beside.teacher
-    own = is_own_folder(Path(run))
+    own = is_own_folder(expanded(run))
     exported = export(
-        from_folder(Path(run), found.teacher, make, other) if own else found.teacher,
+        from_folder(expanded(run), found.teacher, make, other) if own else found.teacher,
         out,
         format,
         input=input,

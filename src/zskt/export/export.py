@@ -22,7 +22,7 @@ from zskt.errors import UsageError, ZsktError, first_line, unknown
 from zskt.evaluate.measures import agreement
 from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
 from zskt.export.hub import write_hub
-from zskt.files import appearing, read_json
+from zskt.files import appearing, expanded, read_json
 from zskt.method.protocol import Make
 from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, count_parameters
@@ -103,7 +103,7 @@ def export(
     `source` is a result, a run or teacher folder, or a network with its normalisation; `module` and `trust` are for a
     folder whose network only its own code makes, as in `load_student`; a run of an own method needs that `method` and
     its `teacher`. `format` follows from the path's ending where
-    it is None: .onnx, .pt2, else a hub folder. `input` is what the exported network is fed:
+    it is None: .onnx, .pt2, or none for a hub folder. `input` is what the exported network is fed:
     `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a hub folder has the plain network,
     fed normalised images. Input "images" (N, C, H, W), any N; output "logits" (N, K). `int8` quantises an ONNX file,
     calibrated on pseudo images of the run's generator. With `teacher`, both networks are timed in onnxruntime.
@@ -111,8 +111,14 @@ def export(
     Logits may differ by `tolerance` of the largest one; after quantisation `least_agreement` of the images must keep
     their class instead. Raises ZsktError, with the numbers, where they do not, and where `path` exists.
     """
-    path = Path(path)
-    form: Format = format or {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix, "hub")  # type: ignore[assignment]
+    path = expanded(path)
+    formats: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", "": "hub"}
+    if format is None and path.suffix not in formats:
+        raise UsageError(
+            f"expected {path.name} to end in .onnx or .pt2, or in no suffix for a hub folder, found {path.suffix}; "
+            "give a format, as in --format hub"
+        )
+    form = format or formats[path.suffix]
     fed: Input = input or ("normalised" if form == "hub" else "fraction")
     _check_request(form, fed, int8, tolerance, least_agreement)
     other = teacher if isinstance(teacher, Classifier | None) else load_network(teacher, trust=trust)
@@ -216,7 +222,7 @@ def read_source(
             f"expected a result, a folder or a zskt.Classifier to export, found {type(source).__name__}: wrap it, as "
             "in zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
         )
-    return from_folder(Path(source), load_network(source, module=module, trust=trust), method, teacher)
+    return from_folder(expanded(source), load_network(source, module=module, trust=trust), method, teacher)
 
 
 def from_folder(

@@ -131,7 +131,7 @@ def load(
         notice(f"{specifier} runs the code of that file or package")
         found = Found(call_factory(specifier, arguments), "factory")
         if weights is not None:
-            fill(found.module, Path(weights), advice="check the factory, its arguments and the file")
+            fill(found.module, expanded(weights), advice="check the factory, its arguments and the file")
     else:
         raise ZsktError(f"expected a network at {specifier}, found nothing there; give {SPECIFIERS}")
     return _completed(specifier, found, input_size, mean, std, notice)
@@ -218,5 +218,5 @@ def _from_library(
             size, mean, std, source = (3, side, side) if side else None, crop.mean, crop.std, f"transforms of {known}"
         mean, std, _ = unit_normalisation(mean, std, white=1, where=source)
     if weights is not None:
-        fill(module, Path(weights), advice=f"check {library}:{name}, --teacher-args and the file")
+        fill(module, expanded(weights), advice=f"check {library}:{name}, --teacher-args and the file")
     return Found(module, f"{library} network", size, mean, std, source)
