@@ -68,7 +68,7 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
             f"the network cannot be copied and frozen ({first_line(error)}); remove attributes that are not part of it "
             "(locks, open files), or reload it"
         ) from error
-    if teacher.probed:
+    if teacher.probed == (teacher.module,):
         return teacher
     found = probe(teacher.module, teacher.input_size)
     if found.num_classes != teacher.num_classes:
@@ -77,7 +77,7 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
         )
     if found.output == "probabilities":
         teacher.module = Logarithm(teacher.module).eval()
-    teacher.output, teacher.notes, teacher.probed = found.output, found.notes, True
+    teacher.output, teacher.notes, teacher.probed = found.output, found.notes, (teacher.module,)
     return teacher
 
 
