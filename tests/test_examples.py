@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import zskt
 from small import make_teacher
 from zskt.cli.main import main
+from zskt.method.config import Config
 from zskt.networks import models
 from zskt.networks.observe import ChannelStatistics, Observation
 
@@ -98,6 +99,16 @@ def test_what_an_own_method_needs_is_said(digits: Path, tmp_path: Path, capsys: 
         assert command(*arguments) == status
         assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_works_on_its_networks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On "meta", which every machine has: only the optimisers would ask it for values."""
+    monkeypatch.setattr(zskt.Updates, "_step", lambda updates: None)
+    bank = example("own_method").ImageBank(make_teacher().to("meta"), models.wide_resnet(10, 1).to("meta"), Config())
+    for _ in range(2):
+        bank.step()
+        bank.load_state_dict({"images": torch.ones(9, 3, 16, 16), "done": torch.tensor(1)})  # read to the CPU
+    assert bank.sample(4, 0).device.type == "meta"
 
 
 def test_another_loss_is_one_function() -> None:
