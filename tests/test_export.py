@@ -109,6 +109,24 @@ def test_pt2_takes_any_batch_and_normalises(batch: int, exports: dict[str, Path]
     assert loaded(images) == pytest.approx(network(network.normalise(images)), abs=1e-5)
 
 
+@pytest.mark.parametrize("fed", ["fraction", "normalised"])
+def test_a_pt2_comes_back_with_its_normalisation_and_class_names(fed: Any, tmp_path: Path) -> None:
+    network, path, lines = plain(), tmp_path / "student.pt2", list[str]()
+    images = pixels(network, 5)
+    zskt.export(network, path, input=fed)
+    again = zskt.load_teacher(path, trust=True, notice=lines.append)
+    assert again.class_names == network.class_names
+    torch.testing.assert_close(again(again.normalise(images)), network(network.normalise(images)))
+    assert not any("using those given" in line for line in lines)
+    zskt.load_teacher(path, trust=True, mean=[0.5] * 3, std=[0.5] * 3, notice=lines.append)
+    assert any("itself says mean" in line for line in lines)
+    damaged = path.with_name("damaged.pt2")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(damaged, "w") as copy:
+        for entry in archive.namelist():
+            copy.writestr(entry, b"{}" if entry.endswith("zskt.json") else archive.read(entry))
+    assert "zskt.json in" in refused(lambda: zskt.load_teacher(damaged, trust=True))
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`plain` in several formats."""

@@ -162,7 +162,10 @@ def _completed(
     if bool(mean) != bool(std):
         raise UsageError("--mean and --std go together: give both or neither")
     if mean and std:
+        own = found.mean, found.std
         found.mean, found.std, lines = unit_normalisation(mean, std)
+        if own[0] and list(map(list, own)) != [list(found.mean), list(found.std)]:
+            notice(f"{what} itself says mean {list(own[0])} and std {list(own[1])}; using those given")
         source = "as given"
         for line in lines:
             notice(line)
