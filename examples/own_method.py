@@ -1,7 +1,7 @@
-"""A method of one's own in one file: rounds of synthesis fill a bank of images, from which the student learns.
+"""A custom method in one file: rounds of synthesis fill a bank of images, on which the student is trained.
 
-Of the kind of CMI and Fast: the generator is told which class to make, its latents are optimised anew in each round,
-and random crops go between it and the networks. Run on its own it shows, on the digits, what every run can do:
+Of the kind of CMI and Fast: the generator is told which class to make, its latents are optimised from scratch in each
+round, and the networks see random crops of its images. Run as a script it shows, on the digits, what every run can do:
 
     python examples/own_method.py FOLDER    # taught, distilled, stopped half-way, resumed, reported, sampled, exported
 """
@@ -48,7 +48,7 @@ class ImageBank:
         return zskt.by_name("generator", synthesis) | zskt.by_name("student", [self.distil() for _ in range(UPDATES)])
 
     def synthesise(self) -> list[zskt.Losses]:
-        """One round: latents and an optimiser of its own; what it ends with goes into the bank."""
+        """One round, with its own latents and optimiser; its final images go into the bank."""
         labels = torch.randint(self.classes, (BATCH,), device=self.images.device)  # (N,)
         z = torch.randn(BATCH, LATENT, device=self.images.device, requires_grad=True)  # (N, Z)
         groups = [{"params": [z], "lr": 1e-2}, {"params": self.generator.parameters(), "lr": 4e-3}]

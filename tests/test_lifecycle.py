@@ -1,6 +1,5 @@
 """What is repeated is logged, stopped, kept and resumed, whatever it is."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path:
     again = life(tmp_path / "run")
     again.restore()
     again.run([])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = checkpoint.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
 
 

@@ -39,7 +39,7 @@ def run_export(
     Args:
         run: a run folder, whose student is exported, or any network as in zskt distill, compared on noise.
         out: output file, or folder for hub; must not exist.
-        format: onnx, pt2 or hub; by default from the suffix of --out.
+        format: onnx, pt2 or hub; by default from the suffix of --out, hub where it has none.
         input: fraction (the default): images in [0, 1]; uint8: images as bytes; normalised: normalised images.
         int8: quantise the ONNX file, calibrated on other pseudo images, without data.
         teacher: also time this network, specified as in zskt distill, and the student in onnxruntime.

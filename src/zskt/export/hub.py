@@ -28,7 +28,7 @@ def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) ->
     """Write config.json, model.safetensors, preprocessor_config.json and README.md.
 
     `metadata` is that of a student.json or teacher.json (recipe, steps, measured, ...), or less; what is missing is
-    called not recorded or not measured.
+    marked as not recorded or not measured.
     """
     described = {**known_metadata(metadata), **describe_network(network)}
     described["rebuild"] = _without_folder(described["rebuild"])
@@ -67,7 +67,7 @@ def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) ->
 
 
 def known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that zskt writes, if they are of their kind: a folder may come from anywhere."""
+    """The entries that zskt writes, if they have the right type: a folder may come from anywhere."""
     known: dict[str, Any] = {name: printable(metadata[name]) for name in _TEXTS if isinstance(metadata.get(name), str)}
     known |= {name: value for name in _NUMBERS if _finite(value := metadata.get(name))}
     measured, warnings, versions = (metadata.get(name) for name in ("measured", "warnings", "versions"))
@@ -182,7 +182,7 @@ def _usage(name: str, kind: str, size: str) -> list[str]:
 
 
 def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:
-    """A factory in a file by that file's name alone: the folder is to be given away, and paths tell of its maker."""
+    """A factory in a file by that file's name alone: the folder may be shared, and paths reveal its maker."""
     place, colon, name = str(how.get("factory", "")).rpartition(":")
     return {**how, "factory": f"{Path(place).name}:{name}"} if colon and place.endswith(".py") else dict(how)
 

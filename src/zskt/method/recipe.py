@@ -115,7 +115,7 @@ def describe_method(method: Make) -> str:
 def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
     """The config of a recipe and why it was chosen; `auto` depends on the teacher."""
     if name != AUTO:
-        return load_recipe(name), "as asked"
+        return load_recipe(name), "as requested"
     if teacher.has_batchnorm:
         return load_recipe("zskt-prior"), "auto: the teacher has BatchNorm, whose statistics guide the pseudo images"
     config = load_recipe("zskt-fresh")

@@ -1,4 +1,4 @@
-"""Zip archives from elsewhere (torch checkpoints, TorchScript, torch.export), looked at before anything reads them."""
+"""Checks of zip archives (torch checkpoints, TorchScript, torch.export) before anything reads them."""
 
 import re
 import stat
@@ -11,7 +11,7 @@ from zskt.errors import ZsktError, cannot, first_line
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 2**36
-"""64 GiB in all, unpacked."""
+"""64 GiB in total, unpacked."""
 MOST_EXPANSION = 100
 """Unpacked bytes of a member per packed one; torch does not compress at all."""
 
@@ -19,9 +19,9 @@ Kind = Literal["weights", "TorchScript", "exported program"]
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """A zip archive whose directory is harmless; the caller closes it.
+    """A zip archive whose directory passes these checks; the caller closes it.
 
-    Raises ZsktError for absolute names or `..`, symbolic links, names given twice, and more than MOST_MEMBERS members,
+    Raises ZsktError for absolute names or `..`, symbolic links, duplicate names, and more than MOST_MEMBERS members,
     MOST_BYTES or MOST_EXPANSION, all before any member is read.
     """
     try:
@@ -50,12 +50,12 @@ def open_archive(path: Path) -> zipfile.ZipFile:
         wrong = "overlapping members"
     if wrong is not None:
         archive.close()
-        raise ZsktError(f"{path} is refused: expected a plain archive, found {wrong}; fetch it from a place you trust")
+        raise ZsktError(f"{path} is refused: expected a plain archive, found {wrong}; get it from a source you trust")
     return archive
 
 
 def kind_of(path: Path) -> Kind:
-    """What a file of torch's holds, by the names of its members; whatever is no zip archive can only be weights."""
+    """What a torch file holds, by the names of its members; a file that is no zip archive can only be weights."""
     if not zipfile.is_zipfile(path):
         return "weights"
     with open_archive(path) as archive:

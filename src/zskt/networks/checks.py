@@ -15,7 +15,7 @@ from zskt.networks.models import Size
 from zskt.networks.observe import check_state, evaluating, fixed_batch, logits_of, refusal
 
 SMALLEST = 1e-12
-"""Least probability that a logarithm is taken of, so that its gradient is finite."""
+"""Probabilities are clamped to this before the logarithm, so that its gradient is finite."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def probe(module: nn.Module, size: Size) -> Probe:
     if both.shape[0] != 3:
         raise ZsktError(f"expected logits for each of 3 images, found {both.shape[0]}; return (batch, classes)")
     if not torch.isfinite(both).all():
-        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+        raise ZsktError("the network outputs NaN or infinity for noise images; check its weights")
     notes = []
     kind = output_kind(both)
     if kind == "probabilities":
@@ -141,7 +141,7 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
         advice = "return their real part" if outputs.is_complex() else "if there is an argmax, return its input"
         raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}; {advice}")
     if not torch.isfinite(outputs).all():
-        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+        raise ZsktError("the network outputs NaN or infinity for noise images; check its weights")
     if outputs.shape[1] < 2:
         raise ZsktError("expected a classifier of at least 2 classes, found 1 output; return two logits instead of one")
     unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): the plain sum of probabilities has no gradient

@@ -28,7 +28,7 @@ def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) 
 
 
 def describe_network(network: Classifier) -> dict[str, Any]:
-    """What must be known beside the weights, as plain JSON values."""
+    """The metadata stored with the weights, as plain JSON values."""
     how = describe_module(network.module, network.num_classes, network.input_size)
     return {
         "format": FORMAT,
@@ -62,8 +62,8 @@ def save_teacher(folder: str | Path, teacher: Classifier, **metadata: Any) -> No
 def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
     """The finished student in a run folder, with its normalisation.
 
-    A student that only its owner's code can make is handed in as `module`, whose weights are replaced in a copy; one
-    that a factory made is rebuilt by it, which runs that code, with `trust`. Raises ZsktError saying which it needs.
+    A student that only its own code can make is passed as `module`, whose weights are replaced in a copy; one made by a
+    factory needs `trust`, as rebuilding it runs that code. Raises ZsktError saying which it needs.
     """
     return _load(expanded(folder), "student", module, trust)
 
@@ -122,12 +122,12 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
         size = checked_size(metadata["input_size"])
         make = functools.partial(rebuild_module, how, path, metadata["num_classes"], size, trust=trust)
         if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
-            with unallocated():  # a short file can describe a network that no memory holds
+            with unallocated():  # a short file can describe a network too large for memory
                 fill(make(), {name: torch.empty(shape) for name, shape in tensor_shapes(weights).items()})
         module = make()
     tensors, _ = read_tensors(weights)
     for tensor in tensors.values():
-        if tensor.is_floating_point():  # float64 stays, all else is widened
+        if tensor.is_floating_point():  # float64 stays, all else becomes float32
             module.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
             break
     own = module.state_dict()
@@ -147,7 +147,7 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
 
 
 def _checked_metadata(path: Path) -> dict[str, Any]:
-    """The JSON beside a network's weights, after a look at whether it says what a network needs."""
+    """The JSON stored with a network's weights, checked for what a network needs."""
     metadata: Any = read_json(path)
     if not isinstance(metadata, dict):
         raise ZsktError(f"expected an object in {path}, found {type(metadata).__name__}; write the folder again")
@@ -175,4 +175,4 @@ HUB_TYPE = "zskt"
 
 
 FORMAT = 1
-"""Version of the JSON beside the weights."""
+"""Version of the JSON stored with the weights."""

@@ -1,8 +1,8 @@
-"""Networks that come as a recorded graph: torch.export's `.pt2` and TorchScript's `.pt`.
+"""Networks recorded as a graph: torch.export's `.pt2` and TorchScript's `.pt`.
 
-Both are programs: reading one can run code that its maker put there, so `loading` asks for trust first. They have
-parameters, but no mode to switch and nothing inside for hooks to watch, so they have no stages. The BatchNorm
-operations of an exported graph are turned back into layers, whose statistics a prior can use.
+Both are programs: reading one can run code that its maker put there, so `loading` requires `trust`. They have
+parameters, but no training mode and no submodules for hooks, so they have no stages. The BatchNorm operations of an
+exported graph are turned back into layers, whose statistics the prior can use.
 """
 
 import copy
@@ -34,7 +34,7 @@ _EXPORT_AGAIN = (
 
 
 class Graph(nn.Module):
-    """A recorded network: its graph is called as it is, in no mode, and it has no stages."""
+    """A recorded network, without training mode and stages."""
 
     stages: tuple[str, ...] = ()
 
@@ -47,10 +47,10 @@ class Graph(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """Whatever the graph returns for images (N, C, H, W)."""
-        return nn.Module.__call__(self.graph, images)  # its own prints tracebacks when it fails
+        return nn.Module.__call__(self.graph, images)  # the graph's own __call__ prints tracebacks
 
     def train(self, mode: bool = True) -> Self:
-        """Does nothing: a loaded `.pt2` raises on it, and what is recorded has no modes."""
+        """Does nothing: a recorded graph has no modes, and a loaded `.pt2` would raise."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Graph":
@@ -89,7 +89,7 @@ def read_exported(path: Path) -> Found:
         raise ZsktError(f"{path} only takes batches of exactly {batch}; {_EXPORT_AGAIN}")
     if training:
         raise ZsktError(f"{path} was exported in training mode (it holds {training}); {_EXPORT_AGAIN}")
-    lost = "no attention transfer: hooks see nothing inside an exported graph"
+    lost = "no attention transfer: hooks do not work inside an exported graph"
     lost += f"; statistics of {recovered} BatchNorm layers read from it" if recovered else "; found no BatchNorm in it"
     fixed = all(isinstance(side, int) for side in size)
     network = Found(Graph(graph), "exported program", (size[0], size[1], size[2]) if fixed else None, lost=lost)
@@ -116,16 +116,16 @@ def _read_beside(found: Found, text: str, path: Path) -> None:
 def read_torchscript(path: Path) -> Found:
     """The network in a TorchScript file; runs whatever code the file holds."""
     try:
-        with quiet():  # deprecated, and what many have
+        with quiet():  # deprecated, but widespread
             script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ZsktError(f"cannot load {path} as TorchScript ({_reason(error)}); save it again") from error
-    lost = "no attention transfer and no BatchNorm prior: hooks see nothing inside TorchScript"
+    lost = "no attention transfer and no BatchNorm prior: hooks do not work inside TorchScript"
     return Found(Graph(script), "TorchScript", lost=lost)
 
 
 def _reason(error: Exception) -> str:
-    """The last line that says something: torch puts whole tracebacks into its messages."""
+    """The last line with text: torch puts whole tracebacks into its messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return first_line(RuntimeError(lines[-1])) if lines else type(error).__name__
 

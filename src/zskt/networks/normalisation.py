@@ -1,4 +1,4 @@
-"""Mean and standard deviation as they are found, in [0, 1] or 0..255, as those of pixels in [0, 1]."""
+"""Conversion of mean and standard deviation, given for [0, 1] or 0..255, to pixels in [0, 1]."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ _Values = Sequence[float]
 def unit_normalisation(
     mean: _Values, std: _Values, *, white: float | None = None, where: Path | str | None = None
 ) -> tuple[_Values, _Values, tuple[str, ...]]:
-    """Mean and standard deviation of pixels in [0, 1], one each per channel, and lines for the user.
+    """Mean and standard deviation of pixels in [0, 1], one each per channel, and notices for the user.
 
-    `white` is the value of a white pixel on the scale that they are given on; where it is None, values above 1 say that
-    it is 255. `where` is what they were read from, None for --mean and --std. Raises ZsktError, for options UsageError,
-    for numbers that fit neither scale or not each other.
+    `white` is the value of a white pixel on their scale; None means 255 if values exceed 1. `where` is what they were
+    read from, None for --mean and --std. Raises ZsktError, UsageError for options, for numbers that fit neither scale
+    or do not match.
     """
     values = (*mean, *std)
     if where is None:
@@ -24,7 +24,7 @@ def unit_normalisation(
     else:
         given = short(f"{where}: mean {list(mean)} and std {list(std)}", 300)
     kind = UsageError if where is None else ZsktError
-    if len(mean) != len(std) or not all(abs(value) < math.inf for value in values):  # NaN neither
+    if len(mean) != len(std) or not all(abs(value) < math.inf for value in values):  # rejects NaN, too
         raise kind(f"{given}: expected as many numbers in both, one per channel; correct them")
     notices: tuple[str, ...] = ()
     if white is None:

@@ -1,4 +1,4 @@
-"""The reader of foreign weight files."""
+"""Reads weight files without running code."""
 
 import argparse
 import pickle

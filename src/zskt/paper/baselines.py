@@ -1,9 +1,9 @@
-"""Training with data: teachers, and the students that a zero-shot student is compared with.
+"""Training with data: teachers, and the baselines for a zero-shot student.
 
-A student from scratch, one that learns from a teacher as well (`kd_at`), and a zero-shot student trained on, all by
-`train_student`, on as few images of each class as `few_shot` picks.
+A student from scratch, one distilled from a teacher (`kd_at`), and a fine-tuned zero-shot student, all trained by
+`train_student`, on the few images of each class that `few_shot` picks.
 
-N batch, M images in all, K classes, C x H x W images.
+N batch, M images in total, K classes, C x H x W images.
 """
 
 import copy
@@ -42,9 +42,9 @@ def teach(
     stop_after: str | int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
-    """Train `module` in place, by cross-entropy, into a teacher; with `out` it is written to that folder.
+    """Train `module` in place, with cross-entropy, as a teacher; with `out` it is saved to that folder.
 
-    `mean` and `std` (C numbers each, for pixels in [0, 1]) become its normalisation. The rest as in `fit`.
+    `mean` and `std` (C numbers each, for pixels in [0, 1]) become its normalisation. For the rest see `fit`.
     """
     like = Classifier(module, input_size=train[0].shape[1:], mean=mean, std=std, class_names=class_names)
     return fit(
@@ -77,12 +77,12 @@ def train_student(
     callbacks: Sequence[Callback] = (),
     **metadata: Any,
 ) -> TrainingResult:
-    """Train `module` in place, from the weights it has, on images that are read with the teacher's normalisation.
+    """Train `module` in place, from its current weights, on images in the teacher's normalisation.
 
     `objective` is by default cross-entropy; for distillation it is `kd_at` of this module. Accuracy and agreement with
-    the teacher, which is left unchanged, are measured. With `out` the student is written
-    there, `metadata` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
-    `load_student` returns is frozen: train its `.module.requires_grad_()`.
+    the teacher, which is left unchanged, are measured. With `out` the student is saved there, with `metadata` (how it
+    was trained: JSON values, the same on resume). For the rest see `fit`. What `load_student` returns is frozen: train
+    its `.module.requires_grad_()`.
     """
     if objective is None:  # else `kd_at` has checked it
         check_pair(teacher, module)
@@ -123,12 +123,12 @@ def kd_at(
 ) -> Objective:
     """(1 - alpha) CE + 2 alpha T^2 KL(t || s) / K + beta sum of attention distances.
 
-    t and s are the softmax of the logits over the temperature T; KL is the mean over the batch. Without
-    `cross_entropy` its term is left out, as the paper has it. A `beta` of 1000 is meant for images of 32 x 32: the
-    distance is a mean over pixels between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
+    t and s are the softmax of the logits over the temperature T; KL is the mean over the batch. Without `cross_entropy`
+    its term is omitted, as in the paper. A `beta` of 1000 is meant for images of 32 x 32: the distance is a mean over
+    pixels between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
 
-    The teacher is copied and stays as it is; the student has hooks only while the loss is computed. Raises ZsktError
-    where teacher and student, or with a `beta` their stages, do not fit together. Source: the few-shot baseline of the
+    The teacher is copied and left unchanged; the student has hooks only while the loss is computed. Raises ZsktError if
+    teacher and student or, with a `beta`, their stages do not fit together. Source: the few-shot baseline of the
     released ZSKT code, after Hinton et al. 2015 (KL) and Zagoruyko & Komodakis 2017 (attention).
     """
     if not 0 <= alpha <= 1 or not 0 < temperature < math.inf or not 0 <= beta < math.inf:
@@ -163,10 +163,10 @@ def kd_at(
 
 
 def few_shot(labels: Tensor, per_class: int, seed: int = 0, *, num_classes: int | None = None) -> Tensor:
-    """Indices (K per_class,) of so many random images of each class 0 .. K - 1, classes in turn; labels (M,).
+    """Indices (K per_class,) of `per_class` random images of each class 0 .. K - 1, class by class; labels (M,).
 
-    Fewer images per class are the first of more: for equal seeds the sets are nested. Raises ZsktError where one of
-    the `num_classes` (by default as many as the labels show) has fewer images.
+    For equal seeds, smaller sets are part of larger ones. Raises ZsktError if one of the `num_classes` (by default
+    those in the labels) has fewer images.
     """
     if per_class < 1:
         raise UsageError(f"per_class = {per_class}: expected at least 1 image of each class")

@@ -37,7 +37,7 @@ from zskt.settings import flat, to_toml
 
 @dataclass
 class DistillResult:
-    """The outcome of a run. `student` is the module handed in, trained in place, in eval mode."""
+    """The outcome of a run. `student` is the given module, trained in place, in eval mode."""
 
     student: nn.Module = field(repr=False)
     teacher: Classifier = field(repr=False)

@@ -54,7 +54,7 @@ class Lifecycle:
     """returns what an evaluation adds to the log"""
     advance: Callable[[], Mapping[str, Tensor]] | None = None
     """replaces `repeated.step`"""
-    advice: str = "lower {name}.learning_rate or set {name}.clip"
+    advice: str = "lower {name}.learning_rate or set {name}.clip, and start again"
     """remedy for divergence of network `name`"""
     started: float = field(default_factory=time.monotonic)
     step: int = 0
