@@ -38,10 +38,10 @@ class ImageBank:
         self.student, self.steps, self.classes = student, config.steps, teacher.num_classes
         self.ask_teacher = zskt.Observer(teacher.module, statistics=True)
         self.ask_student = zskt.Observer(student)
-        self.generator = zskt.Generator(LATENT + self.classes, teacher.input_size, width=32)
+        self.generator = zskt.Generator(LATENT + self.classes, teacher.input_size, width=32).to(teacher.mean.device)
         adam, updates = torch.optim.Adam(student.parameters()), UPDATES * self.steps
         self.learn = zskt.Updates(UPDATES, adam, DISTILLATION, rate=lambda t: 1e-2 * (1 - t / updates))
-        self.images = torch.empty(0, *teacher.input_size)  # (M, C, H, W)
+        self.images = torch.empty(0, *teacher.input_size, device=teacher.mean.device)  # (M, C, H, W)
 
     def step(self) -> dict[str, Tensor]:
         synthesis = self.synthesise()
@@ -49,8 +49,8 @@ class ImageBank:
 
     def synthesise(self) -> list[zskt.Losses]:
         """One round, with its own latents and optimiser; its final images go into the bank."""
-        labels = torch.randint(self.classes, (BATCH,))  # (N,)
-        z = torch.randn(BATCH, LATENT, requires_grad=True)  # (N, Z)
+        labels = torch.randint(self.classes, (BATCH,), device=self.images.device)  # (N,)
+        z = torch.randn(BATCH, LATENT, device=self.images.device, requires_grad=True)  # (N, Z)
         groups = [{"params": [z], "lr": 1e-2}, {"params": self.generator.parameters(), "lr": 4e-3}]
         synthesis, losses = zskt.Updates(ROUND, torch.optim.Adam(groups), SYNTHESIS), list[zskt.Losses]()
         self.student.eval()
@@ -82,7 +82,7 @@ class ImageBank:
         return {"images": self.images, "done": torch.tensor(self.learn.done)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.images, self.learn.done = state["images"], int(state["done"])
+        self.images, self.learn.done = state["images"].to(self.images.device), int(state["done"])
 
     def close(self) -> None:
         self.ask_teacher.close()

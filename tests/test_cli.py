@@ -163,7 +163,8 @@ def test_bad_input_is_one_line(teacher: str, data: str, tmp_path: Path) -> None:
     assert "did you mean wrn-16-1" in fails(2, *distil, "wnr-16-1")
     assert "6 n + 4" in fails(2, *distil, "wrn-17-1")
     assert "usable CUDA devices" in fails(2, *distil, "wrn-10-1", "--device", "cuda:99")
-    assert "expected a number from 0" in fails(2, *distil, "wrn-10-1", "--seed", 10**30)
+    assert "seed = 1000" in fails(2, *distil, "wrn-10-1", "--seed", 10**30)
+    assert "seed = 'abc': expected a whole number" in fails(2, *distil, "wrn-10-1", "--set", "seed=abc")
     assert "out of memory" in fails(1, *distil, "wrn-10-1", "--set", "generator.width=100000000")
     assert "expected auto, cpu" in fails(2, *distil, "wrn-10-1", "--device", "gpu")
     assert "found nothing" in fails(1, "distill", tmp_path / "nowhere", "--student", "wrn-10-1", "--out", out)
@@ -325,7 +326,7 @@ def test_every_setting_is_an_option_and_only_what_was_typed_counts(teacher: str,
     file = tmp_path / "mine.toml"
     file.write_text("steps = 3\nbatch_size = 12\n[generator]\nlatent = 7\n[student]\nupdates = 1\n")
     options = ["--config", file, "--steps", "2", "--generator.loss.one_hot", "0.25", "--generator.width", "8"]
-    options += ["--schedule.kind", "constant", "--threads", "1", "--set", "student.learning_rate=0.5"]
+    options += ["--schedule.kind", "constant", "--set", "threads=1", "student.learning_rate=0.5"]
     head = ["distill", teacher, "--student", "wrn-10-1", "--recipe", "zskt-prior"]
     run(*head, *options, "--out", tmp_path / "run")
     config = read_config(tmp_path / "run" / "config.toml")
@@ -363,7 +364,12 @@ def test_every_setting_of_a_run_has_an_option(capsys: pytest.CaptureFixture[str]
         (["teach", "--shift", "2"], "--shift is now --random-crop"),
         (["teach", "--mirrored", "True"], "--mirrored is now --horizontal-flip"),
         (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "memory.kind=bank"], "is now replay.kind"),
-        (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "precision=bf16"], "now machine.precision"),
+        (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "fused=true"], "now machine.fused"),
+        (["distill", "--memory.kind", "buffer"], "--memory.kind is now --replay.kind"),
+        (["distill", "--student.mode-in-search=eval"], "now --student.mode-for-generator"),
+        (["distill", "--student.mode_in_search", "eval"], "now --student.mode-for-generator"),
+        (["distill", "--memory-format", "contiguous"], "now --machine.memory-format"),
+        (["distill", "--machine.device", "cpu"], "--machine.device is now --device"),
     ],
 )
 def test_names_of_before_are_refused_with_their_new_ones(command: list[str], words: str, teacher: str) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import zskt
 from small import fails, make_teacher, run
+from zskt.method.config import Config
 from zskt.networks import models
 from zskt.networks.observe import ChannelStatistics, Observation
 
@@ -78,6 +79,16 @@ def test_what_an_own_method_needs_is_said(digits: Path, tmp_path: Path) -> None:
         line = fails(1, command, digits / "run", "--out", out)
         assert "give --teacher, --method FILE:FUNCTION and --trust" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_works_on_its_networks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On "meta", which every machine has: only the optimisers would ask it for values."""
+    monkeypatch.setattr(zskt.Updates, "_step", lambda updates: None)
+    bank = example("own_method").ImageBank(make_teacher().to("meta"), models.wide_resnet(10, 1).to("meta"), Config())
+    for _ in range(2):
+        bank.step()
+        bank.load_state_dict({"images": torch.ones(9, 3, 16, 16), "done": torch.tensor(1)})  # read to the CPU
+    assert bank.sample(4, 0).device.type == "meta"
 
 
 def test_another_loss_is_one_function() -> None:

@@ -95,6 +95,24 @@ def test_exports_take_any_batch_and_normalise(batch: int, exports: dict[str, Pat
     assert torch.export.load(exports["uint8.pt2"]).module()(images) == expected
 
 
+@pytest.mark.parametrize("fed", ["fraction", "normalised"])
+def test_a_pt2_comes_back_with_its_normalisation_and_class_names(fed: Any, tmp_path: Path) -> None:
+    network, path, lines = plain(), tmp_path / "student.pt2", list[str]()
+    images = pixels(network, 5)
+    zskt.export(network, path, input=fed)
+    again = zskt.load_teacher(path, trust=True, notice=lines.append)
+    assert again.class_names == network.class_names
+    torch.testing.assert_close(again(again.normalise(images)), network(network.normalise(images)))
+    assert not any("using those given" in line for line in lines)
+    zskt.load_teacher(path, trust=True, mean=[0.5] * 3, std=[0.5] * 3, notice=lines.append)
+    assert any("itself says mean" in line for line in lines)
+    damaged = path.with_name("damaged.pt2")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(damaged, "w") as copy:
+        for entry in archive.namelist():
+            copy.writestr(entry, b"{}" if entry.endswith("zskt.json") else archive.read(entry))
+    assert "zskt.json in" in refused(lambda: zskt.load_teacher(damaged, trust=True))
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`plain` in several formats."""
@@ -455,6 +473,18 @@ def test_int8_is_judged_on_other_images_than_it_is_calibrated_on(
 # What is asked for.
 
 
+def test_paths_may_be_texts_from_the_home_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    zskt.save_teacher("~/teacher", zskt.load_teacher(finished / "teacher"))
+    zskt.distill(zskt.load_teacher("~/teacher"), models.wide_resnet(10, 1), "zskt", settings=TINY, out="~/run")
+    assert zskt.load_student("~/run").num_classes == 10
+    assert zskt.write_report("~/run", "~/report.html") == zskt.write_report(["~/run"], "~/report.html")
+    zskt.export("~/run", "~/hub")
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "run", "report.html", "hub"}
+
+
 def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
     run, out = finished / "run", tmp_path / "out.onnx"
     assert "without a generator" in refused(lambda: zskt.export(finished / "teacher", out, int8=True))
@@ -469,6 +499,7 @@ def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             zskt.export(run, out, **options)
+    assert "found .bin; give a format" in refused(lambda: zskt.export(run, tmp_path / "out.bin"))
     out.write_text("mine")
     assert "already exists; choose another --out" in refused(lambda: zskt.export(run, out))
     assert out.read_text() == "mine"

@@ -129,6 +129,15 @@ def test_own_folders(tmp_path: Path) -> None:
     assert "found nothing; give a teacher" in refused(lambda: load_teacher(tmp_path / "absent"))
 
 
+def test_a_teacher_that_only_its_own_code_makes_is_handed_in(tmp_path: Path) -> None:
+    saved = zskt.Classifier(trained(Net()), input_size=SIZE, **GREY)
+    zskt.save_teacher(tmp_path / "t", saved)
+    advice = f"teacher = zskt.load_teacher({str(tmp_path / 't')!r}, module=module)"
+    assert advice in refused(lambda: load_teacher(tmp_path / "t"))
+    assert load_teacher(tmp_path / "t", module=Net()).fingerprint() == saved.fingerprint()
+    assert "for a folder of zskt" in refused(lambda: load_teacher("timm:resnet18", module=Net()), UsageError)
+
+
 # Factories
 
 
@@ -153,6 +162,19 @@ def test_a_factory_with_weights(script: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     assert load_teacher("mine:Net", **how).num_classes == 37  # from the current folder
     del sys.modules["mine"]
+
+
+def test_a_network_of_probabilities_is_saved_without_their_logarithm(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script.write_text(f"{SCRIPT}\ndef soft():\n    return torch.nn.Sequential(make(), torch.nn.Softmax(1))\n")
+    made = load_teacher(f"{script}:soft", input_size=SIZE, **GREY)
+    zskt.save_teacher(tmp_path / "teacher", made)
+    zskt.export(made, tmp_path / "hub")
+    for folder in ("teacher", "hub"):
+        again = load_teacher(folder, trust=True)
+        assert (again.output, again.fingerprint()) == ("probabilities", made.fingerprint())
 
 
 def test_a_factory_that_does_not_fit_is_refused(script: Path, tmp_path: Path) -> None:

@@ -123,6 +123,14 @@ def test_probabilities_are_read_as_their_logarithms(sharpness: float) -> None:
     assert result.finished
 
 
+def test_a_module_put_in_later_is_checked_too() -> None:
+    teacher = teacher_of(Small())
+    teacher.module = Small(after=lambda x, logits: logits.softmax(dim=1))
+    found = as_teacher(teacher)
+    assert found.output == "probabilities"
+    assert as_teacher(found).output == "probabilities"  # not checked again: it returns their logarithms
+
+
 def test_log_probabilities_serve_as_logits() -> None:
     teacher = teacher_of(Small(after=lambda x, logits: logits.log_softmax(dim=1)))
     assert teacher.output == "log-probabilities"

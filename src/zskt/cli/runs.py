@@ -93,7 +93,7 @@ def run_distill(
     base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS), make)
     if is_factory(student):
         notice(f"note: --student {student} runs the code of that file or package")
-    seed = changes.get("seed", 0)
+    seed = replace(Config(), {"seed": changes.get("seed", 0)}).seed
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
     planned = plan(network, module, base, changes, make)
@@ -146,6 +146,7 @@ def read_settings(
     changes: dict[str, Any] = {}
     for assignment in assignments:
         name, value = from_text(assignment)
+        name = SHORTCUTS.get(name, name)
         if name in ("recipe", "method", "format"):
             raise UsageError(f"--set {name}: use --{'recipe' if name == 'format' else name}")
         if name in given or name in changes:

@@ -21,9 +21,9 @@ from zskt.errors import UsageError, ZsktError, first_line, unknown
 from zskt.evaluate.measures import agreement
 from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
 from zskt.export.hub import write_hub
-from zskt.files import appearing, read_json
+from zskt.files import appearing, expanded, read_json
 from zskt.method.protocol import Make
-from zskt.networks.checks import as_teacher
+from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import load_network, load_student
 from zskt.networks.foreign import quiet
@@ -101,8 +101,8 @@ def export(
 
     `source` is a result, a run or teacher folder, or a network with its normalisation; `module` and `trust` are for a
     folder whose network only its own code makes, as in `load_student`; a run with a custom method needs that `method`
-    and its `teacher`. By default `format` follows from the suffix of `path`: .onnx, .pt2, else a hub folder. `input` is
-    what the exported network takes: `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a
+    and its `teacher`. By default `format` follows from the suffix of `path`: .onnx, .pt2, none for hub. `input` is what
+    the exported network takes: `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a
     hub folder has the plain network, which takes normalised images. Input "images" (N, C, H, W), any N; output "logits"
     (N, K). `int8` quantises an ONNX file, calibrated on pseudo images of the run's generator. With `teacher`, both
     networks are timed in onnxruntime.
@@ -110,8 +110,14 @@ def export(
     Logits may differ by `tolerance` of the largest one; after quantisation `least_agreement` of the images must keep
     their class instead. Raises ZsktError, with the numbers, if they do not, and if `path` exists.
     """
-    path = Path(path)
-    form: Format = format or {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix, "hub")  # type: ignore[assignment]
+    path = expanded(path)
+    formats: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", "": "hub"}
+    if format is None and path.suffix not in formats:
+        raise UsageError(
+            f"expected {path.name} to end in .onnx or .pt2, or in no suffix for a hub folder, found {path.suffix}; "
+            "give a format, as in --format hub"
+        )
+    form = format or formats[path.suffix]
     fed: Input = input or ("normalised" if form == "hub" else "fraction")
     _check_request(form, fed, int8, tolerance, least_agreement)
     other = teacher if isinstance(teacher, Classifier | None) else load_network(teacher, trust=trust)
@@ -215,7 +221,7 @@ def read_source(
             f"expected a result, a folder or a zskt.Classifier to export, found {type(source).__name__}: wrap it, as "
             "in zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
         )
-    return from_folder(Path(source), load_network(source, module=module, trust=trust), method, teacher)
+    return from_folder(expanded(source), load_network(source, module=module, trust=trust), method, teacher)
 
 
 def from_folder(
@@ -247,7 +253,7 @@ def read_back(path: Path, form: Format, network: Classifier) -> Answer:
         how = describe_module(network.module, network.num_classes, network.input_size)
         if "transformers" in how:
             return load_teacher(path, notice=lambda line: None).float()  # its notes are known already
-        return load_student(path, module=None if "spec" in how else network.module).float()
+        return load_student(path, module=None if "spec" in how else bare(network.module)).float()
     except Exception as error:  # a damaged file can raise anything
         reason = first_line(error)
         raise ZsktError(

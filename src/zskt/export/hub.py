@@ -12,6 +12,7 @@ from typing import Any
 
 from zskt.errors import printable
 from zskt.files import read_json, write_json, write_tensors, write_text
+from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import HUB_TYPE, describe_network
 from zskt.networks.foreign import quiet
@@ -38,13 +39,13 @@ def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) ->
     }
     path = folder / "config.json"
     if "transformers" in described["rebuild"]:
-        module: Any = network.module
+        module: Any = bare(network.module)
         with quiet():
             module.save_pretrained(folder)
         config = without_code(read_json(path), path) | (labels if network.class_names else {})
     else:
-        write_tensors(folder / "model.safetensors", network.module.state_dict(), {"format": "pt"})
-        architecture = printable(type(network.module).__name__)
+        write_tensors(folder / "model.safetensors", bare(network.module).state_dict(), {"format": "pt"})
+        architecture = printable(type(bare(network.module)).__name__)
         config = {"model_type": HUB_TYPE, "architectures": [architecture], **labels, **described}
         config["zskt_version"] = __version__
     channels, height, width = network.input_size

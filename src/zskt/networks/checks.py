@@ -43,6 +43,11 @@ class Logarithm(nn.Module):
         return logits_of(self.network(images)).clamp_min(SMALLEST).log()
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside `Logarithm`: what is saved, as `as_teacher` puts the wrapper around it again."""
+    return module.network if isinstance(module, Logarithm) else module
+
+
 def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
     """A private copy of a classifier: frozen, in eval mode, checked on noise unless it already was.
 
@@ -63,7 +68,7 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
             f"the network cannot be copied and frozen ({first_line(error)}); remove attributes that are not part of it "
             "(locks, open files), or reload it"
         ) from error
-    if teacher.probed:
+    if teacher.probed == (teacher.module,):
         return teacher
     found = probe(teacher.module, teacher.input_size)
     if found.num_classes != teacher.num_classes:
@@ -72,7 +77,7 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
         )
     if found.output == "probabilities":
         teacher.module = Logarithm(teacher.module).eval()
-    teacher.output, teacher.notes, teacher.probed = found.output, found.notes, True
+    teacher.output, teacher.notes, teacher.probed = found.output, found.notes, (teacher.module,)
     return teacher
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from zskt.networks.models import Size
 from zskt.networks.observe import batchnorm_layers, blank_images, check_state, evaluating, logits_of, refusal
 
 Output = Literal["logits", "probabilities", "log-probabilities"]
-OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 class Classifier(nn.Module):
@@ -69,7 +68,8 @@ class Classifier(nn.Module):
         """what the module returns, according to `checks.probe`"""
         self.notes: tuple[str, ...] = ()
         """what else the user should know about the network"""
-        self.probed = False
+        self.probed: tuple[nn.Module, ...] = ()
+        """the module that was checked; in a tuple, so that it is not registered twice"""
 
     @classmethod
     def from_pretrained(

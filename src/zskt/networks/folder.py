@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import ZsktError, short
-from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write_tensors
-from zskt.networks.checks import as_teacher
+from zskt.files import expanded, read_json, read_tensors, tensor_shapes, write_json, write_tensors
+from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, checked_size, count_parameters
 from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
@@ -22,7 +22,7 @@ def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) 
 
     The JSON goes last: a folder without it does not count as a network.
     """
-    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
+    write_tensors(folder / f"{stem}.safetensors", bare(network.module).state_dict())
     made = {"versions": versions(), "hardware": cpu_name()}
     write_json(folder / f"{stem}.json", describe_network(network) | metadata | made)
 
@@ -52,8 +52,9 @@ def check_teacher_folder(folder: Path) -> None:
             raise ZsktError(f"{folder} already holds {what}; choose another --out or remove it")
 
 
-def save_teacher(folder: Path, teacher: Classifier, **metadata: Any) -> None:
+def save_teacher(folder: str | Path, teacher: Classifier, **metadata: Any) -> None:
     """Write a teacher folder; refuses one that already holds a teacher or a run."""
+    folder = expanded(folder)
     check_teacher_folder(folder)
     save_network(folder, "teacher", teacher, **metadata)
 
@@ -64,12 +65,13 @@ def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: 
     A student that only its own code can make is passed as `module`, whose weights are replaced in a copy; one made by a
     factory needs `trust`, as rebuilding it runs that code. Raises ZsktError saying which it needs.
     """
-    return _load(Path(folder), "student", module, trust)
+    return _load(expanded(folder), "student", module, trust)
 
 
 def load_network(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
     """The teacher of a teacher folder or the student of a run folder, whichever `folder` is; see `load_student`."""
-    return _load(Path(folder), "student" if (Path(folder) / "student.json").exists() else "teacher", module, trust)
+    folder = expanded(folder)
+    return _load(folder, "student" if (folder / "student.json").exists() else "teacher", module, trust)
 
 
 def _load(folder: Path, stem: str, module: nn.Module | None = None, trust: bool = False) -> Classifier:

@@ -6,6 +6,7 @@ exported graph are turned back into layers, whose statistics the prior can use.
 """
 
 import copy
+import json
 import operator
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from zskt.errors import ZsktError, first_line
 from zskt.networks.foreign import Found, quiet
+from zskt.networks.normalisation import unit_normalisation
 
 _NORM = torch.ops.aten.batch_norm.default
 _DECOMPOSED_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -62,9 +64,10 @@ def read_exported(path: Path) -> Found:
 
     Raises ZsktError for programs of fixed batch size, of integer or several inputs, or exported in training mode.
     """
+    beside: dict[str, Any] = {"zskt.json": ""}
     try:
         with quiet():
-            graph = torch.export.load(path).module()
+            graph = torch.export.load(path, extra_files=beside).module()
             assert isinstance(graph, fx.GraphModule)
             recovered, training = _recover_batchnorm(graph)
     except Exception as error:  # a parser of foreign files
@@ -89,7 +92,25 @@ def read_exported(path: Path) -> Found:
     lost = "no attention transfer: hooks do not work inside an exported graph"
     lost += f"; statistics of {recovered} BatchNorm layers read from it" if recovered else "; found no BatchNorm in it"
     fixed = all(isinstance(side, int) for side in size)
-    return Found(Graph(graph), "exported program", (size[0], size[1], size[2]) if fixed else None, lost=lost)
+    network = Found(Graph(graph), "exported program", (size[0], size[1], size[2]) if fixed else None, lost=lost)
+    if beside["zskt.json"]:
+        _read_beside(network, beside["zskt.json"], path)
+    return network
+
+
+def _read_beside(found: Found, text: str, path: Path) -> None:
+    """Complete what was found by the zskt.json that `zskt export` put into the file at `path`."""
+    try:
+        facts = json.loads(text)
+        fed, names = facts["input"].partition(":")[0], [str(name) for name in json.loads(facts["class_names"])]
+        mean, std = json.loads(facts["mean"]), json.loads(facts["std"])
+        if fed == "fraction":  # the graph normalises
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+        found.mean, found.std, _ = unit_normalisation(mean, std, white=1, where=path)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ZsktError(f"zskt.json in {path} is damaged ({first_line(error)}); export the network again") from error
+    found.source = "zskt.json in it"
+    found.class_names = None if names == [str(k) for k in range(len(names))] else names  # numbers stand for none
 
 
 def read_torchscript(path: Path) -> Found:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from zskt.errors import UsageError, ZsktError, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
@@ -53,6 +55,7 @@ def load_teacher(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
 ) -> Classifier:
@@ -61,7 +64,8 @@ def load_teacher(
     `what` is a teacher or run folder; a Hugging Face folder (config.json and safetensors); a `.pt2` file of
     torch.export or a TorchScript file; `package.module:factory` or `file.py:factory`, called with `arguments`;
     `timm:NAME` or `torchvision:NAME`. `weights` is a checkpoint for a factory or a name. `input_size` is (C, H, W);
-    `mean` and `std` have C values each, in [0, 1] or 0..255: required unless stored with the weights. Naming a factory
+    `mean` and `std` have C values each, in [0, 1] or 0..255: required unless stored with the weights. `module` is the
+    network of a folder that only its own code makes, as in `load_student`. Naming a factory
     runs its code; nothing else runs code without `trust`, which allows `.pt2` and TorchScript files, which are
     programs, and folders that name a factory. `notice` gets messages for the user. Raises UsageError for missing or
     unused options, ZsktError for what cannot be loaded or distilled.
@@ -73,6 +77,7 @@ def load_teacher(
         input_size=input_size,
         mean=mean,
         std=std,
+        module=module,
         trust=trust,
         notice=notice,
     ).teacher
@@ -105,6 +110,7 @@ def load(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
 ) -> Loaded:
@@ -113,7 +119,9 @@ def load(
     if is_own_folder(path):
         given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
         _refuse_unused(given, f"{path}, a folder that contains all of this")
-        return Loaded(load_network(path, trust=trust), "folder of zskt", "the folder")
+        return Loaded(load_network(path, module=module, trust=trust), "folder of zskt", "the folder")
+    if module is not None:
+        raise UsageError(f"module is for a folder of zskt, found {short(specifier)}; leave it out")
     if path.exists():
         _refuse_unused({"weights": weights, "args": arguments}, str(path))
         found = hugging_face.read_folder(path) if path.is_dir() else _recorded(path, trust)
@@ -123,7 +131,7 @@ def load(
         notice(f"{specifier} runs the code of that file or package")
         found = Found(call_factory(specifier, arguments), "factory")
         if weights is not None:
-            fill(found.module, Path(weights), advice="check the factory, its arguments and the file")
+            fill(found.module, expanded(weights), advice="check the factory, its arguments and the file")
     else:
         raise ZsktError(f"expected a network at {specifier}, found nothing; give {SPECIFIERS}")
     return _completed(specifier, found, input_size, mean, std, notice)
@@ -154,7 +162,10 @@ def _completed(
     if bool(mean) != bool(std):
         raise UsageError("--mean and --std go together: give both or neither")
     if mean and std:
+        own = found.mean, found.std
         found.mean, found.std, lines = unit_normalisation(mean, std)
+        if own[0] and list(map(list, own)) != [list(found.mean), list(found.std)]:
+            notice(f"{what} itself says mean {list(own[0])} and std {list(own[1])}; using those given")
         source = "as given"
         for line in lines:
             notice(line)
@@ -210,5 +221,5 @@ def _from_library(
             size, mean, std, source = (3, side, side) if side else None, crop.mean, crop.std, f"transforms of {known}"
         mean, std, _ = unit_normalisation(mean, std, white=1, where=source)
     if weights is not None:
-        fill(module, Path(weights), advice=f"check {library}:{name}, --teacher-args and the file")
+        fill(module, expanded(weights), advice=f"check {library}:{name}, --teacher-args and the file")
     return Found(module, f"{library} network", size, mean, std, source)

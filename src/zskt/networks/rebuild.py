@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from zskt.errors import ZsktError, first_line, short, to_stderr
 from zskt.networks import models
+from zskt.networks.checks import bare
 from zskt.networks.factories import call_factory, factory_of
 from zskt.networks.foreign import optional, quiet
 from zskt.networks.models import Size
@@ -51,6 +52,7 @@ def describe_module(module: nn.Module, num_classes: int, input_size: Size) -> di
     "arguments": {...}}; and {"python": class} if only its own code can. A network of ours that was modified, so that
     its spec would not restore it, counts as a Python object.
     """
+    module = bare(module)
     spec = getattr(module, "spec", None)
     if isinstance(spec, str) and type(module).__module__.startswith(f"{models.__name__}."):
         with unallocated():
@@ -75,6 +77,7 @@ def rebuild_module(
     A factory runs code that the file names, so it needs `trust` and is reported on stderr. Raises ZsktError for a
     Python object, which only its own code can make.
     """
+    load = "load_teacher" if where.stem == "teacher" else "load_student"
     if isinstance(spec := how.get("spec"), str):
         return models.build(spec, num_classes, input_size)
     if isinstance(how.get("transformers"), str) and isinstance(how.get("config"), dict):
@@ -83,7 +86,7 @@ def rebuild_module(
         if not trust:
             raise ZsktError(
                 f"{where} says that {spec} builds this network, and calling it runs that code: give --trust, in Python "
-                "trust=True, if you trust the folder, or pass the network, as in load_student(folder, module=...)"
+                f"trust=True, if you trust the folder, or pass the network, as in {load}(folder, module=...)"
             )
         to_stderr(f"running {spec}, named in {where}, to rebuild the network")
         return call_factory(spec, how["arguments"])
@@ -91,7 +94,7 @@ def rebuild_module(
     folder = where.parent
     raise ZsktError(
         f"{where} describes a Python object that only its own code can rebuild: from {package} import {name}; "
-        f"module = {name}(...); student = zskt.load_student({str(folder)!r}, module=module)"
+        f"module = {name}(...); {load.removeprefix('load_')} = zskt.{load}({str(folder)!r}, module=module)"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zskt.errors import UsageError
 from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs
 from zskt.evaluate.warnings import pseudo_image_warnings
-from zskt.files import read_json, write_tensors, write_text
+from zskt.files import expanded, read_json, write_tensors, write_text
 from zskt.method.build import arrange
 from zskt.method.config import Config
 from zskt.method.generator import SAMPLES
@@ -112,7 +112,7 @@ def distill(
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
         recipe = plan(teacher, student, recipe, changes, method)
     config = recipe.config
-    folder = Path(out) if out is not None else None
+    folder = expanded(out) if out is not None else None
     if folder is not None:
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
@@ -176,9 +176,9 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
     if not config.machine.cuda_graph:
         return None
     if device.type != "cuda":
-        raise UsageError(f"cuda_graph = true is for CUDA devices, found {device}; leave it out or use --device cuda")
+        raise UsageError(f"machine.cuda_graph is for CUDA devices, found {device}; leave it out or use --device cuda")
     if not isinstance(method, BeliefMatching):
-        raise UsageError(f"cuda_graph = true is for belief_matching, found {config.method}; leave it out")
+        raise UsageError(f"machine.cuda_graph is for belief_matching, found {config.method}; leave it out")
     return CapturedStep(method)
 
 

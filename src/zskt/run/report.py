@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zskt.errors import UsageError, ZsktError, first_line
-from zskt.files import read_json, write_text
+from zskt.files import expanded, read_json, write_text
 from zskt.method.config import read_config
 from zskt.run.checkpoint import read_lines
 from zskt.run.plots import run_classes, run_curves
@@ -55,23 +55,24 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
+def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -> dict[str, Any]:
     """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std."""
-    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+    paths = [expanded(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+    if len({folder.resolve() for folder in paths}) < len(paths):
         raise UsageError("expected different runs, found one twice; give each once, as the mean counts every run")
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs = [read_run(folder) for folder in paths]
     if len({run["name"] for run in runs}) < len(runs):
-        for run, folder in zip(runs, folders, strict=True):
+        for run, folder in zip(runs, paths, strict=True):
             run["name"] = str(folder)
     try:
         page = _page(runs)
         summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        names = ", ".join(map(str, folders))
+        names = ", ".join(map(str, paths))
         raise ZsktError(
             f"metrics.jsonl or student.json in {names} is damaged ({first_line(error)}); restore or omit it"
         ) from error
-    write_text(path, page)
+    write_text(expanded(path), page)
     return summaries
 
 
