@@ -33,11 +33,9 @@ def distilled(out: Path | None, teacher: zskt.Classifier | None = None, **option
     teacher, module = teacher or make_stripes_teacher(), small_network()
     images, labels = stripes(60)
     chosen = few_shot(labels, 10)
-    data = images[chosen], labels[chosen]
-    training = Training(12, batch_size=8, random_crop=1)
-    return train_student(
-        module, teacher, data, stripes(40), training, objective=kd_at(teacher, module), out=out, **options
-    )
+    data, training = (images[chosen], labels[chosen]), Training(12, batch_size=8, random_crop=1)
+    objective = kd_at(teacher, module)
+    return train_student(module, teacher, data, stripes(40), training, objective=objective, out=out, **options)
 
 
 def test_teach_learns_and_writes_a_teacher(tmp_path: Path) -> None:
@@ -101,11 +99,8 @@ def test_kd_at_is_the_formula(
 
 
 def test_cross_entropy_is_the_mean_negative_log_probability() -> None:
-    module, x, labels = (
-        small_network().double(),
-        torch.randn(5, 1, 8, 8, dtype=torch.float64),
-        torch.tensor([0, 1, 1, 0, 1]),
-    )
+    module, x = small_network().double(), torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 0, 1])
     expected = -module(x).softmax(1)[range(5), labels].log().mean()
     torch.testing.assert_close(cross_entropy(module)(x, labels), expected)
 
@@ -140,10 +135,7 @@ def test_stages_that_do_not_pair_up_are_refused() -> None:
 
 def test_other_classes_are_refused() -> None:
     teacher, module, data = make_stripes_teacher(), models.convnet(4, num_classes=3, channels=1), stripes(20)
-    for refused in (
-        lambda: kd_at(teacher, module),
-        lambda: train_student(module, teacher, data, data, Training(2)),
-    ):
+    for refused in (lambda: kd_at(teacher, module), lambda: train_student(module, teacher, data, data, Training(2))):
         with pytest.raises(zskt.ZsktError, match="the teacher's 2 classes, found 3"):
             refused()
     with pytest.raises(zskt.ZsktError, match="labels of 2 classes, found label 2"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small import shake_batchnorm
+from small import Tokens, shake_batchnorm
 from zskt.errors import ZsktError
 from zskt.networks import models
 from zskt.networks.observe import Observer, batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
@@ -87,19 +87,6 @@ class Listed(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.fc(x.mean(dim=(2, 3)))
-
-
-class Tokens(nn.Module):
-    """ViT-like: a patch embedding by convolution, then tokens (N, L, D)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 8, 8)
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(self.patches(x).flatten(2).transpose(1, 2)).mean(dim=1))
 
 
 class FunctionallyInPlace(nn.Module):

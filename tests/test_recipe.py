@@ -1,6 +1,7 @@
 """Recipes become objects: rates, terms, widths, pairs of stages; every recipe that comes with the package runs."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from small import FourStages, make_matching, make_teacher
-from zskt.errors import UsageError, ZsktError
+from small import FourStages, make_matching, make_teacher, refused
+from zskt.errors import UsageError
 from zskt.method.build import arrange, belief_matching
 from zskt.method.config import Config
 from zskt.method.generator import WIDTHS, Generator
@@ -19,6 +20,7 @@ from zskt.method.recipe import (
     BF16_COMPARED,
     choose,
     load_recipe,
+    plan,
     recipe_texts,
     settle_precision,
     settle_width,
@@ -33,6 +35,7 @@ from zskt.networks.observe import forward_flops
 from zskt.runtime import pick_device
 from zskt.settings import flat, replace
 
+MLP = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
 NO_BATCHNORM = models.lenet5(half=True, num_classes=10, input_size=(3, 16, 16))
 
 
@@ -112,12 +115,12 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("recipe", "teacher", "student", "words"),
     [
-        ("zskt", make_teacher(), nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), "and none in the student"),
+        ("zskt", make_teacher(), MLP, "and none in the student"),
         (
             "zskt",
-            make_teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 10))),
+            make_teacher(MLP),
             FourStages(4),
-            r"none in the teacher and 16 x 16, 8 x 8.*student\.loss\.attention=0",
+            "none in the teacher and 16 x 16, 8 x 8.*student.loss.attention=0",
         ),
         ("zskt-prior", make_teacher(NO_BATCHNORM), FourStages(4), r"no BatchNorm.*zskt-fresh"),
         ("zskt", make_teacher(), FourStages(4, num_classes=7), "10 classes, found 7"),
@@ -128,9 +131,15 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 def test_what_does_not_fit_together_is_refused(
     recipe: str, teacher: Classifier, student: nn.Module, words: str
 ) -> None:
-    with pytest.raises(ZsktError, match=words) as error:
-        make_matching(recipe, teacher, student)
-    assert "\n" not in str(error.value)
+    assert re.search(words, refused(lambda: make_matching(recipe, teacher, student)))
+
+
+@pytest.mark.parametrize("name", ["recipe", "method", "format"])
+def test_a_run_is_not_renamed_by_its_settings(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is not among the settings"):
+        load_recipe("zskt", {name: "zskt"})
+    with pytest.raises(UsageError, match=f"{name} is not among the settings"):
+        plan(make_teacher(), models.wide_resnet(10, 1), "zskt", {name: "belief_matching"})
 
 
 def test_every_weight_brings_its_term_and_nothing_else_does() -> None:
@@ -140,10 +149,8 @@ def test_every_weight_brings_its_term_and_nothing_else_does() -> None:
         if term and term not in ("kl_scale", "temperature", "stages"):
             rest = {"generator": "student.loss.kl", "student": "generator.loss.kl"}[side]  # some loss is needed
             config = replace(Config(), none | {rest: 1.0, name: 2.0})
-            terms = (
-                generator_terms(config.generator.loss) if side == "generator" else student_terms(config.student.loss)
-            )
-            assert list(terms) == [term]
+            both = {"generator": generator_terms(config.generator.loss), "student": student_terms(config.student.loss)}
+            assert list(both[side]) == [term]
 
 
 def test_every_number_arrives() -> None:

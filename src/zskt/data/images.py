@@ -208,7 +208,9 @@ def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: P
                     np.lib.format.write_array_header_1_0(file, header)
                 if pixels.shape != shape:
                     found = f"{shape} in {files[0]} and {pixels.shape} in {member}"
-                    raise ZsktError(f"expected images of one size (C, H, W), found {found}; resize them to one size")
+                    raise ZsktError(
+                        f"expected images of one size (C, H, W), found {found}; resize them or give --input-size"
+                    )
                 file.write(pixels.tobytes())
                 changes.update(changed)
             done += len(group)

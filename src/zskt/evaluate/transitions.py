@@ -34,13 +34,13 @@ class Paths:
     steps: int = 100
     """gradient steps towards each class, K in the paper"""
     step_size: float = 1.0
-    """of a gradient step in the stepped network's normalised space, xi in the paper"""
+    """size of a gradient step in the stepped network's normalised space, xi in the paper"""
     stepped: Literal["first", "second"] = "first"
     """the network whose gradient is followed"""
     start: Literal["prediction", "label"] = "prediction"
     """the class that a path starts from: the common prediction (the paper) or the label (the released code)"""
     seed: int = 0
-    """of the choice of images"""
+    """for the choice of images"""
     batch_size: int = 128
     """paths followed together; smaller needs less memory"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -180,7 +180,7 @@ def compare(
     """Compare two networks' beliefs on images (M, C, H, W), uint8 or in [0, 1], with or without labels (M,).
 
     Each network is a `Classifier`; one of them may be a bare module, which then uses the other's normalisation.
-    Agreement and KL (nats) are over all images; transition curves, as `paths` says, over some of those on which both
+    Agreement and KL (nats) are over all images; transition curves, as set by `paths`, over some of those on which both
     agree. Intervals are 95 % bootstrap intervals over images. Raises ZsktError if the networks do not fit together or
     agree on too few images.
     """

@@ -1,7 +1,7 @@
 """A network written as a torch.export archive or an ONNX file, with its normalisation folded in, and quantised to int8.
 
-N images of shape (C, H, W), K classes; any N. The packages of the `export` extra are imported only when something needs
-them. Whether a file is right is for `export.py` to say.
+N images of shape (C, H, W), K classes; any N. The packages of the `export` extra are imported only when needed.
+`export.py` checks the files.
 """
 
 import copy
@@ -35,7 +35,7 @@ def need(package: str) -> Any:
 
 
 def feed(network: Classifier, x: Tensor, fed: Input) -> Tensor:
-    """Normalised images (N, C, H, W) as an exported network is fed them: what a real image could be."""
+    """Normalised images (N, C, H, W) as an exported network takes them, clipped to what a real image could be."""
     if fed == "normalised":
         return x.float()
     images = network.denormalise(x).float()  # (N, C, H, W) in [0, 1]

@@ -12,6 +12,7 @@ from typing import Any
 
 from zskt.errors import printable
 from zskt.files import read_json, write_json, write_tensors, write_text
+from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import HUB_TYPE, describe_network
 from zskt.networks.foreign import quiet
@@ -34,13 +35,13 @@ def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) ->
     }
     path = folder / "config.json"
     if "transformers" in described["rebuild"]:
-        module: Any = network.module
+        module: Any = bare(network.module)
         with quiet():
             module.save_pretrained(folder)
         config = without_code(read_json(path), path) | (labels if network.class_names else {})
     else:
-        write_tensors(folder / "model.safetensors", network.module.state_dict(), {"format": "pt"})
-        architecture = printable(type(network.module).__name__)
+        write_tensors(folder / "model.safetensors", bare(network.module).state_dict(), {"format": "pt"})
+        architecture = printable(type(bare(network.module)).__name__)
         config = {"model_type": HUB_TYPE, "architectures": [architecture], **labels, **described}
         config["zskt_version"] = __version__
     channels, height, width = network.input_size
@@ -62,7 +63,7 @@ def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) ->
 
 
 def known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that zskt writes, if they are of their kind: a folder may come from anywhere."""
+    """The entries that zskt writes, if they have the right type: a folder may come from anywhere."""
     known: dict[str, Any] = {name: printable(metadata[name]) for name in _TEXTS if isinstance(metadata.get(name), str)}
     known |= {name: value for name in _NUMBERS if _finite(value := metadata.get(name))}
     measured, warnings, versions = (metadata.get(name) for name in ("measured", "warnings", "versions"))
@@ -159,7 +160,7 @@ logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size}
 
 
 def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:
-    """A factory in a file by that file's name alone: the folder is to be given away, and paths tell of its maker."""
+    """A factory in a file by that file's name alone: the folder may be shared, and paths reveal its maker."""
     place, colon, name = str(how.get("factory", "")).rpartition(":")
     return {**how, "factory": f"{Path(place).name}:{name}"} if colon and place.endswith(".py") else dict(how)
 

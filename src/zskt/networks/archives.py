@@ -1,4 +1,4 @@
-"""Files of torch's from elsewhere: zip archives looked at before anything reads them, and the reader of weights."""
+"""Checks of zip archives (torch checkpoints, TorchScript, torch.export); reads weight files without running code."""
 
 import argparse
 import pickle
@@ -16,16 +16,16 @@ from zskt.errors import ZsktError, failing, system_errors
 from zskt.files import read_tensors
 
 MOST_MEMBERS = 100_000
-MOST_BYTES = 2**36  # 64 GiB in all, unpacked
+MOST_BYTES = 2**36  # 64 GiB in total, unpacked
 MOST_EXPANSION = 100  # unpacked bytes of a member per packed one; torch does not compress at all
 
 Kind = Literal["weights", "TorchScript", "exported program"]
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """A zip archive whose directory is harmless; the caller closes it.
+    """A zip archive whose directory passes these checks; the caller closes it.
 
-    Raises ZsktError for absolute names or `..`, symbolic links, names given twice, and more than MOST_MEMBERS members,
+    Raises ZsktError for absolute names or `..`, symbolic links, duplicate names, and more than MOST_MEMBERS members,
     MOST_BYTES or MOST_EXPANSION, all before any member is read.
     """
     with failing(f"{path} is a damaged archive", "fetch or save it again"), system_errors("read", path):
@@ -50,12 +50,12 @@ def open_archive(path: Path) -> zipfile.ZipFile:
         wrong = "overlapping members"
     if wrong is not None:
         archive.close()
-        raise ZsktError(f"{path} is refused: expected a plain archive, found {wrong}; fetch it from a place you trust")
+        raise ZsktError(f"{path} is refused: expected a plain archive, found {wrong}; get it from a source you trust")
     return archive
 
 
 def kind_of(path: Path) -> Kind:
-    """What a file of torch's holds, by the names of its members; whatever is no zip archive can only be weights."""
+    """What a torch file holds, by the names of its members; a file that is no zip archive can only be weights."""
     if not zipfile.is_zipfile(path):
         return "weights"
     with open_archive(path) as archive:

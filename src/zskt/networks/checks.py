@@ -10,7 +10,7 @@ from zskt.networks.classifier import Classifier, Output
 from zskt.networks.models import Size
 from zskt.networks.observe import answer, check_state, evaluating, fixed_batch, logits_of
 
-SMALLEST = 1e-12  # least probability that a logarithm is taken of, so that its gradient is finite
+SMALLEST = 1e-12  # probabilities are clamped to this before the logarithm, so that its gradient is finite
 
 
 class Logarithm(nn.Module):
@@ -28,6 +28,11 @@ class Logarithm(nn.Module):
         return logits_of(self.network(images)).clamp_min(SMALLEST).log()
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside `Logarithm`: what is saved, as `as_teacher` puts the wrapper around it again."""
+    return module.network if isinstance(module, Logarithm) else module
+
+
 def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
     """A private copy of a classifier: frozen, in eval mode, checked on noise unless it already was.
 
@@ -41,14 +46,14 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
         for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_
             parameter.requires_grad_(False)
         teacher.eval()
-    if teacher.probed:
+    if teacher.probed == (teacher.module,):
         return teacher
     classes, teacher.output, teacher.notes = probe(teacher.module, teacher.input_size)
     if classes != teacher.num_classes:
         raise ZsktError(f"expected a network with {teacher.num_classes} classes, found {classes} outputs; check both")
     if teacher.output == "probabilities":
         teacher.module = Logarithm(teacher.module).eval()
-    teacher.probed = True
+    teacher.probed = (teacher.module,)
     return teacher
 
 
@@ -82,7 +87,7 @@ def probe(module: nn.Module, size: Size) -> tuple[int, Output, tuple[str, ...]]:
     if both.shape[0] != 3:
         raise ZsktError(f"expected logits for each of 3 images, found {both.shape[0]}; return (batch, classes)")
     if not torch.isfinite(both).all():
-        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+        raise ZsktError("the network outputs NaN or infinity for noise images; check its weights")
     notes = []
     kind = output_kind(both)
     if kind == "probabilities":
@@ -108,7 +113,7 @@ def _with_gradient(module: nn.Module, noise: Tensor) -> Tensor:
         advice = "return their real part" if outputs.is_complex() else "if there is an argmax, return its input"
         raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}; {advice}")
     if not torch.isfinite(outputs).all():
-        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+        raise ZsktError("the network outputs NaN or infinity for noise images; check its weights")
     if outputs.shape[1] < 2:
         raise ZsktError("expected a classifier of at least 2 classes, found 1 output; return two logits instead of one")
     unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): the plain sum of probabilities has no gradient

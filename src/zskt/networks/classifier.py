@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from zskt.networks.models import Size
 from zskt.networks.observe import answer, batchnorm_layers, blank_images, check_state, evaluating, logits_of
 
 Output = Literal["logits", "probabilities", "log-probabilities"]
-OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 class Classifier(nn.Module):
@@ -72,7 +71,7 @@ class Classifier(nn.Module):
             )
         self.output: Output = "logits"  # what the module returns, according to `checks.probe`
         self.notes: tuple[str, ...] = ()  # what else the user should know about the network
-        self.probed = False
+        self.probed: tuple[nn.Module, ...] = ()  # the checked module; in a tuple, so as not to be registered twice
 
     @classmethod
     def from_pretrained(
@@ -131,11 +130,11 @@ class Classifier(nn.Module):
 def unit_normalisation(
     mean: Sequence[float], std: Sequence[float], *, white: float | None = None, where: Path | str | None = None
 ) -> tuple[Sequence[float], Sequence[float], tuple[str, ...]]:
-    """Mean and standard deviation of pixels in [0, 1], one each per channel, and lines for the user.
+    """Mean and standard deviation of pixels in [0, 1], one each per channel, and notices for the user.
 
-    `white` is the value of a white pixel on the scale that they are given on; where it is None, values above 1 say that
-    it is 255. `where` is what they were read from, None for --mean and --std. Raises ZsktError, for options UsageError,
-    for numbers that fit neither scale or not each other.
+    `white` is the value of a white pixel on their scale; None means 255 if values exceed 1. `where` is what they were
+    read from, None for --mean and --std. Raises ZsktError, UsageError for options, for numbers that fit neither scale
+    or do not match.
     """
     values = (*mean, *std)
     if where is None:
@@ -143,7 +142,7 @@ def unit_normalisation(
     else:
         given = short(f"{where}: mean {list(mean)} and std {list(std)}", 300)
     kind = UsageError if where is None else ZsktError
-    if len(mean) != len(std) or not all(abs(value) < math.inf for value in values):  # NaN neither
+    if len(mean) != len(std) or not all(abs(value) < math.inf for value in values):  # rejects NaN, too
         raise kind(f"{given}: expected as many numbers in both, one per channel; correct them")
     notices: tuple[str, ...] = ()
     if white is None:

@@ -106,7 +106,7 @@ def _file_of(spec: str) -> Path | None:
 
 @contextlib.contextmanager
 def _importable(spec: str) -> Iterator[None]:
-    """Make what lies beside a specifier's file, or here, importable inside; installed modules come first."""
+    """Make modules next to a specifier's file, or here, importable inside; installed modules come first."""
     path = _file_of(spec)
     folder = str(path.resolve().parent if path is not None else Path.cwd())
     sys.path.append(folder)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import ZsktError, short
-from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write_tensors
-from zskt.networks.checks import as_teacher
+from zskt.files import expanded, read_json, read_tensors, tensor_shapes, write_json, write_tensors
+from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, checked_size, count_parameters, unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
 from zskt.runtime import cpu_name, versions
@@ -18,13 +18,13 @@ from zskt.runtime import cpu_name, versions
 
 def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) -> None:
     """Write `stem`.safetensors, then `stem`.json with `metadata`: without the JSON it does not count as a network."""
-    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
+    write_tensors(folder / f"{stem}.safetensors", bare(network.module).state_dict())
     made = {"versions": versions(), "hardware": cpu_name()}
     write_json(folder / f"{stem}.json", describe_network(network) | metadata | made)
 
 
 def describe_network(network: Classifier) -> dict[str, Any]:
-    """What must be known beside the weights, as plain JSON values."""
+    """The metadata stored with the weights, as plain JSON values."""
     how = describe_module(network.module, network.num_classes, network.input_size)
     return {
         "format": FORMAT,
@@ -48,8 +48,9 @@ def check_teacher_folder(folder: Path) -> None:
             raise ZsktError(f"{folder} already holds {what}; choose another --out or remove it")
 
 
-def save_teacher(folder: Path, teacher: Classifier, **metadata: Any) -> None:
+def save_teacher(folder: str | Path, teacher: Classifier, **metadata: Any) -> None:
     """Write a teacher folder; refuses one that already holds a teacher or a run."""
+    folder = expanded(folder)
     check_teacher_folder(folder)
     save_network(folder, "teacher", teacher, **metadata)
 
@@ -57,8 +58,8 @@ def save_teacher(folder: Path, teacher: Classifier, **metadata: Any) -> None:
 def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
     """The finished student in a run folder, with its normalisation.
 
-    A student that only its owner's code can make is handed in as `module`, whose weights are replaced in a copy; one
-    that a factory made is rebuilt by it, which runs that code, with `trust`. Raises ZsktError saying which it needs.
+    A student that only its own code can make is passed as `module`, whose weights are replaced in a copy; one made by a
+    factory needs `trust`, as rebuilding it runs that code. Raises ZsktError saying which it needs.
     """
     return load_network(folder, module=module, trust=trust, stem="student")
 
@@ -67,7 +68,7 @@ def load_network(
     folder: str | Path, *, module: nn.Module | None = None, trust: bool = False, stem: str | None = None
 ) -> Classifier:
     """The teacher of a teacher folder or the student of a run folder, whichever `folder` is; see `load_student`."""
-    folder = Path(folder)
+    folder = expanded(folder)
     stem = stem or ("student" if (folder / "student.json").exists() else "teacher")
     path = folder / f"{stem}.json"
     if path.exists():
@@ -110,12 +111,12 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
         size = checked_size(metadata["input_size"])
         make = functools.partial(rebuild_module, how, path, metadata["num_classes"], size, trust=trust)
         if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
-            with unallocated():  # a short file can describe a network that no memory holds
+            with unallocated():  # a short file can describe a network too large for memory
                 fill(make(), {name: torch.empty(shape) for name, shape in tensor_shapes(weights).items()})
         module = make()
     tensors, _ = read_tensors(weights)
     for tensor in tensors.values():
-        if tensor.is_floating_point():  # float64 stays, all else is widened
+        if tensor.is_floating_point():  # float64 stays, all else becomes float32
             module.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
             break
     own = module.state_dict()
@@ -135,7 +136,7 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
 
 
 def _checked_metadata(path: Path) -> dict[str, Any]:
-    """The JSON beside a network's weights, after a look at whether it says what a network needs."""
+    """The JSON stored with a network's weights, checked for what a network needs."""
     metadata: Any = read_json(path)
     if not isinstance(metadata, dict):
         raise ZsktError(f"expected an object in {path}, found {type(metadata).__name__}; write the folder again")
@@ -159,4 +160,4 @@ def _checked_metadata(path: Path) -> dict[str, Any]:
 
 
 HUB_TYPE = "zskt"  # `model_type` in the config.json of a folder in the Hugging Face layout
-FORMAT = 1  # version of the JSON beside the weights
+FORMAT = 1  # version of the JSON stored with the weights

@@ -16,7 +16,7 @@ from zskt.networks.weights import find_state_dict
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 FETCHED = ["*.json", "*.safetensors", "README.md"]
-"""What is downloaded of a repository, from its top folder: neither code nor pickles."""
+"""What is downloaded from a repository's top folder: neither code nor pickles."""
 
 
 def fetch(repository: str, revision: str | None = None) -> Path:
@@ -31,7 +31,7 @@ def fetch(repository: str, revision: str | None = None) -> Path:
 
 
 def read_folder(folder: Path) -> Found:
-    """An image classifier saved by transformers; nothing is downloaded and no code of the folder's is run."""
+    """An image classifier saved by transformers; nothing is downloaded and no code in the folder is run."""
     transformers = optional("transformers", "hub")
     tensors = sorted(folder.glob("*.safetensors"))
     pickled = sorted(folder.glob("pytorch_model*.bin"))
@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> Found:
         held += sum(tensor.numel() for tensor in find_state_dict(weights).values()) if weights is not None else 0
         with unallocated():
             wanted = count_parameters(kind(config))
-        if wanted > 2 * held + 1_000_000:  # some may be absent, and then are said below
+        if wanted > 2 * held + 1_000_000:  # absent ones are reported below
             raise ZsktError(
                 f"{folder / 'config.json'} describes {wanted:,} parameters, and the weights beside it hold only "
                 f"{held:,} numbers; save the network again with save_pretrained"
@@ -76,7 +76,7 @@ def read_folder(folder: Path) -> Found:
 
 
 def _config_and_class(transformers: Any, written: Any, path: Path) -> tuple[Any, Any]:
-    """The config that `path` holds, less what would run code, and the class of the classifier it belongs to."""
+    """The config in `path`, without entries that would run code, and the class of its classifier."""
     kind = str(written.get("model_type")) if isinstance(written, dict) else "none"
     known = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else None  # noqa: SIM401
     classes = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -92,13 +92,13 @@ def _config_and_class(transformers: Any, written: Any, path: Path) -> tuple[Any,
 
 
 def _class_names(config: Any) -> list[str] | None:
-    """The class names, where somebody has given them."""
+    """The class names, if any were given."""
     names = [str(config.id2label.get(index, "")) for index in range(config.num_labels)]
     return None if all(name in ("", f"LABEL_{index}") for index, name in enumerate(names)) else names
 
 
 def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
-    """Image size and normalisation, as far as a transformers folder says them."""
+    """Image size and normalisation, as far as a transformers folder gives them."""
     written: Any = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
@@ -108,7 +108,7 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
             break
     channels = getattr(config, "num_channels", None)
     advice = "correct it, or remove it and give --input-size, --mean and --std"
-    with failing(f"cannot make sense of {folder / found.source}", advice, named=True):
+    with failing(f"cannot interpret {folder / found.source}", advice, named=True):
         if not isinstance(written, dict):
             raise TypeError(f"expected an object, found {type(written).__name__}")
         sides = _sides(written) or _pair(getattr(config, "image_size", None))
@@ -116,7 +116,7 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
             found.input_size = (int(channels), *sides)
         if not written:
             return
-        white, offset = 255.0, 0.0  # a white pixel before mean and standard deviation, and what is taken from it
+        white, offset = 255.0, 0.0  # a white pixel before mean and standard deviation, and what is subtracted from it
         if written.get("do_rescale", True):
             white *= float(written.get("rescale_factor", 1 / 255))
             offset = 1.0 if written.get("rescale_offset") else 0.0
@@ -128,7 +128,7 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
 
 
 def _sides(written: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The (H, W) that a preprocessor ends with: its crop where it crops, else its resizing."""
+    """The final (H, W) of a preprocessor: that of its crop, if any, else of its resizing."""
     if written.get("do_center_crop") and written.get("crop_size"):
         return _pair(written["crop_size"])
     return _pair(written.get("size"))

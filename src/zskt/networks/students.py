@@ -16,7 +16,7 @@ from torch import nn
 
 from zskt.errors import UsageError, ZsktError, failing
 from zskt.networks import models
-from zskt.networks.checks import Logarithm
+from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.rebuild import unallocated
@@ -77,7 +77,7 @@ def _fraction(text: str) -> float:
 
 def _relative(teacher: Classifier, fraction: float) -> nn.Module:
     """The network of the teacher's family whose parameter count is nearest to this fraction of the teacher's."""
-    module = _bare(teacher)
+    module = bare(teacher.module)
     target = fraction * count_parameters(module)
     if not target:
         raise ZsktError(
@@ -118,11 +118,6 @@ def _around(ladder: Ladder, target: float) -> dict[str, int]:
     return sizes
 
 
-def _bare(teacher: Classifier) -> nn.Module:
-    """The network without the wrapper that turns probabilities into logits."""
-    return teacher.module.network if isinstance(teacher.module, Logarithm) else teacher.module
-
-
 def _suggestions(teacher: Classifier, target: float) -> str:
     """Networks of ours for the teacher's images with about `target` parameters."""
     sizes: dict[str, int] = {}
@@ -138,7 +133,7 @@ def _suggestions(teacher: Classifier, target: float) -> str:
 
 def _family(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
     """The teacher's relatives, without itself."""
-    module = _bare(teacher)
+    module = bare(teacher.module)
     transformers = sys.modules.get("transformers")
     library = type(module).__module__.partition(".")[0]
     if type(module).__module__.startswith(f"{models.__name__}."):

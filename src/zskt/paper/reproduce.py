@@ -89,9 +89,9 @@ class Request:
     images_per_class: tuple[int, ...] = ()
     """real images per class for the students that see data"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """of all networks and runs; each seed trains its own teacher, unless one is given"""
+    """seeds of all networks and runs; each seed trains its own teacher, unless one is given"""
     scale: float = 1.0
-    """factor on all amounts of work, say 0.01 for a rehearsal; stamped on every output"""
+    """factor on all amounts of work, such as 0.01 for a trial run; stamped on every output"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -102,7 +102,7 @@ class Request:
         return self.train.name
 
     def study(self, model: str, student: str, **published: int) -> Experiment:
-        """This pair, or the one that was asked for; `published` overrides the usual budget, and `changes` both."""
+        """This pair, or the requested one; `published` overrides the usual budget, and `changes` both."""
         if self.teacher is not None:
             model = getattr(self.teacher.module, "spec", None) or "teacher"
         else:

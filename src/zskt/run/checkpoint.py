@@ -23,6 +23,7 @@ from torch import Tensor
 from zskt.errors import UsageError, ZsktError, failing, system_errors
 from zskt.files import TEMPORARY, read_tensors, read_text, write_tensors
 from zskt.method.config import Config, read_config
+from zskt.runtime import restore_generator
 from zskt.settings import flat
 
 KEPT = 2  # checkpoints kept
@@ -75,16 +76,21 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors as `PARAMETER_INDEX.key`. Learning rates are not state: they follow from the step."""
-    return {
+    state = {
         f"{index}.{key}": value
         for index, parameter in enumerate(_parameters(optimizer))
         for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
+        if value is not None
     }
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            kind = type(optimizer).__name__
+            raise ZsktError(f"expected tensors as the state of {kind}, found {name} = {value!r}; use another optimiser")
+    return state
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Restore `optimizer_state`, copied into tensors laid out like the parameters.
+    """Restore `optimizer_state`, copied into tensors laid out like the parameters where their shapes are equal.
 
     A fused optimiser reads parameter and state in memory order: a contiguous state of a channels_last parameter would
     silently be read in the wrong order.
@@ -96,12 +102,22 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tens
         if key == "step":  # a counter, which only fused and capturable optimisers keep on the parameter's device
             on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
             optimizer.state[parameter][key] = saved.to(parameter.device if on_device else "cpu")
+        elif saved.shape == parameter.shape:
+            optimizer.state[parameter][key] = torch.zeros_like(parameter, dtype=saved.dtype).copy_(saved)
         else:
-            optimizer.state[parameter][key] = torch.zeros_like(parameter).copy_(saved)
+            optimizer.state[parameter][key] = saved.to(parameter.device)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Restore torch's global random generators; the state of a run on the CPU seeds a CUDA device."""
+    torch.set_rng_state(tensors["rng/cpu"])
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        restore_generator(torch.cuda.default_generators[index], tensors.get("rng/cuda", tensors["rng/cpu"]))
 
 
 @dataclass(frozen=True)
@@ -164,7 +180,13 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
     if begun and not resume:
         raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
     if not begun:
+        if resume and not (folder / "config.toml").exists():
+            raise ZsktError(
+                f"expected a run to resume in {folder}, found no config.toml; check the path, or begin anew"
+            )
         return
+    if not exists(folder / "checkpoint"):
+        raise ZsktError(f"{folder} holds a finished run whose checkpoints are gone; choose another --out")
     recorded = flat(read_config(folder / "config.toml"))
     different = [
         f"{name} = {recorded[name]!r}, now {value!r}"

@@ -87,7 +87,8 @@ class CapturedStep:
                 repeat = self.record(self._step_fed, self.generators)
             except RuntimeError as error:
                 raise ZsktError(
-                    f"this step cannot be recorded as a CUDA graph ({first_line(error)}): use --set cuda_graph=false"
+                    f"this step cannot be recorded as a CUDA graph ({first_line(error)}): use --set "
+                    "machine.cuda_graph=false"
                 ) from error
         for name, tensor in self._state().items():
             if name in before:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs, pseudo_image_warnings
-from zskt.files import read_json, read_tensors, write_tensors, write_text
+from zskt.files import expanded, read_json, read_tensors, write_tensors, write_text
 from zskt.method.build import arrange
 from zskt.method.config import Config, read_config
 from zskt.method.generator import SAMPLES, Generator, pseudo_images
 from zskt.method.matching import BeliefMatching
-from zskt.method.protocol import Make, Method
+from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
@@ -37,7 +37,7 @@ from zskt.settings import flat, to_toml
 
 @dataclass
 class DistillResult:
-    """The outcome of a run. `student` is the module handed in, trained in place, in eval mode."""
+    """The outcome of a run. `student` is the given module, trained in place, in eval mode."""
 
     student: nn.Module = field(repr=False)
     teacher: Classifier = field(repr=False)
@@ -100,12 +100,16 @@ def distill(
     checkpoint.parse_budget(stop_after)
     if (stop_after or resume) and out is None:
         raise UsageError("resume and stop_after need a folder for the run: set out")
-    if not isinstance(recipe, Plan):
-        given = {"steps": steps, "seed": seed}
+    given = {"steps": steps, "seed": seed}
+    if isinstance(recipe, Plan):
+        beside = given | {"method": method, "settings": settings}
+        if named := [name for name, value in beside.items() if value is not None]:
+            raise UsageError(f"a Plan already has {' and '.join(named)}: give them to `plan`")
+    else:
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
         recipe = plan(teacher, student, recipe, changes, method)
     config = recipe.config
-    folder = Path(out) if out is not None else None
+    folder = expanded(out) if out is not None else None
     if folder is not None:
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
@@ -122,7 +126,7 @@ def distill(
         arithmetic(),
         seeded(stream(config.seed, "run"), device),
     ):
-        repeated = recipe.make(frozen, student, config)
+        repeated = check_method(recipe.make(frozen, student, config), student, config.method)
         try:
             examiner = Examiner(frozen, repeated, folder, evaluate)
             life = Lifecycle(
@@ -137,10 +141,10 @@ def distill(
                 advance=_captured(repeated, config, device),
                 started=started,
             )
-            if folder is not None:
-                write_text(folder / "config.toml", to_toml(config))
             if resume:
                 life.restore()
+            if folder is not None:
+                write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
         finally:
             repeated.close()
@@ -169,9 +173,9 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
     if not config.machine.cuda_graph:
         return None
     if device.type != "cuda":
-        raise UsageError(f"cuda_graph = true is for CUDA devices, found {device}; leave it out or use --device cuda")
+        raise UsageError(f"machine.cuda_graph is for CUDA devices, found {device}; leave it out or use --device cuda")
     if not isinstance(method, BeliefMatching):
-        raise UsageError(f"cuda_graph = true is for belief_matching, found {config.method}; leave it out")
+        raise UsageError(f"machine.cuda_graph is for belief_matching, found {config.method}; leave it out")
     return CapturedStep(method)
 
 
@@ -193,7 +197,8 @@ class Examiner:
 
     def beliefs(self, step: int | None = None) -> dict[str, Any]:
         """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
-        x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
+        with seeded(0, next(self.method.student.parameters()).device):  # a method may seed the global generator itself
+            x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
         with evaluating(self.method.student):
             logits = {"T": self.teacher(x), "S": logits_of(self.method.student(x))}  # (64, K) each
         if step is not None and self.folder is not None:
@@ -255,7 +260,13 @@ def sampler(
         )
     if (given := describe_method(method)) != config.method:
         raise ZsktError(f"expected the method of {folder}, {config.method}, found {given}; give the same one")
-    built = method(as_teacher(teacher), network.module.requires_grad_(), config)
+    recorded = read_json(folder / "student.json").get("teacher_fingerprint")
+    if (fingerprint := teacher.fingerprint()) != recorded:
+        raise ZsktError(
+            f"expected the teacher of {folder}, {str(recorded)[:12]}, found {fingerprint[:12]}; give the same one"
+        )
+    student = network.module.requires_grad_()
+    built = check_method(method(as_teacher(teacher), student, config), student, config.method)
     built.close()
     with checkpoint.restoring(folder):
         for name, part in built.modules().items():

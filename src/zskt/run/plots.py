@@ -114,10 +114,15 @@ PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
 
 def run_curves(runs: Mapping[str, Lines]) -> bytes:
     """A PNG of losses, confidences, class entropy and accuracy over the steps of one or several runs."""
+    panels = dict(PANELS)
+    for key in sorted({key for lines in runs.values() for line in lines for key in line if key.endswith("_loss")}):
+        panels.setdefault(key.replace("_", " "), {"": (key, -1)})
+    rows = -(-len(panels) // 3)
     with styled():
-        figure = Figure(figsize=(10, 5), layout="constrained")
-        figure.subplots(2, 3)
-        for axes, (title, curves) in zip(figure.axes, PANELS.items(), strict=True):
+        figure = Figure(figsize=(10, 2.5 * rows), layout="constrained")
+        for unused in figure.subplots(rows, 3).flatten()[len(panels) :]:
+            unused.remove()
+        for axes, (title, curves) in zip(figure.axes, panels.items(), strict=True):
             measured = False
             for (label, (key, pick)), style in zip(curves.items(), ("-", ":"), strict=False):
                 for i, lines in enumerate(runs.values()):
