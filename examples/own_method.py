@@ -1,7 +1,7 @@
-"""A method of one's own in one file: rounds of synthesis fill a bank of images, from which the student learns.
+"""A custom method in one file: rounds of synthesis fill a bank of images, on which the student is trained.
 
-Of the kind of CMI and Fast: the generator is told which class to make, its latents are optimised anew in each round,
-and random crops go between it and the networks. Run on its own it shows, on the digits, what every run can do:
+Of the kind of CMI and Fast: the generator is told which class to make, its latents are optimised from scratch in each
+round, and the networks see random crops of its images. Run as a script it shows, on the digits, what every run can do:
 
     python examples/own_method.py FOLDER    # taught, distilled, stopped half-way, resumed, reported, sampled, exported
 """
@@ -38,19 +38,19 @@ class ImageBank:
         self.student, self.steps, self.classes = student, config.steps, teacher.num_classes
         self.ask_teacher = zskt.Observer(teacher.module, statistics=True)
         self.ask_student = zskt.Observer(student)
-        self.generator = zskt.Generator(LATENT + self.classes, teacher.input_size, width=32)
+        self.generator = zskt.Generator(LATENT + self.classes, teacher.input_size, width=32).to(teacher.mean.device)
         adam, updates = torch.optim.Adam(student.parameters()), UPDATES * self.steps
         self.learn = zskt.Updates(UPDATES, adam, DISTILLATION, rate=lambda t: 1e-2 * (1 - t / updates))
-        self.images = torch.empty(0, *teacher.input_size)  # (M, C, H, W)
+        self.images = torch.empty(0, *teacher.input_size, device=teacher.mean.device)  # (M, C, H, W)
 
     def step(self) -> dict[str, Tensor]:
         synthesis = self.synthesise()
         return zskt.by_name("generator", synthesis) | zskt.by_name("student", [self.distil() for _ in range(UPDATES)])
 
     def synthesise(self) -> list[zskt.Losses]:
-        """One round: latents and an optimiser of its own; what it ends with goes into the bank."""
-        labels = torch.randint(self.classes, (BATCH,))  # (N,)
-        z = torch.randn(BATCH, LATENT, requires_grad=True)  # (N, Z)
+        """One round, with its own latents and optimiser; its final images go into the bank."""
+        labels = torch.randint(self.classes, (BATCH,), device=self.images.device)  # (N,)
+        z = torch.randn(BATCH, LATENT, device=self.images.device, requires_grad=True)  # (N, Z)
         groups = [{"params": [z], "lr": 1e-2}, {"params": self.generator.parameters(), "lr": 4e-3}]
         synthesis, losses = zskt.Updates(ROUND, torch.optim.Adam(groups), SYNTHESIS), list[zskt.Losses]()
         self.student.eval()
@@ -82,7 +82,7 @@ class ImageBank:
         return {"images": self.images, "done": torch.tensor(self.learn.done)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.images, self.learn.done = state["images"], int(state["done"])
+        self.images, self.learn.done = state["images"].to(self.images.device), int(state["done"])
 
     def close(self) -> None:
         self.ask_teacher.close()

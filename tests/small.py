@@ -1,11 +1,20 @@
-"""Small networks and pairs that several tests share."""
+"""Small networks, pairs, images and files that several tests share; commands and refusals in one line each."""
 
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from zskt.errors import ZsktError
 from zskt.method.build import arrange, belief_matching
 from zskt.method.config import Config
 from zskt.method.matching import BeliefMatching
@@ -45,6 +54,45 @@ class FourStages(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage3(F.max_pool2d(self.stage2(F.max_pool2d(self.stage1(x), 2)), 2))
         return self.fc(self.stage4(F.max_pool2d(x, 2)).mean(dim=(2, 3)))
+
+
+class Viewing(nn.Module):
+    """Flattens its maps by `view`, which takes contiguous memory only."""
+
+    def __init__(self, width: int = 4, *, size: tuple[int, int, int] = (3, 16, 16), classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(size[0], width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.fc = nn.Linear(width * -(-size[1] // 2) * -(-size[2] // 2), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(F.relu(self.bn(self.conv1(x))))
+        return self.fc(x.view(x.shape[0], -1))
+
+
+class Tokens(nn.Module):
+    """ViT-like: patches, then tokens (N, L, D), with LayerNorm and a learnt class token."""
+
+    def __init__(self, *, size: tuple[int, int, int] = (3, 16, 16), classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(size[0], 8, 4, 4)
+        self.first = nn.Parameter(torch.zeros(1, 1, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.block(torch.cat([self.first.expand(len(x), -1, -1), x], dim=1))
+        return self.head(x[:, 0])
+
+
+def student_for(teacher: Classifier) -> nn.Module:
+    """Two convolutions for a teacher's images and classes."""
+    return nn.Sequential(
+        nn.Conv2d(teacher.input_size[0], 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, teacher.num_classes),
+    )  # fmt: skip
 
 
 def shake_batchnorm(module: nn.Module) -> None:
@@ -112,6 +160,70 @@ def coloured(
     labels = torch.arange(count) % classes
     images = noise + (labels * 180 // (classes - 1)).view(-1, 1, 1, 1)
     return Dataset(images.byte(), labels, tuple(f"class {k}" for k in range(classes)), name)
+
+
+def write_images(folder: Path, **splits: "Dataset") -> Path:
+    """Image sets as split/class/file."""
+    for split, data in splits.items():
+        for i, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+            path = folder / split / data.class_names[label] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Payload:
+    """What a malicious file holds: unpickling it makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def refused(work: Callable[[], object], kind: type[ZsktError] = ZsktError) -> str:
+    """The one line that refuses `work`."""
+    with pytest.raises(kind) as error:
+        work()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a `zskt` command in this process."""
+    from zskt.cli.main import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(list(map(str, arguments)))
+    return status, out.getvalue(), err.getvalue()
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    """Run a command that must succeed; its JSON, which is all that is on stdout."""
+    status, out, err = call(*arguments)
+    assert status == 0, err
+    (line,) = out.splitlines()
+    return json.loads(line)
+
+
+def fails(expected: int, *arguments: object) -> str:
+    """Run a command that must fail in one line and with this status; the line."""
+    status, out, err = call(*arguments)
+    assert (status, out) == (expected, "")
+    assert "Traceback" not in err
+    (line,) = (line for line in err.splitlines() if line.startswith("zskt: "))
+    return line
+
+
+def quiet(*arguments: str) -> contextlib.AbstractContextManager[Callable[[int, int, str], None]]:
+    """No bar."""
+    return contextlib.nullcontext(lambda done, total, beside: None)
 
 
 def tiny_recipe(name: str) -> Config:

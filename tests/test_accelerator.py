@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from small import coloured, write_images
 from zskt.run.checkpoint import read_lines
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "accelerator.py"
@@ -24,14 +23,8 @@ def call(*arguments: object) -> dict[str, Any]:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Sixty images of CIFAR-10's size for training and as many for testing."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for label in range(10):
-            folder = tmp_path / "images" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(6):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return tmp_path / "images"
+    train, test = (coloured(60, classes=10, size=(3, 32, 32), seed=seed) for seed in (0, 1))
+    return write_images(tmp_path / "images", train=train, test=test)
 
 
 @pytest.mark.slow

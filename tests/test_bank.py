@@ -19,7 +19,7 @@ from zskt.method.views import Augmentation, jitter, random_views, view
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import ChannelStatistics, Observation, logits_of
-from zskt.run.finished import sampler
+from zskt.run.distill import sampler
 
 TINY: dict[str, Any] = {
     "steps": 24,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small import make_teacher
+from small import make_teacher, refused
 from zskt.errors import ZsktError
 from zskt.evaluate.measures import (
     accuracy,
@@ -21,8 +21,8 @@ from zskt.evaluate.measures import (
     noise_classes,
     predict,
     pseudo_beliefs,
+    pseudo_image_warnings,
 )
-from zskt.evaluate.warnings import pseudo_image_warnings
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 
@@ -117,9 +117,7 @@ IMAGES, LABELS = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 9])
     ids=["size", "channels", "label too large", "label negative", "too few labels", "empty"],
 )
 def test_what_cannot_be_measured_is_refused(images: Tensor, labels: Tensor, words: str) -> None:
-    with pytest.raises(ZsktError, match=words) as error:
-        measure(make_teacher(), images, labels)
-    assert "\n" not in str(error.value)
+    assert words in refused(lambda: measure(make_teacher(), images, labels))
 
 
 def test_networks_of_different_classes_are_not_compared() -> None:

@@ -1,15 +1,12 @@
 """The cost of a step in operations instead of seconds, so that these tests cannot be flaky."""
 
-import json
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zskt
-from small import make_matching, make_teacher
+from small import fails, make_matching, make_teacher, run
 from zskt.bench import step_time as bench
-from zskt.cli.main import main
 from zskt.networks import models
 from zskt.networks.observe import forward_flops
 
@@ -49,12 +46,9 @@ def test_timings_are_interleaved_and_complete(monkeypatch: pytest.MonkeyPatch) -
     assert {arm: len(values) for arm, values in seconds.items()} == {"reference": 3, "fp32": 3, "bf16": 3}
 
 
-def test_the_command_prints_its_documented_keys(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_its_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.PAIRS, "digits", bench.Pair("convnet-4", "convnet-2", (1, 8, 8), batch_size=4))
-    assert main(["bench", "--pair", "digits", "--rounds", "1"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = run("bench", "--pair", "digits", "--rounds", 1)
     keys = {"speedup_fp32", "speedup_bf16", "seconds_reference", "seconds_fp32", "seconds_bf16"}
     assert keys | {"peak_mib_reference", "peak_mib_fp32"} <= set(result)
     assert all(result[key] > 0 for key in keys)
@@ -68,6 +62,5 @@ def test_peak_memory_excludes_the_calling_process() -> None:
     assert found["fp32"] <= found["reference"]
 
 
-def test_unknown_pairs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--pair", "wrm"]) == 2
-    assert "did you mean wrn" in capsys.readouterr().err
+def test_unknown_pairs_are_refused() -> None:
+    assert "did you mean wrn" in fails(2, "bench", "--pair", "wrm")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 import zskt
-from small import make_teacher
+from small import coloured, fails, make_teacher, run, write_images
 from zskt.cli import demo
 from zskt.cli.main import COMMANDS, main
 from zskt.method.config import Config, read_config
@@ -34,76 +33,45 @@ def teacher(tmp_path: Path) -> str:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder of images, four of each of ten classes in train and two in test."""
     monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("test", 2)):
-        for label in range(10):
-            folder = tmp_path / "images" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return str(tmp_path / "images")
+    train, test = (coloured(count, classes=10, size=(3, 16, 16), seed=count) for count in (40, 20))
+    return str(write_images(tmp_path / "images", train=train, test=test))
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    """Run a command that must succeed; its JSON, which is all that is on stdout."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    (line,) = out.splitlines()
-    return json.loads(line)
-
-
-def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    """Run a command that must fail in one line; the line."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("zskt: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def test_distil_evaluate_sample_report(
-    capsys: pytest.CaptureFixture[str], teacher: str, data: str, tmp_path: Path
-) -> None:
+def test_distil_evaluate_sample_report(teacher: str, data: str, tmp_path: Path) -> None:
     for seed in (0, 1):
         result = run(
-            capsys, "distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / f"run{seed}", "--recipe", "zskt",
+            "distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / f"run{seed}", "--recipe", "zskt",
             "--seed", seed, "--eval", data, *TINY,
         )  # fmt: skip
         assert result["finished"]
         assert result["step"] == 4
         assert 0 <= result["accuracy"] <= 1
     assert (tmp_path / "run0" / "report.html").exists()
-    measured = run(capsys, "evaluate", tmp_path / "run1", "--data", data, "--teacher", teacher)
+    measured = run("evaluate", tmp_path / "run1", "--data", data, "--teacher", teacher)
     for key in ("accuracy", "agreement", "kl_teacher_student", "calibration_error"):
         assert measured[key] == pytest.approx(result[key], rel=1e-4)  # other memory format, other rounding
-    assert run(capsys, "evaluate", teacher, "--data", data).keys() == {"accuracy", "calibration_error"}
-    run(capsys, "sample", tmp_path / "run0", "--out", tmp_path / "samples.png")
+    assert run("evaluate", teacher, "--data", data).keys() == {"accuracy", "calibration_error"}
+    run("sample", tmp_path / "run0", "--out", tmp_path / "samples.png")
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.size == (8 * 81 - 1, 8 * (81 + 12) - 1)  # a line below each image
-    run(capsys, "sample", tmp_path / "run0", "--teacher", teacher, "--out", tmp_path / "samples.png")
+    run("sample", tmp_path / "run0", "--teacher", teacher, "--out", tmp_path / "samples.png")
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.size == (8 * 81 - 1, 8 * (81 + 24) - 1)
-    report = run(capsys, "report", tmp_path / "run0", tmp_path / "run1", "--out", tmp_path / "report.html")
+    report = run("report", tmp_path / "run0", tmp_path / "run1", "--out", tmp_path / "report.html")
     assert report["accuracy"]["mean"] == pytest.approx(np.mean(report["accuracy"]["values"]))
-    found = run(capsys, "inspect", tmp_path / "run0", "--student", "wrn-10-1")
+    found = run("inspect", tmp_path / "run0", "--student", "wrn-10-1")
     assert (found["input_size"], found["num_classes"], found["model"]) == ([3, 16, 16], 10, "wrn-10-1")
     assert sum(found["noise_classes"]) == 1000
     assert found["recipe"] == "zskt-prior"
 
 
-def test_stop_and_resume(capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path) -> None:
+def test_stop_and_resume(teacher: str, tmp_path: Path) -> None:
     command = ["distill", teacher, "--student", "wrn-10-1", "--recipe", "zskt", *TINY]
-    run(capsys, *command, "--out", tmp_path / "whole")
-    part = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "2")
+    run(*command, "--out", tmp_path / "whole")
+    part = run(*command, "--out", tmp_path / "parts", "--stop-after", "2")
     assert (part["finished"], part["step"]) == (False, 2)
-    assert "resume" in refused(capsys, 1, *command, "--out", tmp_path / "parts")
-    assert run(capsys, *command, "--out", tmp_path / "parts", "--resume")["finished"]
+    assert "resume" in fails(1, *command, "--out", tmp_path / "parts")
+    assert run(*command, "--out", tmp_path / "parts", "--resume")["finished"]
     whole, parts = (tmp_path / name / "student.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
 
@@ -142,113 +110,104 @@ def test_killed_run_resumes(teacher: str, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
 
 
-def test_teach_and_resume(capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path) -> None:
+def test_teach_and_resume(data: str, tmp_path: Path) -> None:
     command = ["teach", "--model", "convnet-4", "--data", data, "--epochs", "3", "--batch-size", "16"]
     command += ["--schedule", "step"]
-    whole = run(capsys, *command, "--out", tmp_path / "whole")
+    whole = run(*command, "--out", tmp_path / "whole")
     assert whole["finished"]
     facts = json.loads((tmp_path / "whole" / "teacher.json").read_text())
-    assert facts["class_names"] == [f"class{label}" for label in range(10)]
+    assert facts["class_names"] == [f"class {label}" for label in range(10)]
     assert facts["measured"]["accuracy"] == whole["accuracy"]
     assert (facts["updates"], facts["schedule"]) == (9, "step")
     written = {"teacher.json", "teacher.safetensors", "metrics.jsonl", "timing.jsonl"}
     assert {path.name for path in (tmp_path / "whole").iterdir()} == written
-    part = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "4")
+    part = run(*command, "--out", tmp_path / "parts", "--stop-after", "4")
     assert (part["finished"], part["update"]) == (False, 4)
-    assert "--resume" in refused(capsys, 1, *command, "--out", tmp_path / "parts")
-    run(capsys, *command, "--out", tmp_path / "parts", "--resume")
+    assert "--resume" in fails(1, *command, "--out", tmp_path / "parts")
+    run(*command, "--out", tmp_path / "parts", "--resume")
     paths = [tmp_path / name / "teacher.safetensors" for name in ("whole", "parts")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert "already holds a teacher" in refused(capsys, 1, *command, "--out", tmp_path / "whole")
+    assert "already holds a teacher" in fails(1, *command, "--out", tmp_path / "whole")
 
 
-def test_import(capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path) -> None:
+def test_import(data: str, tmp_path: Path) -> None:
     module = zskt.models.wide_resnet(10, 1)
     foreign = {name.replace("shortcut", "convShortcut"): tensor for name, tensor in module.state_dict().items()}
     torch.save({"state_dict": foreign, "epoch": 3}, tmp_path / "wrn.pth")
     command = ["import", tmp_path / "wrn.pth", "--model", "wrn-10-1", "--input-size", 3, 16, 16]
     command += ["--mean", 125.3, 123.0, 113.9, "--std", 51.6, 50.8, 51.3, "--num-classes", 10]
-    result = run(capsys, *command, "--out", tmp_path / "a")
+    result = run(*command, "--out", tmp_path / "a")
     assert result["renamed"] == {"convShortcut": "shortcut"}
     assert not result["verified"]
     teacher = zskt.load_teacher(tmp_path / "a")
     assert teacher.mean.flatten().tolist() == pytest.approx([125.3 / 255, 123.0 / 255, 113.9 / 255])
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(teacher(x), module.eval()(x))
-    assert "accuracy" in run(capsys, *command, "--out", tmp_path / "b", "--data", data)
-    assert "fc.weight" in refused(capsys, 1, *command[:-2], "--out", tmp_path / "c", "--num-classes", 100)
+    assert "accuracy" in run(*command, "--out", tmp_path / "b", "--data", data)
+    assert "fc.weight" in fails(1, *command[:-2], "--out", tmp_path / "c", "--num-classes", 100)
     assert not (tmp_path / "c").exists()
 
 
-def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = run(capsys, "recipes")
+def test_recipes() -> None:
+    listed = run("recipes")
     assert {"auto", "bank", "fast", "zskt", "zskt-fresh", "zskt-mmrazor", "zskt-prior"} <= set(listed)
-    assert run(capsys, "recipes", "zskt-mmrazor")["student.learning_rate"] == 0.1
+    assert run("recipes", "zskt-mmrazor")["student.learning_rate"] == 0.1
 
 
-def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], teacher: str, data: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(teacher: str, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     distil = ["distill", teacher, "--out", out, "--student"]
-    assert "did you mean zskt-prior" in refused(capsys, 2, *distil, "wrn-10-1", "--recipe", "zskt-prio")
-    assert "did you mean student.clip" in refused(capsys, 2, *distil, "wrn-10-1", "--set", "student.clap=1")
-    assert "expected key=value" in refused(capsys, 2, *distil, "wrn-10-1", "--set", "steps")
-    assert "did you mean wrn-16-1" in refused(capsys, 2, *distil, "wnr-16-1")
-    assert "6 n + 4" in refused(capsys, 2, *distil, "wrn-17-1")
-    assert "usable CUDA devices" in refused(capsys, 2, *distil, "wrn-10-1", "--device", "cuda:99")
-    assert "expected a number from 0" in refused(capsys, 2, *distil, "wrn-10-1", "--seed", 10**30)
-    assert "out of memory" in refused(capsys, 1, *distil, "wrn-10-1", "--set", "generator.width=100000000")
-    assert "expected auto, cpu" in refused(capsys, 2, *distil, "wrn-10-1", "--device", "gpu")
-    assert "found nothing" in refused(capsys, 1, "distill", tmp_path / "nowhere", "--student", "wrn-10-1", "--out", out)
-    assert "did you mean digits" in refused(capsys, 2, "evaluate", teacher, "--data", "digit")
-    assert "nothing is downloaded" in refused(capsys, 2, "evaluate", teacher, "--data", "cifar10")
-    assert "10 classes, found 1" in refused(capsys, 1, "evaluate", teacher, "--data", one_class(tmp_path))
+    assert "did you mean zskt-prior" in fails(2, *distil, "wrn-10-1", "--recipe", "zskt-prio")
+    assert "did you mean student.clip" in fails(2, *distil, "wrn-10-1", "--set", "student.clap=1")
+    assert "expected key=value" in fails(2, *distil, "wrn-10-1", "--set", "steps")
+    assert "did you mean wrn-16-1" in fails(2, *distil, "wnr-16-1")
+    assert "6 n + 4" in fails(2, *distil, "wrn-17-1")
+    assert "usable CUDA devices" in fails(2, *distil, "wrn-10-1", "--device", "cuda:99")
+    assert "seed = 1000" in fails(2, *distil, "wrn-10-1", "--seed", 10**30)
+    assert "seed = 'abc': expected a whole number" in fails(2, *distil, "wrn-10-1", "--set", "seed=abc")
+    assert "out of memory" in fails(1, *distil, "wrn-10-1", "--set", "generator.width=100000000")
+    assert "expected auto, cpu" in fails(2, *distil, "wrn-10-1", "--device", "gpu")
+    assert "found nothing" in fails(1, "distill", tmp_path / "nowhere", "--student", "wrn-10-1", "--out", out)
+    assert "did you mean digits" in fails(2, "evaluate", teacher, "--data", "digit")
+    assert "nothing is downloaded" in fails(2, "evaluate", teacher, "--data", "cifar10")
+    two = write_images(tmp_path / "two", test=coloured(2, classes=2, size=(3, 16, 16)))
+    assert "10 classes, found 2" in fails(1, "evaluate", teacher, "--data", two)
     (tmp_path / "empty").mkdir()
-    assert "expected" in refused(capsys, 1, "evaluate", teacher, "--data", tmp_path / "empty")
-    broken = Path(data) / "test" / "class0" / "0.png"
+    assert "expected" in fails(1, "evaluate", teacher, "--data", tmp_path / "empty")
+    broken = Path(data) / "test" / "class 0" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    assert "0.png" in refused(capsys, 1, "evaluate", teacher, "--data", data)
+    assert "0.png" in fails(1, "evaluate", teacher, "--data", data)
     (tmp_path / "teacher" / "teacher.safetensors").write_bytes(b"\x00" * 20)
-    assert "not a complete safetensors file" in refused(capsys, 1, "inspect", teacher)
+    assert "not a complete safetensors file" in fails(1, "inspect", teacher)
     assert not out.exists()
 
 
-def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path) -> None:
+def test_an_option_given_twice_is_refused(teacher: str, tmp_path: Path) -> None:
     command = ["distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", *TINY]
-    assert "--set is given twice" in refused(capsys, 2, *command, "--set", "student.updates=3")
-    assert "seed is given twice" in refused(capsys, 2, *command, "seed=3", "--seed", "4")  # a value of the --set before
+    assert "--set is given twice" in fails(2, *command, "--set", "student.updates=3")
+    assert "seed is given twice" in fails(2, *command, "seed=3", "--seed", "4")  # a value of the --set before
     assert not (tmp_path / "run").exists()
 
 
-def test_a_demo_with_an_unknown_recipe_trains_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_demo_with_an_unknown_recipe_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "did you mean zskt" in refused(capsys, 2, "demo", "--recipe", "zskd")
+    assert "did you mean zskt" in fails(2, "demo", "--recipe", "zskd")
     assert not (tmp_path / "runs").exists()
 
 
-def one_class(tmp_path: Path) -> Path:
-    folder = tmp_path / "single" / "test" / "cat"
-    folder.mkdir(parents=True)
-    Image.new("RGB", (16, 16)).save(folder / "cat.png")
-    return tmp_path / "single"
-
-
-def test_no_write_permission(
-    capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_write_permission(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)  # not by a folder's mode: root may write anywhere
-    line = refused(capsys, 1, "distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", *TINY)
+    line = fails(1, "distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", *TINY)
     assert "Permission denied; check the permissions or choose another place with --out" in line
 
 
-def test_out_below_a_file(capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path) -> None:
+def test_out_below_a_file(teacher: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        line = refused(capsys, 1, "distill", teacher, "--student", "wrn-10-1", "--out", out, *TINY)
+        line = fails(1, "distill", teacher, "--student", "wrn-10-1", "--out", out, *TINY)
         assert str(out) in line
 
 
@@ -269,12 +228,12 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("recipe", ["auto", "zskt"])
-def test_demo(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "EPOCHS", 1)
     monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
-        result = run(capsys, "demo", "--recipe", recipe)
+        result = run("demo", "--recipe", recipe)
         assert result["report"] == f"runs/demo-{number}/report.html"
         assert Path(result["report"]).exists()
     for key in ("teacher_accuracy", "student_accuracy", "agreement", "seconds"):
@@ -284,8 +243,8 @@ def test_demo(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_demo_reaches_its_target(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    result = run(capsys, "demo", "--out", tmp_path / "demo")
+def test_demo_reaches_its_target(tmp_path: Path) -> None:
+    result = run("demo", "--out", tmp_path / "demo")
     assert result["teacher_accuracy"] >= 0.985
     assert result["student_accuracy"] >= 0.95
 
@@ -318,23 +277,21 @@ GREY = ["--input-size", "3", "4", "4", "--mean", ".5", ".5", ".5", "--std", ".2"
 
 
 @pytest.mark.parametrize("factory", ["leaves", "Early", "Late", "absent"])
-def test_a_network_that_leaves_is_an_error(
-    factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_that_leaves_is_an_error(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "leaving.py").write_text(LEAVING)
     monkeypatch.setattr("zskt.cli.teachers.latency", lambda network: network(torch.zeros(1, 3, 4, 4)))
-    line = refused(capsys, 1, "inspect", f"{tmp_path}/leaving.py:{factory}", *GREY)
+    line = fails(1, "inspect", f"{tmp_path}/leaving.py:{factory}", *GREY)
     assert line.isprintable()
     (tmp_path / "at_import.py").write_text("raise SystemExit")
-    assert "cannot import" in refused(capsys, 1, "inspect", f"{tmp_path}/at_import.py:make", *GREY)
+    assert "cannot import" in fails(1, "inspect", f"{tmp_path}/at_import.py:make", *GREY)
 
 
-def test_what_nobody_foresaw_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(name: str | None = None) -> None:
+def test_what_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str | None = None) -> None:
         raise LookupError("a\x1b[2J\nb")
 
-    monkeypatch.setitem(COMMANDS, "recipes", fails)
-    line = refused(capsys, 1, "recipes")
+    monkeypatch.setitem(COMMANDS, "recipes", broken)
+    line = fails(1, "recipes")
     assert line.startswith("zskt: unexpected LookupError: a [2J; please report it")
     assert "ZSKT_TRACEBACK=1" in line
     monkeypatch.setenv("ZSKT_TRACEBACK", "1")
@@ -345,7 +302,7 @@ def test_what_nobody_foresaw_is_one_line(capsys: pytest.CaptureFixture[str], mon
 def test_names_cannot_command_the_terminal(teacher: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(data) / "test"
     for label in range(10):
-        (folder / f"class{label}").rename(folder / f"\x1b[2Jclass{label}\nzskt: done")
+        (folder / f"class {label}").rename(folder / f"\x1b[2Jclass{label}\nzskt: done")
     main(["evaluate", teacher, "--data", str(folder.parent)])
     (folder / "\x1b[31mlink").symlink_to("/")
     (Path(data) / "train").rename(Path(data) / "unused")
@@ -359,23 +316,19 @@ def test_names_cannot_command_the_terminal(teacher: str, data: str, capsys: pyte
 
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x", "~nosuchuser/x.py:make"])
-def test_the_home_of_nobody_is_a_path_that_is_not_there(
-    path: str, teacher: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(capsys, 1, "inspect", path, *GREY)
-    refused(capsys, 1, "evaluate", teacher, "--data", path)
+def test_the_home_of_nobody_is_a_path_that_is_not_there(path: str, teacher: str) -> None:
+    fails(1, "inspect", path, *GREY)
+    fails(1, "evaluate", teacher, "--data", path)
 
 
-def test_every_setting_is_an_option_and_only_what_was_typed_counts(
-    capsys: pytest.CaptureFixture[str], teacher: str, tmp_path: Path
-) -> None:
+def test_every_setting_is_an_option_and_only_what_was_typed_counts(teacher: str, tmp_path: Path) -> None:
     """Precedence: the recipe, then --config, then options and --set."""
     file = tmp_path / "mine.toml"
     file.write_text("steps = 3\nbatch_size = 12\n[generator]\nlatent = 7\n[student]\nupdates = 1\n")
     options = ["--config", file, "--steps", "2", "--generator.loss.one_hot", "0.25", "--generator.width", "8"]
-    options += ["--schedule.kind", "constant", "--threads", "1", "--set", "student.learning_rate=0.5"]
+    options += ["--schedule.kind", "constant", "--set", "threads=1", "student.learning_rate=0.5"]
     head = ["distill", teacher, "--student", "wrn-10-1", "--recipe", "zskt-prior"]
-    run(capsys, *head, *options, "--out", tmp_path / "run")
+    run(*head, *options, "--out", tmp_path / "run")
     config = read_config(tmp_path / "run" / "config.toml")
     expected = {
         "recipe": "zskt-prior",  # as the recipe says
@@ -391,7 +344,7 @@ def test_every_setting_is_an_option_and_only_what_was_typed_counts(
     }
     assert {name: flat(config)[name] for name in expected} == expected
     again = ["--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again"]  # the run's own, complete
-    run(capsys, "distill", teacher, "--student", "wrn-10-1", *again)
+    run("distill", teacher, "--student", "wrn-10-1", *again)
     assert read_config(tmp_path / "again" / "config.toml") == config
 
 
@@ -410,14 +363,48 @@ def test_every_setting_of_a_run_has_an_option(capsys: pytest.CaptureFixture[str]
     [
         (["teach", "--shift", "2"], "--shift is now --random-crop"),
         (["teach", "--mirrored", "True"], "--mirrored is now --horizontal-flip"),
-        (
-            ["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "memory.kind=bank"],
-            "is now replay.kind",
-        ),
-        (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "precision=bf16"], "now machine.precision"),
+        (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "memory.kind=bank"], "is now replay.kind"),
+        (["distill", "t", "--student", "wrn-10-1", "--out", "o", "--set", "fused=true"], "now machine.fused"),
+        (["distill", "--memory.kind", "buffer"], "--memory.kind is now --replay.kind"),
+        (["distill", "--student.mode-in-search=eval"], "now --student.mode-for-generator"),
+        (["distill", "--student.mode_in_search", "eval"], "now --student.mode-for-generator"),
+        (["distill", "--memory-format", "contiguous"], "now --machine.memory-format"),
+        (["distill", "--machine.device", "cpu"], "--machine.device is now --device"),
     ],
 )
-def test_names_of_before_are_refused_with_their_new_ones(
-    command: list[str], words: str, capsys: pytest.CaptureFixture[str], teacher: str
+def test_names_of_before_are_refused_with_their_new_ones(command: list[str], words: str, teacher: str) -> None:
+    assert words in fails(2, *[teacher if word == "t" else word for word in command])
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ('method = "belief_matchin"', [], "uses a custom method, belief_matchin: give it, as in --method FILE"),
+        ('recipe = "own"\nmethod = "own.py:make"', [], "uses a custom method, own.py:make: give it"),
+        ('method = "own.py:other"', ["--method", "own.py:make", "--trust"], "expected the method of mine.toml, own.py"),
+        ('recipe = "zskt"', ["--recipe", "zskt-fresh"], "recipe zskt of mine.toml and --recipe zskt-fresh: give one"),
+        ('method = "bank"', [], "method bank of mine.toml is not that of recipe auto"),
+        ("format = 7", [], "format = 7: expected 2"),
+        (
+            'recipe = "zskt"\nsteps = 2',
+            ["--method", "own.py:make", "--trust"],
+            "recipe own (a custom method), 2 steps",  # the values count, the recipe does not
+        ),
+    ],
+)
+def test_a_file_of_settings_for_another_run_is_refused(
+    text: str,
+    options: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    teacher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert words in refused(capsys, 2, *[teacher if word == "t" else word for word in command])
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(text)
+    Path("own.py").write_text("def make(teacher, student, config): ...\n")
+    head = ["distill", teacher, "--student", "wrn-10-1", "--out", "run", "--config", "mine.toml", "--stop-after", "1"]
+    assert main([*head, *options]) in (1, 2)
+    assert words in capsys.readouterr().err
+    assert not Path("run").exists()

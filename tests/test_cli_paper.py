@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import zskt
-from small import coloured
-from test_cli import refused, run
+from small import call, coloured, fails, run, write_images
 from zskt.cli import paper as cli_paper
-from zskt.cli.main import main
-from zskt.data.images import Dataset, read
+from zskt.data.images import read
 from zskt.errors import ZsktError
 from zskt.files import write_tensors
 from zskt.networks import models
@@ -29,23 +26,11 @@ from zskt.paper.training import Training
 
 pytestmark = pytest.mark.usefixtures("tiny_recipes", "quick")
 
-Capture = pytest.CaptureFixture[str]
-
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines are measured at once, not for 20 seconds."""
     monkeypatch.setattr(cli_paper, "time_jobs", lambda wanted, folder, seconds: time_jobs(wanted, folder, 0.0))
-
-
-def write_images(folder: Path, train: Dataset, test: Dataset) -> Path:
-    """Image sets as split/class/file."""
-    for split, data in (("train", train), ("test", test)):
-        for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
-            path = folder / split / data.class_names[int(label)] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.squeeze(0).numpy()).save(path)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZSKT_CACHE", str(folder / "cache"))
-        yield write_images(folder / "images", coloured(60), coloured(30, seed=1))
+        yield write_images(folder / "images", train=coloured(60), test=coloured(30, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +64,6 @@ def save(folder: Path, module: torch.nn.Module, size: tuple[int, int, int] = (1,
     return str(folder)
 
 
-def images_of(data: Path) -> tuple[Tensor, Tensor]:
-    found = read([str(data)], "test")
-    return found.images, found.labels
-
-
 def files(folder: Path) -> set[str]:
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -93,15 +73,14 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("options", [{}, {"stepped": "second", "start": "label", "step-size": 0.3, "seed": 3}])
-def test_belief_is_compare(
-    options: dict[str, Any], capsys: Capture, pair: tuple[str, str], data: Path, tmp_path: Path
-) -> None:
+def test_belief_is_compare(options: dict[str, Any], pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     out = tmp_path / "belief"
-    found = run(capsys, "belief", *pair, "--data", data, "--images", 9, "--steps", 7, *words, "--out", out)
+    found = run("belief", *pair, "--data", data, "--images", 9, "--steps", 7, *words, "--out", out)
     student, teacher = (zskt.load_teacher(folder) for folder in pair)
     named = {name.replace("-", "_"): value for name, value in options.items()}
-    expected = zskt.compare(student, teacher, *images_of(data), zskt.Paths(images=9, steps=7, **named))
+    test = read([str(data)], "test")
+    expected = zskt.compare(student, teacher, test.images, test.labels, zskt.Paths(images=9, steps=7, **named))
     assert {"mean_transition_error", "agreement", "kl_teacher_student", "accuracy", "intervals"} <= found.keys()
     assert found == expected.measured | {"out": str(out)}
     assert 0 < found["mean_transition_error"] < 1
@@ -116,38 +95,36 @@ def test_belief_is_compare(
 
 
 def test_belief_writes_nothing_unless_asked(
-    capsys: Capture, pair: tuple[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = run(capsys, "belief", pair[1], pair[1], "--data", data, "--images", 3, "--steps", 2)
+    found = run("belief", pair[1], pair[1], "--data", data, "--images", 3, "--steps", 2)
     assert found["mean_transition_error"] == 0
     assert found["agreement"] == 1
     assert "out" not in found
     assert files(tmp_path) == set()
 
 
-def test_belief_of_what_does_not_belong_together(
-    capsys: Capture, pair: tuple[str, str], data: Path, tmp_path: Path
-) -> None:
+def test_belief_of_what_does_not_belong_together(pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
     student, teacher = pair
     out = tmp_path / "out"
     command = ["--data", data, "--out", out]
     four = save(tmp_path / "four", models.convnet(4, num_classes=4, channels=1))
     large = save(tmp_path / "large", models.convnet(4, num_classes=3, channels=1), (1, 16, 16))
-    assert "equal class count, found 3 and 4" in refused(capsys, 1, "belief", student, four, *command)
-    assert "found 1 x 16 x 16 and 1 x 12 x 12" in refused(capsys, 1, "belief", large, teacher, *command)
-    assert "data of 4 classes, found 3" in refused(capsys, 1, "belief", four, four, *command)
-    line = refused(capsys, 1, "belief", student, teacher, *command)
+    assert "equal class count, found 3 and 4" in fails(1, "belief", student, four, *command)
+    assert "found 1 x 16 x 16 and 1 x 12 x 12" in fails(1, "belief", large, teacher, *command)
+    assert "data of 4 classes, found 3" in fails(1, "belief", four, four, *command)
+    line = fails(1, "belief", student, teacher, *command)
     assert "expected 1,000 images on which both networks agree, found 20 of 30; ask for fewer" in line
-    assert "expected a network at" in refused(capsys, 1, "belief", student, tmp_path / "nowhere", *command)
+    assert "expected a network at" in fails(1, "belief", student, tmp_path / "nowhere", *command)
     assert not out.exists()
 
 
-def test_belief_of_a_network_of_nan(capsys: Capture, pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
+def test_belief_of_a_network_of_nan(pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
     path = save(tmp_path / "broken", models.convnet(4, num_classes=3, channels=1))
     tensors = zskt.load_teacher(path).module.state_dict()
     write_tensors(tmp_path / "broken" / "teacher.safetensors", tensors | {"fc.bias": torch.full((3,), torch.nan)})
-    line = refused(capsys, 1, "belief", path, pair[1], "--data", data, "--images", 3, "--out", tmp_path / "out")
+    line = fails(1, "belief", path, pair[1], "--data", data, "--images", 3, "--out", tmp_path / "out")
     assert "NaN" in line
     assert not (tmp_path / "out").exists()
 
@@ -156,28 +133,26 @@ def test_belief_of_a_network_of_nan(capsys: Capture, pair: tuple[str, str], data
     ("option", "value"),
     [("images", 0), ("steps", 0), ("steps", -3), ("step-size", 0.0), ("step-size", "nan"), ("batch-size", 0)],
 )
-def test_belief_takes_positive_numbers(
-    option: str, value: object, capsys: Capture, pair: tuple[str, str], data: Path
-) -> None:
-    line = refused(capsys, 2, "belief", *pair, "--data", data, f"--{option}", value)
+def test_belief_takes_positive_numbers(option: str, value: object, pair: tuple[str, str], data: Path) -> None:
+    line = fails(2, "belief", *pair, "--data", data, f"--{option}", value)
     assert f"{option.replace('-', '_')} = {value}: expected a positive number" in line
 
 
 def test_belief_leaves_whole_files_or_none(
-    capsys: Capture, pair: tuple[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["belief", *pair, "--data", data, "--images", 3, "--steps", 2, "--out"]
     (tmp_path / "a" / "single-transitions.png").mkdir(parents=True)
-    assert "cannot write" in refused(capsys, 1, *command, tmp_path / "a")
+    assert "cannot write" in fails(1, *command, tmp_path / "a")
     assert files(tmp_path / "a") <= {"average-transitions.png"}
     (tmp_path / "file").touch()
-    assert "part of the path is a file" in refused(capsys, 1, *command, tmp_path / "file" / "b")
+    assert "part of the path is a file" in fails(1, *command, tmp_path / "file" / "b")
 
     def refuse(*arguments: object, **more: object) -> bytes:
         raise ZsktError("cannot draw")
 
     monkeypatch.setattr(cli_paper, "single_transitions", refuse)
-    assert "cannot draw" in refused(capsys, 1, *command, tmp_path / "c")
+    assert "cannot draw" in fails(1, *command, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
@@ -188,9 +163,9 @@ SMALL: list[object] = [
 ]  # fmt: skip
 
 
-def test_reproduce_makes_a_table(capsys: Capture, data: Path, tmp_path: Path) -> None:
+def test_reproduce_makes_a_table(data: Path, tmp_path: Path) -> None:
     command = ["reproduce", "figure-4", "--data", data, *SMALL, "--images-per-class", 3, "--out", tmp_path / "out"]
-    found = run(capsys, *command)
+    found = run(*command)
     assert found["finished"]
     assert "scale" not in found
     assert "failed" not in found
@@ -208,19 +183,19 @@ def test_reproduce_makes_a_table(capsys: Capture, data: Path, tmp_path: Path) ->
     assert kept == {key: value for key, value in found.items() if key != "out"} | {"parts": kept["parts"]}
     assert kept["parts"]["convnet-4-on-all-seed-0"] == {"units": 8, "unit": "updates"}
 
-    assert "already holds jobs of a table; give --resume" in refused(capsys, 1, *command)
-    again = run(capsys, *command, "--resume")  # nothing is left to do
+    assert "already holds jobs of a table; give --resume" in fails(1, *command)
+    again = run(*command, "--resume")  # nothing is left to do
     assert again["cells"] == found["cells"]
-    shared = run(capsys, "reproduce", "table-2", *command[2:], "--resume")
+    shared = run("reproduce", "table-2", *command[2:], "--resume")
     assert shared["cells"] == found["cells"]
-    changed = refused(capsys, 1, *command[:-2], "--learning-rate", 0.2, "--out", out, "--resume")
+    changed = fails(1, *command[:-2], "--learning-rate", 0.2, "--out", out, "--resume")
     assert "learning_rate = 0.1, now 0.2); give the same ones or choose another --out" in changed
 
 
 @pytest.mark.parametrize("scale", ["0.5", "0.001"])
-def test_reproduce_stamps_a_rehearsal(scale: str, capsys: Capture, data: Path, tmp_path: Path) -> None:
+def test_reproduce_stamps_a_rehearsal(scale: str, data: Path, tmp_path: Path) -> None:
     command = ["reproduce", "figure-5", "--data", data, *SMALL, "--scale", scale, "--out", tmp_path / "out"]
-    found = run(capsys, *command)
+    found = run(*command)
     assert found["scale"] == float(scale)
     assert found["title"].endswith(f" (scale {scale})")
     assert f"(scale {scale})" in (tmp_path / "out" / "figure-5.md").read_text().splitlines()[0]
@@ -240,11 +215,11 @@ class SteppingClock:
 
 
 def test_reproduce_stops_and_resumes_to_the_same_numbers(
-    capsys: Capture, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["reproduce", "figure-2", "--data", data, *SMALL, "--images-per-class", 3]
     command += ["--recipe", "zskt", "zskt-fresh"]
-    whole = run(capsys, *command, "--out", tmp_path / "whole")
+    whole = run(*command, "--out", tmp_path / "whole")
     clock, stopped = SteppingClock(), 0
     for module in (jobs, cli_paper):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter))
@@ -254,7 +229,7 @@ def test_reproduce_stops_and_resumes_to_the_same_numbers(
             break
         resume = ["--resume"] if turn else []
         # Five jobs get seconds, in which they are finished; the next one has a millisecond, enough for one update.
-        found = run(capsys, *command, "--out", tmp_path / "parts", "--stop-after", "7.001s", *resume)
+        found = run(*command, "--out", tmp_path / "parts", "--stop-after", "7.001s", *resume)
         begun = (path.parent for path in (tmp_path / "parts" / "parts").glob("*/checkpoint"))
         stopped += any(not list(job.glob("*.json")) for job in begun)
         page = (tmp_path / "parts" / "figure-2.md").read_text()
@@ -269,28 +244,26 @@ def test_reproduce_stops_and_resumes_to_the_same_numbers(
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "parts" / path).read_bytes()
 
 
-def test_reproduce_asks_before_it_starts_long_work(
-    capsys: Capture, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reproduce_asks_before_it_starts_long_work(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["reproduce", "figure-3", "--data", data, *SMALL, "--out", tmp_path / "out"]
     monkeypatch.setattr(cli_paper, "time_jobs", lambda wanted, folder, seconds: {job.pace: 3600.0 for job in wanted})
-    line = refused(capsys, 2, *command)  # 8 updates and 2 steps, an hour each
+    line = fails(2, *command)  # 8 updates and 2 steps, an hour each
     assert "figure-3 takes about 10.0 h on this machine; give --yes to start, --stop-after" in line
     assert not (tmp_path / "out").exists()
-    assert "takes about 11 min" in refused(capsys, 2, *command, "--stop-after", "11m")
-    assert run(capsys, *command, "--stop-after", "9m")["finished"]  # ten minutes it is at most
-    assert run(capsys, *command[:-2], "--out", tmp_path / "other", "--yes")["finished"]
+    assert "takes about 11 min" in fails(2, *command, "--stop-after", "11m")
+    assert run(*command, "--stop-after", "9m")["finished"]  # ten minutes it is at most
+    assert run(*command[:-2], "--out", tmp_path / "other", "--yes")["finished"]
 
 
 def test_reproduce_says_what_it_will_do_and_takes_a_given_teacher(
-    capsys: Capture, pair: tuple[str, str], data: Path, tmp_path: Path
+    pair: tuple[str, str], data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     command = ["reproduce", "table-1", "--data", data, "--teacher", pair[1], *SMALL[2:4], *SMALL[6:10]]
     command += ["--seeds", 0, 1]
     before = {path: (Path(pair[1]) / path).read_bytes() for path in files(Path(pair[1]))}
-    assert main([*map(str, command), "--images-per-class", "2", "3", "--out", str(out)]) == 0
-    stdout, stderr = capsys.readouterr()
+    status, stdout, stderr = call(*command, "--images-per-class", 2, 3, "--out", out)
+    assert status == 0
     found = json.loads(stdout)
     assert "KD+AT, given-to-convnet-2" in stderr
     assert "16 updates" in stderr  # two students from scratch
@@ -306,13 +279,13 @@ def test_reproduce_says_what_it_will_do_and_takes_a_given_teacher(
     assert {path: (Path(pair[1]) / path).read_bytes() for path in files(Path(pair[1]))} == before
     given = zskt.load_teacher(out / "parts" / "given-teacher")
     assert given.fingerprint() == zskt.load_teacher(pair[1]).fingerprint()
-    measured = run(capsys, "evaluate", pair[1], "--data", data)
+    measured = run("evaluate", pair[1], "--data", data)
     assert found["cells"][0]["values"] == [measured["accuracy"]]
 
 
-def test_reproduce_goes_on_after_a_failure_and_says_so(capsys: Capture, data: Path, tmp_path: Path) -> None:
+def test_reproduce_goes_on_after_a_failure_and_says_so(data: Path, tmp_path: Path) -> None:
     command = ["reproduce", "table-1", "--data", data, *SMALL, "--images-per-class", 21, "--out", tmp_path / "out"]
-    line = refused(capsys, 1, *command)
+    line = fails(1, *command)
     job = "kd-at-convnet-4-to-convnet-2-on-21-per-class-seed-0"
     assert f"1 of 4 jobs failed, {job} first: expected 21 images of each class, found 20" in line
     page = (tmp_path / "out" / "table-1.md").read_text()
@@ -325,65 +298,59 @@ def test_reproduce_goes_on_after_a_failure_and_says_so(capsys: Capture, data: Pa
     assert [len(cell["values"]) for cell in result["cells"]] == [1, 1, 0, 1]
 
 
-def test_reproduce_of_what_diverges_at_once(capsys: Capture, data: Path, tmp_path: Path) -> None:
+def test_reproduce_of_what_diverges_at_once(data: Path, tmp_path: Path) -> None:
     command = ["reproduce", "figure-3", "--data", data, *SMALL, "--out", tmp_path / "out"]
-    line = refused(capsys, 1, *command, "--learning-rate", "1e30")
+    line = fails(1, *command, "--learning-rate", "1e30")
     assert "2 of 2 jobs failed, convnet-4-on-all-seed-0 first: " in line
     assert "failed" in (tmp_path / "out" / "figure-3.md").read_text()
-    assert run(capsys, *command, "--learning-rate", "0.1", "--resume")["finished"]  # nothing of it was left
+    assert run(*command, "--learning-rate", "0.1", "--resume")["finished"]  # nothing of it was left
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "words"),
+    ("message", "words"),
     [
-        (2, "unknown table or figure 'tabel-1': did you mean table-1", ["tabel-1"]),
-        (2, "--scale 0.0: expected a number above 0, up to 1", ["table-1", "--scale", 0]),
-        (2, "--scale 2.0: expected a number above 0, up to 1", ["table-1", "--scale", 2]),
-        (2, "--scale nan: expected a number above 0, up to 1", ["table-1", "--scale", "nan"]),
-        (2, "--scale 2.0: expected a number above 0, up to 1", ["toy", "--scale", 2]),
-        (2, "--steps 0: expected a positive number", ["table-1", "--steps", 0]),
-        (2, "--updates -1: expected a positive number", ["table-1", "--updates", -1]),
-        (2, "--images 0: expected a positive number", ["table-2", "--images", 0]),
-        (2, "--learning-rate nan: expected a positive number", ["table-1", "--learning-rate", "nan"]),
-        (2, "--images-per-class 0: expected a positive number", ["table-1", "--images-per-class", 3, 0]),
-        (2, "expected at least one, without repetition", ["table-1", "--seeds", 1, 1]),
-        (2, "expected 0 or more", ["table-1", "--seeds", -1]),
-        (2, "unknown recipe 'zskd': did you mean zskt", ["table-1", "--recipe", "zskd"]),
-        (2, "did you mean wrn-16-1", ["table-1", "--model", "wnr-16-1"]),
-        (2, "did you mean wrn-16-1", ["table-1", "--student", "wnr-16-1"]),
-        (2, "'soon': expected a time", ["table-1", "--stop-after", "soon"]),
-        (2, "--stop-after 5: expected a time", ["table-1", "--stop-after", 5]),
-        (2, "usable CUDA devices", ["table-1", "--device", "cuda:99"]),
+        ("unknown table or figure 'tabel-1': did you mean table-1", ["tabel-1"]),
+        ("--scale 0.0: expected a number above 0, up to 1", ["table-1", "--scale", 0]),
+        ("--scale 2.0: expected a number above 0, up to 1", ["table-1", "--scale", 2]),
+        ("--scale nan: expected a number above 0, up to 1", ["table-1", "--scale", "nan"]),
+        ("--scale 2.0: expected a number above 0, up to 1", ["toy", "--scale", 2]),
+        ("--steps 0: expected a positive number", ["table-1", "--steps", 0]),
+        ("--updates -1: expected a positive number", ["table-1", "--updates", -1]),
+        ("--images 0: expected a positive number", ["table-2", "--images", 0]),
+        ("--learning-rate nan: expected a positive number", ["table-1", "--learning-rate", "nan"]),
+        ("--images-per-class 0: expected a positive number", ["table-1", "--images-per-class", 3, 0]),
+        ("expected at least one, without repetition", ["table-1", "--seeds", 1, 1]),
+        ("expected 0 or more", ["table-1", "--seeds", -1]),
+        ("unknown recipe 'zskd': did you mean zskt", ["table-1", "--recipe", "zskd"]),
+        ("did you mean wrn-16-1", ["table-1", "--model", "wnr-16-1"]),
+        ("did you mean wrn-16-1", ["table-1", "--student", "wnr-16-1"]),
+        ("'soon': expected a time", ["table-1", "--stop-after", "soon"]),
+        ("--stop-after 5: expected a time", ["table-1", "--stop-after", 5]),
+        ("usable CUDA devices", ["table-1", "--device", "cuda:99"]),
     ],
 )
-def test_reproduce_refuses(
-    status: int, message: str, words: list[object], capsys: Capture, data: Path, tmp_path: Path
-) -> None:
+def test_reproduce_refuses(message: str, words: list[object], data: Path, tmp_path: Path) -> None:
     kept = list(SMALL)
     for word in words:
         if word in kept:  # an option that is given once, as here
             place = kept.index(word)
             del kept[place : place + 2]
-    line = refused(capsys, status, "reproduce", *words, "--data", data, *kept, "--out", tmp_path / "out")
+    line = fails(2, "reproduce", *words, "--data", data, *kept, "--out", tmp_path / "out")
     assert message in line
     assert not (tmp_path / "out").exists()
 
 
-def test_reproduce_refuses_data_that_do_not_fit(
-    capsys: Capture, pair: tuple[str, str], data: Path, tmp_path: Path
-) -> None:
+def test_reproduce_refuses_data_that_do_not_fit(pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
-    assert "table-1 needs --data" in refused(capsys, 2, "reproduce", "table-1", *out)
-    assert "folder with teacher.json" in refused(
-        capsys, 1, "reproduce", "table-1", "--data", data, "--teacher", tmp_path, *out
-    )
+    assert "table-1 needs --data" in fails(2, "reproduce", "table-1", *out)
+    assert "folder with teacher.json" in fails(1, "reproduce", "table-1", "--data", data, "--teacher", tmp_path, *out)
     four = save(tmp_path / "four", models.convnet(4, num_classes=4, channels=1))
     for name in ("table-1", "figure-5"):
-        line = refused(
-            capsys, 1, "reproduce", name, "--data", data, "--teacher", four, "--student", "convnet-2", *SMALL[4:], *out
+        line = fails(
+            1, "reproduce", name, "--data", data, "--teacher", four, "--student", "convnet-2", *SMALL[4:], *out
         )
         assert "4 classes, found 3" in line
-    line = refused(capsys, 2, "reproduce", "table-1", "--data", data, "--teacher", pair[1], *SMALL, *out)
+    line = fails(2, "reproduce", "table-1", "--data", data, "--teacher", pair[1], *SMALL, *out)
     assert "--model" in line
     assert not (tmp_path / "out").exists()
 
@@ -403,26 +370,26 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
-def test_reproduce_the_toy(capsys: Capture, tmp_path: Path, toys: list[dict[str, Any]]) -> None:
+def test_reproduce_the_toy(tmp_path: Path, toys: list[dict[str, Any]]) -> None:
     out = tmp_path / "toy"
-    found = run(capsys, "reproduce", "toy", "--seeds", 3, 4, "--scale", 0.25, "--out", out)
+    found = run("reproduce", "toy", "--seeds", 3, 4, "--scale", 0.25, "--out", out)
     assert toys == [{"seeds": (3, 4), "out": out, "scale": 0.25}]
     assert (found["agreement"], found["seeds"], found["out"]) == (0.5, [3, 4], str(out))
     assert json.loads((out / "toy.json").read_text()) == {key: value for key, value in found.items() if key != "out"}
     assert "| 4 | 0.500 | 0.750 |" in (out / "toy.md").read_text()
-    assert "already holds the toy experiment" in refused(capsys, 1, "reproduce", "toy", "--out", out, "--yes")
+    assert "already holds the toy experiment" in fails(1, "reproduce", "toy", "--out", out, "--yes")
     assert len(toys) == 1
 
 
 def test_the_toy_takes_few_options_and_ten_minutes_at_most(
-    capsys: Capture, tmp_path: Path, toys: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toys: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["reproduce", "toy", "--out", tmp_path / "toy"]
     for words in (["--data", "digits"], ["--steps", 3], ["--resume"], ["--model", "wrn-16-1"], ["--stop-after", "9m"]):
-        assert "toy takes --seeds" in refused(capsys, 2, *command, *words)
+        assert "toy takes --seeds" in fails(2, *command, *words)
     monkeypatch.setattr(cli_paper, "seconds_per_round", lambda: 0.4)  # 2,000 rounds, three seeds: 40 minutes
-    assert "toy takes about 40 min" in refused(capsys, 2, *command)
+    assert "toy takes about 40 min" in fails(2, *command)
     assert toys == []
     assert not (tmp_path / "toy").exists()
-    run(capsys, *command, "--yes")
+    run(*command, "--yes")
     assert len(toys) == 1

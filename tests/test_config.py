@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import zskt
+from small import refused
 from zskt.cli.options import documentation
 from zskt.errors import UsageError
 from zskt.method import config as config_module
@@ -82,10 +83,7 @@ def tomllib_config(text: str) -> Any:
         ({"replay.capacity": 3}, ["replay.capacity", "set both or neither"]),
         ({"student.loss.kl": 0.0, "student.loss.attention": 0.0}, ["all weights of student.loss are 0"]),
         ({"generator.loss.kl": 0.0}, ["all weights of generator.loss are 0"]),
-        (
-            {"student.loss.kl": 0.0, "student.loss.temperature": 4.0},
-            ["student.loss.temperature", "set both or neither"],
-        ),
+        ({"student.loss.kl": 0, "student.loss.temperature": 4}, ["student.loss.temperature", "set both or neither"]),
         ({"student.loss.kl": float("nan")}, ["student.loss.kl"]),  # JSON and TOML can both say it
         ({"generator.clip": float("nan")}, ["generator.clip"]),
         ({"student.learning_rate": float("inf")}, ["student.learning_rate"]),
@@ -96,10 +94,8 @@ def tomllib_config(text: str) -> Any:
     ids=str,
 )
 def test_senseless_values_are_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UsageError) as error:
-        replace(Config(), changes)
-    assert all(word in str(error.value) for word in words), error.value
-    assert "\n" not in str(error.value)
+    message = refused(lambda: replace(Config(), changes), UsageError)
+    assert all(word in message for word in words), message
 
 
 def test_only_values_without_a_sign_of_their_own_may_be_negative() -> None:
@@ -112,9 +108,8 @@ def test_only_values_without_a_sign_of_their_own_may_be_negative() -> None:
 
 @pytest.mark.parametrize("text", ["[generator]\nwidht = 3", "generator = 3", "steps =", "steps = 'many'"])
 def test_errors_in_a_file_name_it_in_one_line(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^runs/a/config\.toml[: ]") as error:
-        from_toml(Config, text, "runs/a/config.toml")
-    assert "\n" not in str(error.value)
+    message = refused(lambda: from_toml(Config, text, "runs/a/config.toml"), UsageError)
+    assert re.match(r"runs/a/config\.toml[: ]", message)
 
 
 def test_whole_numbers_are_accepted_as_floats() -> None:
@@ -143,11 +138,6 @@ def test_assignments_of_the_command_line(text: str, expected: tuple[str, Any]) -
     replace(Config(), {"schedule.kind": "multistep", "schedule.milestones": [0.1]} | dict([from_text(text)]))
 
 
-def test_an_assignment_needs_an_equals_sign() -> None:
-    with pytest.raises(UsageError, match="expected key=value"):
-        from_text("steps")
-
-
 @pytest.mark.parametrize(("name", "text"), recipe_texts().items())
 def test_recipes_hold_their_header_and_differences_only(name: str, text: str) -> None:
     header = [line for line in text.splitlines() if line.startswith("#")]
@@ -168,11 +158,8 @@ def test_no_recipe_file_is_left_out() -> None:
 
 @pytest.mark.parametrize("value", ["[" * 5_000, "9" * 5_000])
 def test_a_value_too_long_or_too_deep_is_refused_in_a_short_line(value: str) -> None:
-    with pytest.raises(UsageError, match="shorter or less nested") as error:
-        from_text(f"steps={value}")
-    assert len(str(error.value)) < 200
-    with pytest.raises(UsageError):
-        from_toml(Config, f"steps = {value}", "here")
-    with pytest.raises(UsageError) as error:
-        from_toml(Config, f"steps = '{'x' * 5_000}'", "here")
-    assert len(str(error.value)) < 200
+    message = refused(lambda: from_text(f"steps={value}"), UsageError)
+    assert "shorter or less nested" in message
+    assert len(message) < 200
+    refused(lambda: from_toml(Config, f"steps = {value}", "here"), UsageError)
+    assert len(refused(lambda: from_toml(Config, f"steps = '{'x' * 5_000}'", "here"), UsageError)) < 200

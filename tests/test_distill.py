@@ -1,13 +1,18 @@
 """A run: exact resume, evaluation without effect, no data, nothing changed that is not the student."""
 
 import copy
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zskt
-from small import FourStages, make_teacher, without_batchnorm
+from small import FourStages, make_teacher, refused, without_batchnorm
 from zskt.method import recipe
 from zskt.method.generator import SAMPLES
+from zskt.method.protocol import Make
 from zskt.networks import checks, models
 from zskt.run import checkpoint
-from zskt.run.checkpoint import Interrupted
-from zskt.run.distill import distill
+from zskt.run.checkpoint import Interrupted, read_lines
+from zskt.run.distill import DistillResult, distill, sampler
 from zskt.run.lifecycle import Event
 from zskt.runtime import stream
 
@@ -56,9 +62,28 @@ def new_student(kind: str = "wrn") -> nn.Module:
         return WithDropout() if kind == "dropout" else models.wide_resnet(10, 1)
 
 
+def run(out: Path | None, student: nn.Module | None = None, recipe: str = "zskt", **options: Any) -> DistillResult:
+    """A distillation that takes milliseconds, by default of a WRN into a WRN."""
+    return distill(make_teacher(), student or new_student(), recipe, out=out, **{"settings": TINY} | options)
+
+
 def images(count: int = 12) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(5)
     return torch.randint(0, 256, (count, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(count) % 10
+
+
+PARTS = ("steps", "student", "step", "sample", "modules", "optimisers", "state_dict", "load_state_dict", "close")
+
+
+def own(change: Callable[[Any], dict[str, Any]]) -> Make:
+    """Belief matching as a method of one's own, with other parts; None leaves one out."""
+
+    def make(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> Any:
+        method = zskt.belief_matching(teacher, student, config)
+        parts = {part: getattr(method, part) for part in PARTS} | change(method)
+        return SimpleNamespace(**{name: part for name, part in parts.items() if part is not None})
+
+    return make
 
 
 class Killed(Exception):
@@ -101,44 +126,38 @@ def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
     ],
 )
 def test_resume_is_bitwise_equal(recipe: str, kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    settings = TINY | KEEP | settings
-    teacher = make_teacher()
-    distill(teacher, new_student(kind), recipe, settings=settings, out=tmp_path / "whole", evaluate=images())
-    arguments: dict[str, Any] = {"settings": settings, "out": tmp_path / "parts", "evaluate": images()}
+    options: dict[str, Any] = {"recipe": recipe, "settings": TINY | KEEP | settings, "evaluate": images()}
+    run(tmp_path / "whole", new_student(kind), **options)
     with pytest.raises(Killed):  # at step 5: one logged step newer than the checkpoint of step 4
-        distill(teacher, new_student(kind), recipe, callbacks=[die_at(5)], **arguments)
-    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 5
+        run(tmp_path / "parts", new_student(kind), callbacks=[die_at(5)], **options)
+    assert read_lines(tmp_path / "parts" / "metrics.jsonl")[-1]["step"] == 5
     torch.rand(100)  # somebody else draws random numbers in between
-    result = distill(teacher, new_student(kind), recipe, resume=True, **arguments)
-    assert result.finished
+    assert run(tmp_path / "parts", new_student(kind), resume=True, **options).finished
     assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "parts"))
 
 
 def test_stop_after_leaves_and_goes_on(tmp_path: Path) -> None:
-    teacher, settings = make_teacher(), TINY | KEEP
-    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "whole")
-    part = distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", stop_after=3)
+    settings = TINY | KEEP
+    run(tmp_path / "whole", settings=settings)
+    part = run(tmp_path / "parts", settings=settings, stop_after=3)
     assert (part.finished, part.step) == (False, 3)
     assert not (tmp_path / "parts" / "student.json").exists()
     with pytest.raises(zskt.ZsktError, match="has not finished"):
         zskt.load_student(tmp_path / "parts")
-    part = distill(
-        teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", stop_after="0.001s", resume=True
-    )
+    part = run(tmp_path / "parts", settings=settings, stop_after="0.001s", resume=True)
     assert (part.finished, part.step) == (False, 4)
-    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", resume=True)
+    run(tmp_path / "parts", settings=settings, resume=True)
     assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "parts"))
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
-    teacher, settings = make_teacher(), TINY | KEEP
-    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "whole")
-    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", stop_after=5)
+    settings = TINY | KEEP
+    run(tmp_path / "whole", settings=settings)
+    run(tmp_path / "parts", settings=settings, stop_after=5)
     kept = sorted((tmp_path / "parts" / "checkpoint").iterdir())
     assert [path.name for path in kept] == ["00000004.safetensors", "00000005.safetensors"]
     kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
-    distill(teacher, new_student(), "zskt", settings=settings, out=tmp_path / "parts", resume=True)
+    run(tmp_path / "parts", settings=settings, resume=True)
     assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "parts"))
 
 
@@ -150,7 +169,7 @@ def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, tmp_path: Path) ->
 
     before = signal.getsignal(signum)
     with pytest.raises(Interrupted, match="continue with --resume") as caught:
-        distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", callbacks=[ask])
+        run(tmp_path / "run", callbacks=[ask])
     assert caught.value.status == 128 + signum
     assert signal.getsignal(signum) is before
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()][-1] == "00000003.safetensors"
@@ -160,11 +179,53 @@ def test_evaluation_leaves_the_student_bit_identical(tmp_path: Path) -> None:
     students = []
     for evaluate, every in ((None, 6), (images(), 1)):
         student = new_student("dropout")
-        settings = TINY | {"evaluate_every": every}
-        distill(make_teacher(), student, "zskt", settings=settings, evaluate=evaluate, out=tmp_path / str(every))
+        run(tmp_path / str(every), student, settings=TINY | {"evaluate_every": every}, evaluate=evaluate)
         students.append(student.state_dict())
     assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
     assert len(list((tmp_path / "1" / "samples").iterdir())) == 6
+
+
+def test_a_method_that_seeds_global_random_numbers_for_its_samples_changes_nothing() -> None:
+    def sample(method: Any) -> dict[str, Any]:
+        return {"sample": lambda n, seed: (torch.manual_seed(seed), method.sample(n, seed))[1]}
+
+    students = [new_student("dropout") for _ in range(2)]
+    for student, every in zip(students, (1, 6), strict=True):
+        distill(make_teacher(), student, method=own(sample), settings=TINY | {"evaluate_every": every})
+    assert torch.equal(*(student.get_parameter("fc.weight") for student in students))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda method: dict.fromkeys(PARTS), "make, found SimpleNamespace without step, modules, optimisers"),
+        (lambda method: {"close": None}, r"make, found SimpleNamespace without close; return .* zskt\.Method"),
+        (lambda method: {"modules": dict}, 'expected the given student as `student` and as "student" in modules'),
+        (lambda method: {"student": MLP}, "expected the given student as `student`"),
+        (
+            lambda method: {"modules": lambda: method.modules() | {"method": method.generator}},
+            r"'method' in modules\(\) of the method from .*make is reserved",
+        ),
+        (
+            lambda method: {"step": lambda: {"student": 1.0}},
+            r"tensors by name from SimpleNamespace\.step, found .*1\.0",
+        ),
+        (lambda method: {"step": lambda: None}, r"SimpleNamespace\.step, found None"),
+    ],
+)
+def test_an_incomplete_method_is_refused_at_once(
+    change: Callable[[Any], dict[str, Any]], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(zskt.ZsktError, match=words):
+        distill(make_teacher(), new_student(), method=own(change), settings=TINY, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_given_beside_a_plan() -> None:
+    teacher, student = make_teacher(), new_student()
+    planned = recipe.plan(teacher, student, "zskt", TINY)
+    with pytest.raises(zskt.UsageError, match="a Plan already has steps and settings"):
+        distill(teacher, student, planned, steps=7, settings={})
 
 
 def test_the_users_teacher_comes_back_as_it_was() -> None:
@@ -175,10 +236,12 @@ def test_the_users_teacher_comes_back_as_it_was() -> None:
     module.bn1.eval()
     handle = module.fc.register_forward_hook(lambda *_: None)
     state = {name: (t.clone(), t.stride()) for name, t in module.state_dict().items()}
-    flags = (
-        [(m.training, len(m._forward_hooks)) for m in module.modules()],
-        [p.requires_grad for p in module.parameters()],
-    )
+
+    def flags() -> list[object]:
+        modes = [(m.training, len(m._forward_hooks)) for m in module.modules()]
+        return [*modes, *(p.requires_grad for p in module.parameters())]
+
+    before = flags()
     teacher = zskt.Classifier(module, input_size=(3, 16, 16), mean=[0.5] * 3, std=[0.25] * 3)
     teacher_state = copy.deepcopy(teacher.state_dict())
     strides = [p.stride() for p in teacher.parameters()]
@@ -189,10 +252,7 @@ def test_the_users_teacher_comes_back_as_it_was() -> None:
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, state[name][0])
         assert tensor.stride() == state[name][1]
-    assert flags == (
-        [(m.training, len(m._forward_hooks)) for m in module.modules()],
-        [p.requires_grad for p in module.parameters()],
-    )
+    assert flags() == before
     handle.remove()
 
 
@@ -200,7 +260,7 @@ def test_process_wide_state_is_restored_and_the_student_is_ready() -> None:
     torch.manual_seed(11)
     random_state, denormal = torch.get_rng_state(), torch.tensor(1e-310, dtype=torch.float64)
     student = new_student()
-    result = distill(make_teacher(), student, "zskt", settings=TINY)
+    result = run(None, student)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert float(denormal * 1) > 0  # flushed during the run
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -246,7 +306,7 @@ def test_seed_decides_everything() -> None:
     outcomes = []
     for seed in (0, 0, 1):
         student = new_student("dropout")
-        distill(make_teacher(), student, "zskt-fresh", settings=TINY, seed=seed)
+        run(None, student, "zskt-fresh", seed=seed)
         outcomes.append(student.get_parameter("fc.weight").detach().clone())
     assert torch.equal(outcomes[0], outcomes[1])
     assert not torch.equal(outcomes[0], outcomes[2])
@@ -286,9 +346,8 @@ print("data-free")
 
 @pytest.mark.parametrize("cheat", [False, True])
 def test_distil_reads_no_data(cheat: bool, tmp_path: Path) -> None:
-    script = AUDITED.format(
-        tests=str(Path(__file__).parent), out=str(tmp_path / "run"), settings=TINY | {"steps": 2}, cheat=cheat
-    )
+    tests, out = str(Path(__file__).parent), str(tmp_path / "run")
+    script = AUDITED.format(tests=tests, out=out, settings=TINY | {"steps": 2}, cheat=cheat)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     if cheat:
         assert "data opened for reading" in done.stderr
@@ -298,8 +357,8 @@ def test_distil_reads_no_data(cheat: bool, tmp_path: Path) -> None:
 
 
 def test_metrics_hold_losses_and_no_clock(tmp_path: Path) -> None:
-    distill(make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", evaluate=images())
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    run(tmp_path / "run", settings=TINY | KEEP, evaluate=images())
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(len(line["student_loss"]) == 2 and len(line["generator_loss"]) == 1 for line in lines)
     assert [line["step"] for line in lines if "accuracy" in line] == [3, 6]
@@ -307,14 +366,12 @@ def test_metrics_hold_losses_and_no_clock(tmp_path: Path) -> None:
         assert sum(line["class_counts"]) == sum(line["student_class_counts"]) == SAMPLES
         assert 0 <= line["student_class_entropy"] <= 1
     assert not any("second" in key or "time" in key for line in lines for key in line)
-    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in timing] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "timing.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_beliefs_about_pseudo_images_are_logged_at_each_evaluation(tmp_path: Path) -> None:
-    rare = TINY | {"steps": 6, "log_every": 5, "evaluate_every": 2}
-    distill(make_teacher(), new_student(), "zskt", settings=rare, out=tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    run(tmp_path / "run", settings=TINY | {"log_every": 5, "evaluate_every": 2})
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 4, 5, 6]
     evaluated = [line["step"] for line in lines if "teacher_confidence" in line and "student_class_counts" in line]
     assert evaluated == [2, 4, 6]
@@ -322,8 +379,7 @@ def test_beliefs_about_pseudo_images_are_logged_at_each_evaluation(tmp_path: Pat
 
 
 def test_finished_student_loads_with_its_normalisation(tmp_path: Path) -> None:
-    teacher = make_teacher()
-    result = distill(teacher, new_student(), "zskt", settings=TINY, out=tmp_path / "run", evaluate=images())
+    result = run(tmp_path / "run", evaluate=images())
     student = zskt.load_student(tmp_path / "run")
     x, _ = images()
     torch.testing.assert_close(student(student.normalise(x)), result.network(result.network.normalise(x)))
@@ -336,7 +392,7 @@ def test_finished_student_loads_with_its_normalisation(tmp_path: Path) -> None:
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
-    teacher, out = make_teacher(), tmp_path / "run"
+    out = tmp_path / "run"
     wrong: list[tuple[nn.Module, dict[str, Any], str]] = [
         (models.wide_resnet(10, 1, num_classes=7), {}, "10 classes, found 7"),
         (models.wide_resnet(10, 1, channels=1), {}, "rejects the teacher's images of 3 x 16 x 16"),
@@ -347,17 +403,10 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         (new_student(), {"evaluate": (torch.zeros(2, 3, 8, 8), torch.zeros(2).long())}, "found 3 x 8 x 8"),
         (new_student(), {"evaluate": (torch.zeros(1, 3, 16, 16), torch.tensor([12]))}, "found label 12"),
         (MLP, {"recipe": "zskt"}, "none in the student; use --set student.loss.attention=0"),
-        (
-            new_student(),
-            {"settings": {"student.loss.stages": "blok1=block1"}},
-            "unknown teacher stage 'blok1': did you mean block1",
-        ),
+        (new_student(), {"settings": {"student.loss.stages": "blok1=block1"}}, "stage 'blok1': did you mean block1"),
     ]
-    usual: dict[str, Any] = {"recipe": "zskt", "out": out}
     for student, arguments, message in wrong:
-        with pytest.raises(zskt.ZsktError, match=message) as caught:
-            distill(teacher, student, **usual | arguments)
-        assert "\n" not in str(caught.value)
+        assert message in refused(partial(run, out, student, **arguments))
         assert not out.exists()
 
 
@@ -374,9 +423,7 @@ def test_auto_leaves_out_attention_where_stages_do_not_pair_up() -> None:
 
 def test_a_failure_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        distill(
-            make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", callbacks=[die_at(1)]
-        )
+        run(tmp_path / "run", settings=TINY | KEEP, callbacks=[die_at(1)])
     assert not (tmp_path / "run").exists()
 
 
@@ -385,33 +432,45 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         with pytest.raises(zskt.ZsktError, match="another process is using"), checkpoint.owning(tmp_path / "run"):
             pass
 
-    distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", callbacks=[meanwhile])
+    run(tmp_path / "run", callbacks=[meanwhile])
     assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_log_shorter_than_its_checkpoint_says_is_refused(tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"settings": TINY | KEEP, "out": tmp_path / "run"}
-    distill(make_teacher(), new_student(), "zskt", stop_after=3, **arguments)
+    run(tmp_path / "run", settings=TINY | KEEP, stop_after=3)
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(zskt.ZsktError, match="shorter than its checkpoint"):
-        distill(make_teacher(), new_student(), "zskt", resume=True, **arguments)
+        run(tmp_path / "run", settings=TINY | KEEP, resume=True)
 
 
 def test_resuming_a_finished_run_keeps_what_was_measured(tmp_path: Path) -> None:
+    first = run(tmp_path / "run", evaluate=images())
+    assert run(tmp_path / "run", resume=True).measured == first.measured
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    for name in ("absent", "empty"):
+        with pytest.raises(zskt.ZsktError, match=f"run to resume in {tmp_path / name}, found no config.toml"):
+            distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / name, resume=True)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
-    first = distill(make_teacher(), new_student(), "zskt", evaluate=images(), **arguments)
-    assert distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).measured == first.measured
+    distill(make_teacher(), new_student(), "zskt", **arguments)
+    before = (tmp_path / "run" / "student.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    with pytest.raises(zskt.ZsktError, match="holds a finished run whose checkpoints are gone"):
+        distill(make_teacher(seed=9), new_student(), "zskt", resume=True, **arguments)
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == before
 
 
 def test_resuming_otherwise_than_begun_is_refused_or_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
     distill(make_teacher(), new_student(), "zskt", stop_after=2, **arguments)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    (line,) = (
-        line
-        for line in distill(make_teacher(), new_student(), "zskt", resume=True, **arguments).warnings
-        if "resumed" in line
-    )
+    (line,) = (line for line in run(tmp_path / "run", resume=True).warnings if "resumed" in line)
     assert "threads 64 instead of 1" in line
 
 
@@ -426,7 +485,7 @@ def test_resuming_otherwise_than_begun_is_refused_or_said(tmp_path: Path, monkey
 )
 def test_students_that_cannot_be_trained_are_refused(student: nn.Module, message: str) -> None:
     with pytest.raises(zskt.ZsktError, match=message):
-        distill(make_teacher(), student, "zskt", settings=TINY)
+        run(None, student)
 
 
 def test_each_use_of_random_numbers_has_its_own() -> None:
@@ -436,27 +495,48 @@ def test_each_use_of_random_numbers_has_its_own() -> None:
 
 
 def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
-    distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run")
+    run(tmp_path / "run")
     with pytest.raises(zskt.ZsktError, match="already holds a run"):
-        distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run")
+        run(tmp_path / "run")
     with pytest.raises(zskt.ZsktError, match=r"other settings \(steps = 6, now 7\)"):
-        distill(make_teacher(), new_student(), "zskt", settings=TINY | {"steps": 7}, out=tmp_path / "run", resume=True)
+        run(tmp_path / "run", settings=TINY | {"steps": 7}, resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(zskt.ZsktError, match="found other things"):
-        distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "other")
+        run(tmp_path / "other")
 
 
 def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
     distill(make_teacher(), new_student(), "zskt", settings=TINY, out=tmp_path / "run", stop_after=2)
-    with pytest.raises(zskt.ZsktError, match="differs in teacher"):
-        distill(make_teacher(seed=9), new_student(), "zskt", settings=TINY, out=tmp_path / "run", resume=True)
+    before = (tmp_path / "run" / "config.toml").read_text()
+    settings = TINY | {"log_every": 3}
+    with pytest.raises(zskt.ZsktError, match=r"differs in teacher [0-9a-f]{12}, now [0-9a-f]{12}: resume"):
+        distill(make_teacher(seed=9), new_student(), "zskt", settings=settings, out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+def rated(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config, rate: object) -> zskt.Method:
+    return zskt.belief_matching(teacher, student, config)
+
+
+def test_another_argument_or_teacher_of_an_own_method_is_refused(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
+    make = functools.partial(rated, rate=1e-3)
+    distill(make_teacher(), new_student(), method=make, **arguments)
+    with pytest.raises(zskt.ZsktError, match=r"rated\(rate=0\.001\)', now '.*rated\(rate=1\.0\)'"):
+        distill(make_teacher(), new_student(), method=functools.partial(rated, rate=1.0), resume=True, **arguments)
+    student = zskt.load_student(tmp_path / "run")
+    assert sampler(tmp_path / "run", student, method=make, teacher=make_teacher())(2, 0).shape == (2, 3, 16, 16)
+    with pytest.raises(zskt.ZsktError, match=r"expected the teacher of .*run, [0-9a-f]{12}, found [0-9a-f]{12}; give"):
+        sampler(tmp_path / "run", student, method=make, teacher=make_teacher(seed=9))
+    described = {recipe.describe_method(functools.partial(rated, rate=nn.ReLU().forward)) for _ in range(2)}
+    assert len(described) == 1  # whatever the addresses
 
 
 def test_divergence_is_said(tmp_path: Path) -> None:
     settings = TINY | {"student.learning_rate": 1e30, "student.clip": 0.0, "log_every": 1}
     with pytest.raises(zskt.ZsktError, match=r"lower student\.learning_rate"):
-        distill(make_teacher(), new_student(), "zskt", settings=settings, out=tmp_path / "run")
+        run(tmp_path / "run", settings=settings)
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,9 +550,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monke
     monkeypatch.setattr(os, "fsync", fsync)
     fill = lambda event: armed.set() if event.step == 3 else None  # noqa: E731
     with pytest.raises(zskt.ZsktError, match="No space left on device; free some space"):
-        distill(make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", callbacks=[fill])
+        run(tmp_path / "run", settings=TINY | KEEP, callbacks=[fill])
     armed.clear()
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["00000002.safetensors"]
-    assert distill(
-        make_teacher(), new_student(), "zskt", settings=TINY | KEEP, out=tmp_path / "run", resume=True
-    ).finished
+    assert run(tmp_path / "run", settings=TINY | KEEP, resume=True).finished

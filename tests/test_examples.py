@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import zskt
-from small import make_teacher
-from zskt.cli.main import main
+from small import fails, make_teacher, run
+from zskt.method.config import Config
 from zskt.networks import models
 from zskt.networks.observe import ChannelStatistics, Observation
 
@@ -28,10 +28,6 @@ def example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
-
-
-def command(*arguments: object) -> int:
-    return main(list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +61,7 @@ def test_a_method_of_ones_own_learns_and_leaves_a_whole_run(digits: Path) -> Non
 def test_stopped_half_way_it_ends_bit_for_bit_as_if_it_had_not_been(digits: Path, tmp_path: Path) -> None:
     """The example was stopped after half of its steps and resumed."""
     own = ["--method", f"{EXAMPLES / 'own_method.py'}:ImageBank", "--trust", "--steps", "80", "--eval", "digits"]
-    assert command("distill", digits / "teacher", "--student", "convnet-8", *own, "--out", tmp_path / "run") == 0
+    run("distill", digits / "teacher", "--student", "convnet-8", *own, "--out", tmp_path / "run")
     for name in ("student", "generator", "method"):
         whole, parts = (load_file(folder / "run" / f"{name}.safetensors") for folder in (tmp_path, digits))
         assert whole.keys() == parts.keys()
@@ -73,31 +69,26 @@ def test_stopped_half_way_it_ends_bit_for_bit_as_if_it_had_not_been(digits: Path
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (digits / "run" / "metrics.jsonl").read_text()
 
 
-def test_what_an_own_method_needs_is_said(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = f"{EXAMPLES / 'own_method.py'}:ImageBank"
+def test_what_an_own_method_needs_is_said(digits: Path, tmp_path: Path) -> None:
     head = ["distill", digits / "teacher", "--student", "convnet-8", "--out", tmp_path / "run"]
-    for arguments, words, status in (
-        ([*head, "--method", own, "--steps", 5], "runs that code: add --trust", 2),
-        ([*head, "--method", own, "--trust"], "has no default number of steps: give steps", 2),
-        (
-            [*head, "--method", own, "--trust", "--recipe", "zskt", "--steps", 5],
-            "give a recipe or a method, not both",
-            2,
-        ),
-        (
-            ["sample", digits / "run", "--out", tmp_path / "s.png"],
-            "give --teacher, --method FILE:FUNCTION and --trust",
-            1,
-        ),
-        (
-            ["export", digits / "run", "--out", tmp_path / "s.onnx"],
-            "give --teacher, --method FILE:FUNCTION and --trust",
-            1,
-        ),
-    ):
-        assert command(*arguments) == status
-        assert words in capsys.readouterr().err
+    head += ["--method", f"{EXAMPLES / 'own_method.py'}:ImageBank"]
+    assert "runs that code: add --trust" in fails(2, *head, "--steps", 5)
+    assert "has no default number of steps: give steps" in fails(2, *head, "--trust")
+    assert "give a recipe or a method, not both" in fails(2, *head, "--trust", "--recipe", "zskt", "--steps", 5)
+    for command, out in (("sample", tmp_path / "s.png"), ("export", tmp_path / "s.onnx")):
+        line = fails(1, command, digits / "run", "--out", out)
+        assert "give --teacher, --method FILE:FUNCTION and --trust" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_works_on_its_networks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On "meta", which every machine has: only the optimisers would ask it for values."""
+    monkeypatch.setattr(zskt.Updates, "_step", lambda updates: None)
+    bank = example("own_method").ImageBank(make_teacher().to("meta"), models.wide_resnet(10, 1).to("meta"), Config())
+    for _ in range(2):
+        bank.step()
+        bank.load_state_dict({"images": torch.ones(9, 3, 16, 16), "done": torch.tensor(1)})  # read to the CPU
+    assert bank.sample(4, 0).device.type == "meta"
 
 
 def test_another_loss_is_one_function() -> None:

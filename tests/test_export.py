@@ -16,10 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import zskt
-from small import make_teacher
-from test_cli import refused as refused_command
-from test_cli import run as run_command
-from test_teacher import refused
+from small import call, fails, make_teacher, refused, run
 from zskt.errors import UsageError, ZsktError
 from zskt.export.export import BATCHES, IMAGES, check_agreement, deviation
 from zskt.export.formats import feed, need, open_onnx
@@ -88,25 +85,32 @@ def answer(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def nothing_left(folder: Path) -> bool:
-    return list(folder.iterdir()) == []
-
-
 @pytest.mark.parametrize("batch", [1, 7, 256])
-def test_onnx_takes_any_batch_and_normalises(batch: int, exports: dict[str, Path]) -> None:
+def test_exports_take_any_batch_and_normalise(batch: int, exports: dict[str, Path]) -> None:
     network = plain()
     images = pixels(network, batch)
-    expected = network(network.normalise(images))  # (N, K)
+    expected = pytest.approx(network(network.normalise(images)), abs=1e-5)  # (N, K)
     for fed, x in (("uint8", images), ("fraction", images / 255), ("normalised", network.normalise(images))):
-        assert answer(exports[f"{fed}.onnx"], x) == pytest.approx(expected, abs=1e-5), fed
+        assert answer(exports[f"{fed}.onnx"], x) == expected, fed
+    assert torch.export.load(exports["uint8.pt2"]).module()(images) == expected
 
 
-@pytest.mark.parametrize("batch", [1, 7, 256])
-def test_pt2_takes_any_batch_and_normalises(batch: int, exports: dict[str, Path]) -> None:
-    network = plain()
-    images = pixels(network, batch)
-    loaded = torch.export.load(exports["uint8.pt2"]).module()
-    assert loaded(images) == pytest.approx(network(network.normalise(images)), abs=1e-5)
+@pytest.mark.parametrize("fed", ["fraction", "normalised"])
+def test_a_pt2_comes_back_with_its_normalisation_and_class_names(fed: Any, tmp_path: Path) -> None:
+    network, path, lines = plain(), tmp_path / "student.pt2", list[str]()
+    images = pixels(network, 5)
+    zskt.export(network, path, input=fed)
+    again = zskt.load_teacher(path, trust=True, notice=lines.append)
+    assert again.class_names == network.class_names
+    torch.testing.assert_close(again(again.normalise(images)), network(network.normalise(images)))
+    assert not any("using those given" in line for line in lines)
+    zskt.load_teacher(path, trust=True, mean=[0.5] * 3, std=[0.5] * 3, notice=lines.append)
+    assert any("itself says mean" in line for line in lines)
+    damaged = path.with_name("damaged.pt2")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(damaged, "w") as copy:
+        for entry in archive.namelist():
+            copy.writestr(entry, b"{}" if entry.endswith("zskt.json") else archive.read(entry))
+    assert "zskt.json in" in refused(lambda: zskt.load_teacher(damaged, trust=True))
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +134,8 @@ def test_what_travels_with_a_file(exports: dict[str, Path]) -> None:
     facts = {p.key: p.value for p in model.metadata_props}
     assert facts["input"] == "uint8: images as bytes, 0..255"
     assert facts["zskt_version"] == zskt.__version__
-    found = {key: json.loads(facts[key]) for key in ("class_names", "input_size", "mean", "std")}
-    assert found == {
-        "class_names": ["cat", "dog", "none of these"],
-        "input_size": [3, 8, 12],
-        "mean": list(MEAN),
-        "std": list(STD),
-    }
+    found = [json.loads(facts[key]) for key in ("class_names", "input_size", "mean", "std")]
+    assert found == [["cat", "dog", "none of these"], [3, 8, 12], list(MEAN), list(STD)]
     extra = {"zskt.json": ""}
     torch.export.load(exports["uint8.pt2"], extra_files=extra)
     assert json.loads(extra["zskt.json"]) == facts
@@ -200,12 +199,8 @@ def test_a_hub_folder_comes_back_bit_for_bit(finished: Path, tmp_path: Path) -> 
     for loaded in (zskt.load_student(folder), load_network(folder)):
         assert loaded.fingerprint() == student.fingerprint()
         assert loaded.input_size == student.input_size
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "README.md",
-    }
+    written = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == written
     again = zskt.export(folder, tmp_path / "again")  # a folder like any other
     assert again.images_from == "seeded noise in [0, 1]"
     assert (tmp_path / "again" / "config.json").read_text() == (folder / "config.json").read_text()
@@ -290,12 +285,11 @@ def test_a_network_of_transformers_leaves_for_transformers_alone(
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     monkeypatch.chdir(tmp_path)
     names = ["cat", "dog", "none of these"]
-    options = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    options: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = transformers.ResNetForImageClassification(
-            transformers.ResNetConfig(num_channels=channels, num_labels=3, auto_map={"AutoModel": "x--y.Z"}, **options)
-        )
+        options |= {"num_channels": channels, "num_labels": 3, "auto_map": {"AutoModel": "x--y.Z"}}
+        module = transformers.ResNetForImageClassification(transformers.ResNetConfig(**options))
     size, mean, std = (channels, 16, 24), MEAN[:channels], STD[:channels]
     source = as_teacher(Classifier(module, input_size=size, mean=mean, std=std, class_names=names))
     assert zskt.export(source, "mine").agreement == 1
@@ -383,7 +377,7 @@ def test_a_wrong_file_is_not_left_behind(
     line = refused(lambda: zskt.export(plain(), tmp_path / "out", form))
     assert message in line
     assert "nothing was written" in line
-    assert nothing_left(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
@@ -396,7 +390,7 @@ def test_a_wrong_normalisation_is_caught(form: Any, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(exporting, f"write_{form}", tampered)
     assert "disagrees with the network" in refused(lambda: zskt.export(plain(), tmp_path / "out", form))
-    assert nothing_left(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fixed_batch_size_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +399,7 @@ def test_a_fixed_batch_size_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(exporting, "write_pt2", fixed)
     assert "fails on a batch of 1" in refused(lambda: zskt.export(plain(), tmp_path / "out.pt2", input="normalised"))
-    assert nothing_left(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Untraceable(Plain):
@@ -423,7 +417,7 @@ def test_what_cannot_be_traced_is_said_in_one_line(form: Any, tmp_path: Path) ->
     for module in (Untraceable(), TwoByTwo()):
         network = Classifier(module, input_size=(3, 8, 8), mean=MEAN, std=STD)
         assert "cannot trace this network" in refused(partial(zskt.export, network, tmp_path / "out", form))
-        assert nothing_left(tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 def test_nan_is_not_agreement() -> None:
@@ -452,9 +446,8 @@ def test_int8_is_calibrated_without_data(finished: Path, tmp_path: Path) -> None
     for batch in (1, 7, 256):
         assert answer(tmp_path / "int8.onnx", pixels(student, batch)).shape == (batch, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
-    line = refused(
-        lambda: zskt.export(finished / "run", tmp_path / "no.onnx", int8=True, tolerance=0.1, least_agreement=1.0)
-    )
+    strict: dict[str, Any] = {"int8": True, "tolerance": 0.1, "least_agreement": 1.0}
+    line = refused(lambda: zskt.export(finished / "run", tmp_path / "no.onnx", **strict))
     assert "pseudo images keep the student's class, expected at least 1 " in line
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
 
@@ -463,18 +456,13 @@ def test_int8_is_judged_on_other_images_than_it_is_calibrated_on(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Tensor] = []
-    quantise, compare = exporting.quantise, exporting.deviation
 
-    def watched_quantise(source: Any, target: Any, images: Tensor) -> Any:
+    def watched(real: Any, first: Any, second: Any, images: Tensor, *rest: Any) -> Any:
         used.append(images)
-        return quantise(source, target, images)
+        return real(first, second, images, *rest)
 
-    def watched_compare(path: Any, network: Any, images: Tensor, form: Any) -> Any:
-        used.append(images)
-        return compare(path, network, images, form)
-
-    monkeypatch.setattr(exporting, "quantise", watched_quantise)
-    monkeypatch.setattr(exporting, "deviation", watched_compare)
+    for name in ("quantise", "deviation"):
+        monkeypatch.setattr(exporting, name, partial(watched, getattr(exporting, name)))
     zskt.export(finished / "run", tmp_path / "int8.onnx", int8=True, least_agreement=0)
     plain_images, calibration, judged = used
     assert torch.equal(plain_images, judged)
@@ -483,6 +471,18 @@ def test_int8_is_judged_on_other_images_than_it_is_calibrated_on(
 
 
 # What is asked for.
+
+
+def test_paths_may_be_texts_from_the_home_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    zskt.save_teacher("~/teacher", zskt.load_teacher(finished / "teacher"))
+    zskt.distill(zskt.load_teacher("~/teacher"), models.wide_resnet(10, 1), "zskt", settings=TINY, out="~/run")
+    assert zskt.load_student("~/run").num_classes == 10
+    assert zskt.write_report("~/run", "~/report.html") == zskt.write_report(["~/run"], "~/report.html")
+    zskt.export("~/run", "~/hub")
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "run", "report.html", "hub"}
 
 
 def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
@@ -499,6 +499,7 @@ def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             zskt.export(run, out, **options)
+    assert "found .bin; give a format" in refused(lambda: zskt.export(run, tmp_path / "out.bin"))
     out.write_text("mine")
     assert "already exists; choose another --out" in refused(lambda: zskt.export(run, out))
     assert out.read_text() == "mine"
@@ -511,21 +512,18 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: p
     line = refused(lambda: zskt.export(plain(), tmp_path / "out.onnx"))
     assert package in line
     assert 'pip install "zskt[export]"' in line
-    assert nothing_left(tmp_path)
+    assert not list(tmp_path.iterdir())
     zskt.export(plain(), tmp_path / "hub")  # which needs none of them
 
 
 # The command.
 
 
-def test_the_command(
-    capsys: pytest.CaptureFixture[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "TURNS", 5)
-    run, teacher, out = finished / "run", finished / "teacher", tmp_path / "student.onnx"
-    found = run_command(
-        capsys, "export", run, "--format", "onnx", "--out", out, "--teacher", teacher, "--int8", "--least-agreement", 0
-    )
+    out = tmp_path / "student.onnx"
+    command = [finished / "run", "--format", "onnx", "--out", out, "--teacher", finished / "teacher"]
+    found = run("export", *command, "--int8", "--least-agreement", 0)
     assert found["bytes"] == out.stat().st_size
     assert found["agreement_lost"] == pytest.approx(1 - found["agreement"])
     assert (found["format"], found["input"], found["images"]) == ("onnx", "fraction", 256)
@@ -540,21 +538,21 @@ def test_the_command(
     assert rows[1]["bytes"] > rows[2]["bytes"] == found["bytes"]
     zskt.save_teacher(tmp_path / "small", lenet())
     small = [tmp_path / "small", "--format", "hub", "--out", tmp_path / "hub", "--teacher", tmp_path / "small"]
-    assert [row["network"] for row in run_command(capsys, "export", *small)["timings"]] == ["teacher", "student"]
+    assert [row["network"] for row in run("export", *small)["timings"]] == ["teacher", "student"]
     assert {path.name for path in tmp_path.iterdir()} == {"student.onnx", "small", "hub"}
 
 
-def test_the_commands_errors(capsys: pytest.CaptureFixture[str], finished: Path, tmp_path: Path) -> None:
-    run, out = finished / "run", tmp_path / "out.onnx"
-    unfinished = tmp_path / "unfinished"
+def test_the_commands_errors(finished: Path, tmp_path: Path) -> None:
+    out, unfinished = tmp_path / "out.onnx", tmp_path / "unfinished"
     settings = {**TINY, "steps": 4}
     zskt.distill(make_teacher(), models.convnet(2), "zskt-prior", settings=settings, out=unfinished, stop_after=1)
-    assert "has not finished, resume it" in refused_command(capsys, 1, "export", unfinished, "--out", out)
-    assert "found nothing" in refused_command(capsys, 1, "export", tmp_path / "nowhere", "--out", out)
-    assert "already exists" in refused_command(capsys, 1, "export", run, "--out", unfinished, "--format", "hub")
-    assert "int8 is for ONNX" in refused_command(capsys, 2, "export", run, "--out", tmp_path / "a.pt2", "--int8")
+    assert "has not finished, resume it" in fails(1, "export", unfinished, "--out", out)
+    assert "found nothing" in fails(1, "export", tmp_path / "nowhere", "--out", out)
+    export = ("export", finished / "run", "--out")
+    assert "already exists" in fails(1, *export, unfinished, "--format", "hub")
+    assert "int8 is for ONNX" in fails(2, *export, tmp_path / "a.pt2", "--int8")
     with pytest.raises(SystemExit) as caught:
-        run_command(capsys, "export", run, "--format", "tflite", "--out", out)
+        call(*export, out, "--format", "tflite")
     assert caught.value.code == 2
     assert not out.exists()
 
@@ -563,15 +561,10 @@ def test_the_home_folder_stays_clean(finished: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    environment |= {"HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
     command = [sys.executable, "-m", "zskt", "export", str(finished / "run"), "--out", str(tmp_path / "student.onnx")]
-    done = subprocess.run(
-        command,
-        env=environment | {"HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "matplotlib")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert nothing_left(home)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert not list(home.iterdir())
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["agreement"] == 1
     for noise in ("torchvision", "Warning", "[torch.onnx]"):
@@ -580,16 +573,9 @@ def test_the_home_folder_stays_clean(finished: Path, tmp_path: Path) -> None:
 
 def test_telemetry_is_off_before_onnxruntime_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
-    monkeypatch.setattr(
-        sys.modules[need.__module__], "optional", lambda name, extra: os.environ["ORT_DISABLE_TELEMETRY"]
-    )
+    look = lambda name, extra: os.environ["ORT_DISABLE_TELEMETRY"]  # noqa: E731
+    monkeypatch.setattr(sys.modules[need.__module__], "optional", look)
     assert need("onnxruntime") == "1"
-
-
-def test_zskt_imports_none_of_the_packages() -> None:
-    code = "import sys, zskt.cli; print([m for m in ('onnx', 'onnxscript', 'onnxruntime') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_sessions_run_on_one_thread(exports: dict[str, Path]) -> None:

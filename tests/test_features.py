@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small import shake_batchnorm
+from small import Tokens, shake_batchnorm
 from zskt.errors import ZsktError
 from zskt.networks import models
-from zskt.networks.observe import Observer, batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
+from zskt.networks.observe import (
+    Observer,
+    batchnorm_layers,
+    channel_moments,
+    evaluating,
+    find_stages,
+    forward_flops,
+    stage_resolutions,
+)
 
 
 def conv_bn_relu(a: int, b: int, stride: int = 1) -> list[nn.Module]:
@@ -89,19 +97,6 @@ class Listed(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-class Tokens(nn.Module):
-    """ViT-like: a patch embedding by convolution, then tokens (N, L, D)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 8, 8)
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(self.patches(x).flatten(2).transpose(1, 2)).mean(dim=1))
-
-
 class FunctionallyInPlace(nn.Module):
     """In-place ReLUs that are no modules: what the BatchNorms returned is overwritten."""
 
@@ -169,6 +164,26 @@ def test_a_stage_that_is_overwritten_in_place_is_refused() -> None:
     observer = Observer(flat_vgg(), ("0.1",))
     with pytest.raises(ZsktError, match="in place"):
         observer(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_moments_and_their_gradients_are_those_of_var_mean(
+    layout: torch.memory_format, dtype: torch.dtype, close: float
+) -> None:
+    exact = (3 * torch.randn(5, 4, 6, 3, dtype=torch.float64) + 2).to(dtype).double().requires_grad_()
+    exact.data[:, 0] = 7.0  # a constant channel
+    x = exact.detach().to(dtype).contiguous(memory_format=layout).requires_grad_()
+    variance, mean = torch.var_mean(exact, dim=(0, 2, 3), correction=0)
+    found = channel_moments(x)
+    torch.testing.assert_close(found[0].double(), mean, rtol=close / 10, atol=close / 10)
+    torch.testing.assert_close(found[1].double(), variance, rtol=close / 10, atol=close / 10)
+    weights = torch.randn(2, 4, dtype=torch.float64)
+    (mean * weights[0] + variance * weights[1]).sum().backward()
+    (found[0] * weights[0].to(found[0].dtype) + found[1] * weights[1].to(found[1].dtype)).sum().backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=close, atol=close / 10)
 
 
 def test_batchnorm_statistics_are_those_of_the_input() -> None:

@@ -1,13 +1,11 @@
 """Jobs: dependencies first, each run once, resumed after an interruption, refused if its settings changed."""
 
-import contextlib
 import json
 import math
 import random
 import re
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from small import quiet
 from zskt.errors import UsageError, ZsktError
 from zskt.files import write_json
 from zskt.paper import jobs
@@ -34,15 +33,6 @@ class Clock:
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
-
-
-def quiet(*arguments: str) -> AbstractContextManager[Show]:
-    """No bar."""
-
-    def show(done: int, total: int, beside: str) -> None:
-        """Show nothing."""
-
-    return contextlib.nullcontext(show)
 
 
 class Workshop:

@@ -1,6 +1,5 @@
 """What is repeated is logged, stopped, kept and resumed, whatever it is."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 import zskt
 from zskt.run import checkpoint, lifecycle
-from zskt.run.lifecycle import Intervals, Lifecycle, describe
+from zskt.run.lifecycle import Lifecycle, describe
 
 
 class Walk:
@@ -53,7 +52,12 @@ def life(folder: Path | None, **options: Any) -> Lifecycle:
     torch.manual_seed(0)
     if folder is not None:
         folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = {"intervals": Intervals(log=1, evaluate=4, checkpoint=3), "identity": {"what": "walk"}}
+    settings: dict[str, Any] = {
+        "log_every": 1,
+        "evaluate_every": 4,
+        "checkpoint_every": 3,
+        "identity": {"what": "walk"},
+    }
     return Lifecycle(Walk(), folder, **settings | options)
 
 
@@ -79,14 +83,18 @@ def test_whatever_is_repeated_resumes_bit_for_bit(
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "parts")
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "run" / "samples").mkdir(parents=True)
     killed = life(tmp_path / "run")
     killed.step = 1
     killed.log({"walk": torch.tensor(1.0)})
     again = life(tmp_path / "run")
-    again.restore()
+    if resume:
+        again.restore()
     again.run([])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert not (tmp_path / "run" / "samples").exists()
+    lines = checkpoint.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
 
 
@@ -114,18 +122,71 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
         life(tmp_path / "run").restore()
 
 
-def test_losses_that_are_not_finite_end_a_run_at_its_next_line(tmp_path: Path) -> None:
-    run = life(tmp_path / "run", intervals=Intervals(log=4, evaluate=100, checkpoint=2))
+@pytest.mark.parametrize(("log", "evaluate", "checkpoint", "step"), [(4, 9, 9, 8), (9, 7, 9, 7), (9, 9, 2, 6)])
+def test_losses_that_are_not_finite_end_a_run_before_anything_is_written(
+    log: int, evaluate: int, checkpoint: int, step: int, tmp_path: Path
+) -> None:
+    intervals = {"log_every": log, "evaluate_every": evaluate, "checkpoint_every": checkpoint}
+    run = life(tmp_path / "run", **intervals, evaluate=lambda step: {"seen": step})
     assert isinstance(run.repeated, Walk)
     run.repeated.bad_from = 6
-    with pytest.raises(zskt.ZsktError, match=r"loss of the walk is nan at step 8: .*lower walk\.learning_rate"):
+    with pytest.raises(zskt.ZsktError, match=rf"loss of the walk is nan at step {step}: .*lower walk\.learning_rate"):
         run.run([])
+    assert not list((tmp_path / "run").glob("checkpoint/*6.safetensors"))
+
+
+def test_a_measurement_that_is_not_finite_ends_a_run(tmp_path: Path) -> None:
+    run = life(tmp_path / "run", evaluate=lambda step: {"confidence": float("nan"), "counts": [1]})
+    with pytest.raises(zskt.ZsktError, match=r"^confidence is nan at step 4: the run has diverged; lower walk"):
+        run.run([])
+
+
+@pytest.mark.parametrize("kind", ["NAdam", "ASGD", "Adafactor", "SGD"])
+def test_every_optimiser_of_torch_goes_on_as_it_would_have(kind: str) -> None:
+    def trained(weight: Tensor, updates: int, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        parameter = nn.Parameter(weight.clone())
+        optimiser = getattr(torch.optim, kind)([parameter], lr=0.1)
+        checkpoint.restore_optimizer(optimiser, state)
+        for _ in range(updates):
+            parameter.grad = parameter.detach() + 1
+            optimiser.step()
+        return parameter.detach(), checkpoint.optimizer_state(optimiser)
+
+    start = torch.arange(6.0).view(3, 2)
+    half, state = trained(start, 2, {})
+    assert torch.equal(trained(half, 2, state)[0], trained(start, 4, {})[0])
+
+
+def test_an_optimiser_whose_state_no_checkpoint_holds_is_refused() -> None:
+    optimiser = torch.optim.LBFGS([nn.Parameter(torch.ones(1))])
+    optimiser.step(lambda: torch.ones(()))
+    with pytest.raises(zskt.ZsktError, match=r"tensors as the state of LBFGS, found 0\.func_evals = 1"):
+        checkpoint.optimizer_state(optimiser)
+
+
+@pytest.mark.parametrize("saved", ["rng/cpu", "rng/cuda"])
+def test_random_state_of_a_cpu_seeds_a_cuda_device(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"rng/cpu": torch.get_rng_state(), saved: torch.get_rng_state()}
+    done: list[str] = []
+
+    class Cuda:
+        def set_state(self, state: Tensor) -> None:
+            done.append("set")
+            if state is not tensors.get("rng/cuda"):
+                raise RuntimeError("RNG state is wrong size")
+
+        def manual_seed(self, seed: int) -> None:
+            done.append("seeded")
+
+    monkeypatch.setattr(torch.cuda, "default_generators", (Cuda(),))
+    checkpoint.restore_random_state(tensors, torch.device("cuda:0"))
+    assert done == (["set", "seeded"] if saved == "rng/cpu" else ["set"])
 
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_weights_that_are_not_finite_are_neither_kept_nor_returned(folder: bool, tmp_path: Path) -> None:
     """Even where no loss showed it: the last update comes after the last loss."""
-    run = life(tmp_path / "run" if folder else None, intervals=Intervals(log=100, evaluate=100, checkpoint=100))
+    run = life(tmp_path / "run" if folder else None, log_every=100, evaluate_every=100, checkpoint_every=100)
 
     def break_it(event: lifecycle.Event) -> None:
         assert isinstance(run.repeated, Walk)
@@ -139,4 +200,4 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_returned(folder: bool,
 
 def test_losses_become_lines() -> None:
     losses = {"student": torch.tensor([1.0, 2.0]), "student.kl": torch.tensor(2.0), "teacher": torch.tensor(3.0)}
-    assert describe(losses) == {"student_loss": [1.0, 2.0], "student_terms": {"kl": 2.0}, "teacher_loss": 3.0}
+    assert describe(losses) == {"student_loss": [1.0, 2.0], "student_terms": {"kl": 2.0}, "teacher_loss": [3.0]}

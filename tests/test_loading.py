@@ -4,10 +4,8 @@ import copy
 import json
 import logging
 import logging.handlers
-import os
 import sys
 import types
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
-from small import GREY, make_teacher, shake_batchnorm, stripes
-from zskt.cli.main import main
+from small import GREY, Payload, call, edit, fails, make_teacher, refused, run, shake_batchnorm, stripes, student_for
+from test_cli import GREY as GREY_48
 from zskt.cli.teachers import Foreign, open_network, open_networks
-from zskt.errors import UsageError, ZsktError
+from zskt.errors import UsageError
 from zskt.evaluate.measures import measure
 from zskt.networks.loading import Loaded, load, load_teacher
 from zskt.networks.observe import batchnorm_layers, find_stages, forward_flops
@@ -100,24 +98,13 @@ def traced(module: nn.Module, path: Path) -> Path:
     return path
 
 
-def refused(work: Callable[[], object], kind: type[ZsktError] = ZsktError) -> str:
-    with pytest.raises(kind) as error:
-        work()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def distils(teacher: zskt.Classifier, recipe: str = "auto") -> str:
     """Two steps into a small student; the teacher comes back as it was. Returns the recipe."""
-    student = nn.Sequential(
-        nn.Conv2d(teacher.input_size[0], 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, teacher.num_classes),
-    )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     modes = [module.training for module in teacher.modules()]
     x = torch.randn(3, *teacher.input_size)
     answers = teacher(x)
-    result = zskt.distill(teacher, student, recipe, steps=2, settings=TINY)
+    result = zskt.distill(teacher, student_for(teacher), recipe, steps=2, settings=TINY)
     assert result.finished
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert [module.training for module in teacher.modules()] == modes
@@ -136,10 +123,19 @@ def test_own_folders(tmp_path: Path) -> None:
     assert loaded.teacher.fingerprint() == make_teacher().fingerprint()
     useless: dict[str, Any] = {"input_size": SIZE, "mean": [0.5] * 3, "weights": "net.pt", "arguments": {"a": 1}}
     for name, value in useless.items():
-        assert "has no use" in refused(partial(load, tmp_path / "teacher", **{name: value}), UsageError)
+        assert "has no effect" in refused(partial(load, tmp_path / "teacher", **{name: value}), UsageError)
     (tmp_path / "empty").mkdir()
     assert "teacher.json" in refused(lambda: load_teacher(tmp_path / "empty"))
-    assert "nothing there; give a teacher" in refused(lambda: load_teacher(tmp_path / "absent"))
+    assert "found nothing; give a teacher" in refused(lambda: load_teacher(tmp_path / "absent"))
+
+
+def test_a_teacher_that_only_its_own_code_makes_is_handed_in(tmp_path: Path) -> None:
+    saved = zskt.Classifier(trained(Net()), input_size=SIZE, **GREY)
+    zskt.save_teacher(tmp_path / "t", saved)
+    advice = f"teacher = zskt.load_teacher({str(tmp_path / 't')!r}, module=module)"
+    assert advice in refused(lambda: load_teacher(tmp_path / "t"))
+    assert load_teacher(tmp_path / "t", module=Net()).fingerprint() == saved.fingerprint()
+    assert "for a folder of zskt" in refused(lambda: load_teacher("timm:resnet18", module=Net()), UsageError)
 
 
 # Factories
@@ -166,6 +162,19 @@ def test_a_factory_with_weights(script: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     assert load_teacher("mine:Net", **how).num_classes == 37  # from the current folder
     del sys.modules["mine"]
+
+
+def test_a_network_of_probabilities_is_saved_without_their_logarithm(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script.write_text(f"{SCRIPT}\ndef soft():\n    return torch.nn.Sequential(make(), torch.nn.Softmax(1))\n")
+    made = load_teacher(f"{script}:soft", input_size=SIZE, **GREY)
+    zskt.save_teacher(tmp_path / "teacher", made)
+    zskt.export(made, tmp_path / "hub")
+    for folder in ("teacher", "hub"):
+        again = load_teacher(folder, trust=True)
+        assert (again.output, again.fingerprint()) == ("probabilities", made.fingerprint())
 
 
 def test_a_factory_that_does_not_fit_is_refused(script: Path, tmp_path: Path) -> None:
@@ -274,7 +283,11 @@ PREPROCESSOR: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save_hugging_face(transformers: Any, kind: str, folder: Path, preprocessor: dict[str, Any] | None) -> Any:
+CROP = {"do_center_crop": True, "crop_size": {"height": 16, "width": 24}}
+
+
+def save_hugging_face(transformers: Any, kind: str, folder: Path, preprocessor: Any = PREPROCESSOR) -> Any:
+    """A network of this kind, in a folder with its preprocessor, whose numbers are cut to the network's channels."""
     configs = {
         "resnet": lambda: transformers.ResNetConfig(
             embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=37
@@ -290,7 +303,9 @@ def save_hugging_face(transformers: Any, kind: str, folder: Path, preprocessor: 
     module: Any = trained(transformers.AutoModelForImageClassification.from_config(configs[kind]()))
     module.save_pretrained(folder)
     if preprocessor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+        channels = module.config.num_channels
+        numbers = {name: preprocessor[name][:channels] for name in ("image_mean", "image_std")}
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor | numbers))
     return module
 
 
@@ -300,16 +315,15 @@ def save_hugging_face(transformers: Any, kind: str, folder: Path, preprocessor: 
 )
 def test_a_hugging_face_folder(transformers: Any, kind: str, classes: int, recipe: str, tmp_path: Path) -> None:
     channels = 1 if kind == "convnext" else 3
-    facts = PREPROCESSOR | {name: PREPROCESSOR[name][:channels] for name in ("image_mean", "image_std")}
-    module = save_hugging_face(transformers, kind, tmp_path, facts)
+    module = save_hugging_face(transformers, kind, tmp_path)
     lines: list[str] = []
     found = load(tmp_path, notice=lines.append)
     teacher = found.teacher
     assert (found.kind, found.normalisation, lines) == (f"Hugging Face {kind}", "preprocessor_config.json", [])
     assert (teacher.num_classes, teacher.input_size) == (classes, (channels, 16, 16))
     assert teacher.class_names == (("cat", "dog", "eel") if kind == "vit" else None)
-    torch.testing.assert_close(teacher.mean.flatten().tolist(), facts["image_mean"])
-    torch.testing.assert_close(teacher.std.flatten().tolist(), facts["image_std"])
+    torch.testing.assert_close(teacher.mean.flatten().tolist(), PREPROCESSOR["image_mean"][:channels])
+    torch.testing.assert_close(teacher.std.flatten().tolist(), PREPROCESSOR["image_std"][:channels])
     x = torch.randn(3, channels, 16, 16)
     torch.testing.assert_close(teacher(x), module(x).logits)
     assert bool(find_stages(teacher.module, teacher.input_size)) == (kind != "vit")
@@ -319,12 +333,7 @@ def test_a_hugging_face_folder(transformers: Any, kind: str, classes: int, recip
 @pytest.mark.parametrize(
     ("changes", "size", "mean", "std"),
     [
-        (
-            {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 24}},
-            (16, 24),
-            0.5,
-            0.2,
-        ),
+        ({"size": {"shortest_edge": 20}} | CROP, (16, 24), 0.5, 0.2),
         ({"size": 24, "do_center_crop": False, "crop_size": 16}, (24, 24), 0.5, 0.2),
         ({"do_normalize": False}, (16, 16), 0.0, 1.0),
         ({"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False}, (16, 16), 0.5, 0.5),
@@ -335,8 +344,7 @@ def test_a_hugging_face_folder(transformers: Any, kind: str, classes: int, recip
 def test_preprocessors(
     transformers: Any, changes: dict[str, Any], size: tuple[int, int], mean: float, std: float, tmp_path: Path
 ) -> None:
-    facts = PREPROCESSOR | {"image_mean": [0.5], "image_std": [0.2]} | changes
-    save_hugging_face(transformers, "convnext", tmp_path, facts)
+    save_hugging_face(transformers, "convnext", tmp_path, PREPROCESSOR | changes)
     teacher = load_teacher(tmp_path)
     assert teacher.input_size == (1, *size)
     assert (teacher.mean.item(), teacher.std.item()) == pytest.approx((mean, std))
@@ -352,22 +360,10 @@ def test_what_a_hugging_face_folder_does_not_say_is_asked_for(transformers: Any,
     assert found.normalisation == "as given"
     assert lines == ["--mean 127.5 --std 51 read as 0..255 and divided by 255"]
     assert found.teacher.mean.item() == 0.5
-    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 16}}')
-    assert "cannot make sense of" in refused(lambda: load_teacher(tmp_path))
-
-
-class Payload:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-        return os.mkdir, (str(self.trace),)
 
 
 def test_hugging_face_folders_run_nothing(transformers: Any, tmp_path: Path) -> None:
-    module = save_hugging_face(
-        transformers, "convnext", tmp_path, PREPROCESSOR | {"image_mean": [0.5], "image_std": [0.2]}
-    )
+    module = save_hugging_face(transformers, "convnext", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert "pytorch_model.bin" in refused(lambda: load_teacher(tmp_path))
     torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
@@ -377,22 +373,18 @@ def test_hugging_face_folders_run_nothing(transformers: Any, tmp_path: Path) -> 
     torch.save(module.state_dict() | {"extra": Payload(trace)}, tmp_path / "pytorch_model.bin")
     assert "wants to run posix.mkdir" in refused(lambda: load_teacher(tmp_path, trust=True))
     assert not trace.exists()
-    config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(trace)!r})\n")
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForImageClassification": "code.M"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = {"AutoConfig": "code.C", "AutoModelForImageClassification": "code.M"}
+    edit(tmp_path / "config.json", model_type="mine", auto_map=theirs)
     assert "code that comes with a folder is never run" in refused(lambda: load_teacher(tmp_path, trust=True))
     torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
-    config |= {"model_type": "convnext", "_attn_implementation": "someone/kernels"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit(tmp_path / "config.json", model_type="convnext", _attn_implementation="someone/kernels")
     torch.testing.assert_close(load_teacher(tmp_path)(x), module(x).logits)
     assert not trace.exists()
 
 
 def test_an_untrained_head_is_refused(transformers: Any, tmp_path: Path) -> None:
-    module = save_hugging_face(
-        transformers, "convnext", tmp_path, PREPROCESSOR | {"image_mean": [0.5], "image_std": [0.2]}
-    )
+    module = save_hugging_face(transformers, "convnext", tmp_path)
     module.convnext.save_pretrained(tmp_path)  # the network without its classifier
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["ConvNextModel"]
@@ -427,7 +419,7 @@ def test_from_pretrained_says_what_it_could_not_find(tmp_path: Path, monkeypatch
         assert "which is neither" in refused(partial(zskt.Classifier.from_pretrained, what))
     (tmp_path / "teacher").mkdir()
     revised = refused(lambda: zskt.Classifier.from_pretrained(tmp_path / "teacher", revision="v1"), UsageError)
-    assert "revision has no use" in revised
+    assert "revision has no effect" in revised
 
     def offline(repository: str, **options: Any) -> str:
         raise hub.errors.LocalEntryNotFoundError("offline, and nothing in the cache\nTraceback")
@@ -488,42 +480,30 @@ def test_names_of_model_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 # The command line
 
 
-def run(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> tuple[Any, str]:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == status
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return (json.loads(out) if out else None), err
-
-
-def test_commands_take_every_spelling(
-    capsys: pytest.CaptureFixture[str], script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_take_every_spelling(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = load_teacher(f"{script}:make", arguments={"classes": 2}, input_size=(3, 8, 8), **GREY)
     torch.save(made.module.state_dict(), tmp_path / "net.pt")
     images = (("--input-size", 3, 8, 8), ("--mean", *GREY["mean"]), ("--std", *GREY["std"]))
     factory = [f"{script}:make", "--teacher-weights", tmp_path / "net.pt", "--teacher-args", "classes=2"]
     options = [item for option in images for item in option]
-    found, err = run(capsys, 0, "inspect", *factory, *options, "--student", "convnet-4")
+    _, out, err = call("inspect", *factory, *options, "--student", "convnet-4")
+    found = json.loads(out)
     assert (found["kind"], found["num_classes"], found["output"]) == ("factory", 2, "logits")
     assert (found["normalisation_from"], found["recipe"]) == ("as given", "zskt-prior")
     assert found["latency_ms"] > 0
     assert found["stage_resolutions"] == [[4, 4]]
     assert "runs the code" in err
     tiny = ["--steps", 2, "--batch-size", 4, "--set", "generator.width=8", "generator.latent=8", "student.updates=2"]
-    run(capsys, 0, "distill", *factory, *options, "--student", "convnet-4", "--out", tmp_path / "run", *tiny)
+    run("distill", *factory, *options, "--student", "convnet-4", "--out", tmp_path / "run", *tiny)
     monkeypatch.setattr("zskt.cli.runs.test_images", lambda data, network: stripes(16, 3))
-    measured, _ = run(capsys, 0, "evaluate", tmp_path / "run", "--data", "x", "--teacher", *factory, *options)
+    measured = run("evaluate", tmp_path / "run", "--data", "x", "--teacher", *factory, *options)
     assert measured == measure(zskt.load_student(tmp_path / "run"), *stripes(16, 3), made)
     monkeypatch.setattr("zskt.cli.paper.test_images", lambda data, network: stripes(64, 3))
-    run(capsys, 0, "belief", tmp_path / "run", *factory, *options, "--data", "x", "--images", 2, "--steps", 2)
-    run(capsys, 0, "sample", tmp_path / "run", "--out", tmp_path / "a.png", "--teacher", *factory, *options)
-    _, err = run(capsys, 2, "inspect", f"{script}:make")
-    assert "--input-size C H W" in err
-    _, err = run(capsys, 2, "inspect", tmp_path / "run", *options)
-    assert "has no use" in err
-    _, err = run(capsys, 2, "inspect", *factory[:3], "--teacher-args", "classes")
-    assert "key=value" in err
+    run("belief", tmp_path / "run", *factory, *options, "--data", "x", "--images", 2, "--steps", 2)
+    run("sample", tmp_path / "run", "--out", tmp_path / "a.png", "--teacher", *factory, *options)
+    assert "--input-size C H W" in fails(2, "inspect", f"{script}:make")
+    assert "has no effect" in fails(2, "inspect", tmp_path / "run", *options)
+    assert "key=value" in fails(2, "inspect", *factory[:3], "--teacher-args", "classes")
 
 
 def test_options_go_to_the_network_from_elsewhere(script: Path, tmp_path: Path) -> None:
@@ -536,7 +516,7 @@ def test_options_go_to_the_network_from_elsewhere(script: Path, tmp_path: Path) 
     assert (first.kind, second.kind) == ("folder of zskt", "factory")
     with pytest.raises(UsageError, match="are for one factory"):
         open_networks([f"{script}:make", f"{script}:Net"], foreign)
-    with pytest.raises(UsageError, match="has no use"):
+    with pytest.raises(UsageError, match="has no effect"):
         open_network(tmp_path / "teacher", foreign)
 
 
@@ -545,6 +525,7 @@ def test_options_go_to_the_network_from_elsewhere(script: Path, tmp_path: Path) 
     [
         [{"image_processor": [1]}],
         {"image_processor": None},
+        {"size": {"height": 16}},
         {"size": {"height": float("inf"), "width": 8}},
         {"image_mean": [10**400] * 3},
         {"size": {"shortest_edge": [8]}},
@@ -555,7 +536,7 @@ def test_a_preprocessor_of_odd_values_is_not_understood(transformers: Any, facts
     save_hugging_face(transformers, "vit", tmp_path, None)
     text = json.dumps(facts if isinstance(facts, list) else PREPROCESSOR | facts)
     (tmp_path / "preprocessor_config.json").write_text(text)
-    assert "cannot make sense of" in refused(lambda: load_teacher(tmp_path))
+    assert "cannot interpret" in refused(lambda: load_teacher(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -571,9 +552,8 @@ def test_a_preprocessor_of_odd_values_is_not_understood(transformers: Any, facts
 def test_a_config_that_asks_for_too_much_is_refused(
     transformers: Any, changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_hugging_face(transformers, "vit", tmp_path, PREPROCESSOR)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    save_hugging_face(transformers, "vit", tmp_path)
+    edit(tmp_path / "config.json", **changes)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)  # nothing is made
     assert words in refused(lambda: load_teacher(tmp_path))
 
@@ -581,11 +561,10 @@ def test_a_config_that_asks_for_too_much_is_refused(
 def test_transformers_quotes_no_config_on_the_terminal(
     transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_hugging_face(transformers, "vit", tmp_path, PREPROCESSOR)
+    save_hugging_face(transformers, "vit", tmp_path)
     handler = logging.handlers.BufferingHandler(100)
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"use_return_dict": "\x1b[2J"}))
+    edit(tmp_path / "config.json", use_return_dict="\x1b[2J")
     refused(lambda: load_teacher(tmp_path))
     assert not handler.buffer
 
@@ -595,11 +574,10 @@ def test_configs_lose_what_fetches_code_at_any_depth(transformers: Any) -> None:
     config = {"a": 1, "b": [evil | {"c": 2}], "d": {"e": evil}, **evil}
     assert without_code(config, Path("here")) == {"a": 1, "b": [{"c": 2}], "d": {"e": {}}}
     how = {"transformers": "TimmWrapperForImageClassification", "config": {}}
-    assert "does not have as an image classifier" in refused(
-        lambda: rebuild_module(how, Path("here"), 3, SIZE, trust=True)
-    )
+    rebuild = partial(rebuild_module, where=Path("here"), num_classes=3, input_size=SIZE, trust=True)
+    assert "does not have as an image classifier" in refused(partial(rebuild, how))
     how = {"transformers": "ViTForImageClassification", "config": {"num_labels": 4}}
-    assert "expected 3 classes" in refused(lambda: rebuild_module(how, Path("here"), 3, SIZE, trust=True))
+    assert "expected 3 classes" in refused(partial(rebuild, how))
 
 
 def unusual(tmp_path: Path, body: str) -> str:
@@ -610,7 +588,6 @@ def unusual(tmp_path: Path, body: str) -> str:
     return f"{tmp_path}/unusual.py:Net"
 
 
-GREY_48 = ["--input-size", "3", "4", "4", "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
 FORWARD = "    def forward(self, x):\n        return self.fc(x.flatten(1))\n"
 
 
@@ -625,15 +602,13 @@ FORWARD = "    def forward(self, x):\n        return self.fc(x.flatten(1))\n"
     ],
     ids=["spec", "stages", "single", "setattr"],
 )
-def test_unusual_networks_are_inspected(body: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", unusual(tmp_path, body), *GREY_48]) == 0
-    result = json.loads(capsys.readouterr().out)
+def test_unusual_networks_are_inspected(body: str, tmp_path: Path) -> None:
+    result = run("inspect", unusual(tmp_path, body), *GREY_48)
     assert (result["model"], result["num_classes"]) == (None, 3)
     assert (result["latency_ms"] is None) == ("len(x) > 1" in body)
 
 
-def test_a_fraction_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fraction_of_nothing_is_refused(tmp_path: Path) -> None:
     body = "        self.register_buffer('w', self.fc.weight.detach().T.clone())\n        del self.fc\n"
     network = unusual(tmp_path, body + "    def forward(self, x):\n        return x.flatten(1) @ self.w\n")
-    assert main(["inspect", network, *GREY_48, "--student", "auto:0.5"]) == 1
-    assert "the teacher has none" in capsys.readouterr().err
+    assert "the teacher has none" in fails(1, "inspect", network, *GREY_48, "--student", "auto:0.5")

@@ -2,12 +2,11 @@
 
 import itertools
 import random
-import re
 
 import pytest
 from torch import Tensor, nn
 
-from small import FourStages, make_teacher
+from small import FourStages, make_teacher, refused
 from zskt.errors import UsageError, ZsktError
 from zskt.method.stage_pairs import describe_pairs, likeness, match, stage_pairs, stages_pair_up
 from zskt.networks import models
@@ -70,10 +69,8 @@ def test_networks_of_unlike_families_pair_up_and_it_is_said() -> None:
     pairs = stage_pairs(teacher, FourStages(4))
     assert pairs == (("block1", "block2", "block3"), ("stage1", "stage2", "stage3"))
     lenet = models.lenet5(num_classes=10, input_size=(3, 16, 16))
-    assert (
-        describe_pairs(teacher, lenet, stage_pairs(teacher, lenet))
-        == "block1 = conv1 (16 x 16), block3 = conv2 (4 x 4)"
-    )
+    said = describe_pairs(teacher, lenet, stage_pairs(teacher, lenet))
+    assert said == "block1 = conv1 (16 x 16), block3 = conv2 (4 x 4)"
     student = nn.Sequential(nn.Conv2d(3, 4, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(100, 10))
     assert describe_pairs(teacher, student, stage_pairs(teacher, student)) == "block3 = 1 (4 x 4 and 5 x 5)"
 
@@ -89,19 +86,14 @@ def test_names_override() -> None:
     ("named", "words"),
     [
         (("blck1=stage1",), "unknown teacher stage 'blck1': did you mean block1 or block3 or block2? valid are block1"),
-        (
-            ("block1=layer1",),
-            "unknown student stage 'layer1': did you mean stage1? valid are stage1, stage2, stage3, stage4",
-        ),
+        (("block1=layer1",), "student stage 'layer1': did you mean stage1? valid are stage1, stage2, stage3, stage4"),
         (("block1",), "expected TEACHER=STUDENT, as in layer1=block1"),
         (("block1=stage1=stage2",), "expected TEACHER=STUDENT"),
         (("fc=stage1",), "expected a teacher stage that returns maps (N, C, H, W), found 2 dimensions from fc; valid"),
     ],
 )
 def test_wrong_names_are_refused_with_the_valid_ones(named: tuple[str, ...], words: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(words)) as error:
-        stage_pairs(make_teacher(), FourStages(4), named)
-    assert "\n" not in str(error.value)
+    assert words in refused(lambda: stage_pairs(make_teacher(), FourStages(4), named), UsageError)
 
 
 class Odd(nn.Module):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,6 +44,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return found
 
 
+def test_losses_of_any_name_have_their_panel(drawn: list[Figure]) -> None:
+    plots.run_curves({"run": [{"step": 1, "critic_loss": [3.0], "student_loss": [2.0]}]})
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert (len(titles), titles[0], titles[-1]) == (7, "student loss", "critic loss")
+    assert drawn[0].axes[-1].lines[0].get_ydata() == [3.0]
+
+
 def pixels(png: bytes) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) of a PNG that is large enough and not blank."""
     with Image.open(io.BytesIO(png)) as image:
@@ -64,6 +72,11 @@ def transitions(classes: int, images: int, size: tuple[int, int, int] = (3, 16, 
     return Transitions(first, second, gaps, starts, curves[:, :8], pictures)
 
 
+def legend_of(legend: Legend | None) -> list[str]:
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def lines_of(axes: Any) -> list[NDArray[Any]]:
     """The values of every line that has some."""
     return [np.asarray(line.get_ydata()) for line in axes.lines if len(line.get_ydata())]
@@ -83,9 +96,7 @@ def test_average_transitions_show_means_and_two_standard_errors(panels: int, ima
             edges = np.asarray(band.get_paths()[0].vertices)[:, 1]
             assert edges.max() == pytest.approx((line + 2 * error).max())
             assert edges.min() == pytest.approx((line - 2 * error).min())
-    legend = figure.axes[0].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["student", "teacher"]
+    assert legend_of(figure.axes[0].get_legend()) == ["student", "teacher"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,7 @@ def test_single_transitions_show_the_class_they_name(
             assert line == pytest.approx(curve.tolist())
     assert len(targets) == min(len(panels), classes - 1)  # as many other classes as there are panels for
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["one", "other"]
+    assert legend_of(legend) == ["one", "other"]
 
 
 @pytest.mark.parametrize("as_fractions", [True, False])
@@ -135,17 +146,15 @@ def test_any_name_is_shown_as_it_is(name: str, drawn: list[Figure]) -> None:
     pixels(few_shot_curves({"student": {0: [0.5]}}, {}, name))
     average, single = drawn[:2]
     for legend in (average.axes[0].get_legend(), single.legends[0]):
-        assert legend is not None
-        assert [text.get_text().strip() for text in legend.get_texts()] == [name, "b"]
+        assert [text.strip() for text in legend_of(legend)] == [name, "b"]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_few_shot_curves_are_means_and_deviations(seeds: int, drawn: list[Figure]) -> None:
     rng = np.random.default_rng(0)
     points = {float(m): rng.random(seeds).tolist() for m in (100, 0, 10, 25)}
-    levels = {
-        name: rng.random(seeds).tolist() for name in ("no teacher", "KD+AT", "KD+AT without CE", "teacher", "x", "y")
-    }
+    names = ("no teacher", "KD+AT", "KD+AT without CE", "teacher", "x", "y")
+    levels = {name: rng.random(seeds).tolist() for name in names}
     pixels(few_shot_curves({"zskt": points, "one point": {10.0: [0.5] * seeds}}, levels, "a title"))
     (axes,) = drawn[0].axes
     (curve, _, (bars,)), *_ = axes.containers
@@ -156,10 +165,8 @@ def test_few_shot_curves_are_means_and_deviations(seeds: int, drawn: list[Figure
     assert lengths == pytest.approx([2 * value.std(ddof=1) if seeds > 1 else 0 for value in values])
     flat = [values[0] for values in lines_of(axes) if len(values) == 2]
     assert flat == pytest.approx([100 * np.mean(value) for value in levels.values()])
-    legend = axes.get_legend()
-    assert legend is not None
-    texts = [text.get_text() for text in legend.get_texts()]
-    assert sorted(texts) == sorted(["zskt", "one point", *(f"{name}, all images" for name in levels)])
+    shown = ["zskt", "one point", *(f"{name}, all images" for name in levels)]
+    assert sorted(legend_of(axes.get_legend())) == sorted(shown)
 
 
 @pytest.mark.parametrize(("classes", "networks"), [(2, 1), (10, 5), (30, 2)])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
+from small import Tokens, refused, student_for
 from zskt.errors import ZsktError
 from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, output_kind, probe
 from zskt.networks.observe import logits_of
@@ -35,20 +36,6 @@ class Small(nn.Module):
         return self.after(x, logits)
 
 
-class Tokens(nn.Module):
-    """Patches as tokens with LayerNorm and attention, as in a ViT."""
-
-    def __init__(self, size: tuple[int, int, int], classes: int) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(size[0], 8, 4, 4)
-        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
-        self.fc = nn.Linear(8, classes)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        tokens = self.norm(self.patches(x).flatten(2).transpose(1, 2))  # (N, L, D)
-        return {"features": tokens, "logits": self.fc(self.attention(tokens, tokens, tokens)[0].mean(dim=1))}
-
-
 class Pair(NamedTuple):
     features: Tensor
     logits: Tensor
@@ -61,21 +48,6 @@ def seeded() -> None:
 
 def teacher_of(module: nn.Module, size: tuple[int, int, int] = SIZE) -> zskt.Classifier:
     return as_teacher(zskt.Classifier(module, input_size=size, mean=[0.5] * size[0], std=[0.25] * size[0]))
-
-
-def refused(module: nn.Module) -> str:
-    with pytest.raises(ZsktError) as error:
-        teacher_of(module)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def student_for(teacher: zskt.Classifier) -> nn.Module:
-    channels = teacher.input_size[0]
-    return nn.Sequential(
-        nn.Conv2d(channels, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(4, teacher.num_classes),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -114,22 +86,21 @@ def test_logits_of_whatever_a_network_returns(after: Callable[[Tensor, Tensor], 
     ids=["map", "first of a tuple", "other key", "nothing", "list"],
 )
 def test_what_holds_no_logits_is_refused(output: Any, words: str) -> None:
-    with pytest.raises(ZsktError, match="expected a network that returns logits") as error:
-        logits_of(output)
-    assert words in str(error.value)
+    message = refused(lambda: logits_of(output))
+    assert "expected a network that returns logits" in message
+    assert words in message
 
 
-@pytest.mark.parametrize(("classes", "size"), [(2, (1, 8, 8)), (37, (4, 28, 28)), (1000, (3, 32, 96))], ids=str)
+SIZES = [(2, (1, 8, 8)), (37, (4, 28, 28)), (1000, (3, 32, 96)), (1000, (3, 224, 224))]
+
+
+@pytest.mark.parametrize(("classes", "size"), SIZES, ids=str)
 def test_classes_and_sizes(classes: int, size: tuple[int, int, int]) -> None:
-    for module in (Small(classes, size[0]), Tokens(size, classes)):
+    for module in (Small(classes, size[0]), Tokens(size=size, classes=classes)):
         teacher = teacher_of(module, size)
         assert (teacher.num_classes, teacher.has_batchnorm) == (classes, False)
         assert module.training  # whoever handed it in still has it as it was
     assert zskt.distill(teacher, student_for(teacher), steps=1, settings=TINY).finished
-
-
-def test_a_large_image() -> None:
-    assert teacher_of(Small(1000), (3, 224, 224)).num_classes == 1000
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 1e4])
@@ -150,6 +121,14 @@ def test_probabilities_are_read_as_their_logarithms(sharpness: float) -> None:
     assert torch.isfinite(gradient).all()
     result = zskt.distill(teacher, student_for(teacher), "zskt-fresh", steps=2, settings=TINY)
     assert result.finished
+
+
+def test_a_module_put_in_later_is_checked_too() -> None:
+    teacher = teacher_of(Small())
+    teacher.module = Small(after=lambda x, logits: logits.softmax(dim=1))
+    found = as_teacher(teacher)
+    assert found.output == "probabilities"
+    assert as_teacher(found).output == "probabilities"  # not checked again: it returns their logarithms
 
 
 def test_log_probabilities_serve_as_logits() -> None:
@@ -201,13 +180,12 @@ class InPlace(Small):
 
 
 class FixedBatch(Small):
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x.view(8, *SIZE))
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
 
-
-class FixedPair(Small):
     def forward(self, x: Tensor) -> Any:
-        return super().forward(x.view(2, *SIZE))
+        return super().forward(x.view(self.batch, *SIZE))
 
 
 def spoilt(what: float) -> nn.Module:
@@ -227,8 +205,8 @@ def spoilt(what: float) -> nn.Module:
         (Small(after=lambda x, y: y.detach() + torch.zeros(5, requires_grad=True)), "no gradient reaches the images"),
         (Embedding(), "takes integer images"),
         (InPlace(), "in place"),
-        (FixedBatch(), "batches of exactly 8"),
-        (FixedPair(), "batches of exactly 2"),
+        (FixedBatch(8), "batches of exactly 8"),
+        (FixedBatch(2), "batches of exactly 2"),
         (spoilt(float("nan")), "NaN or infinity"),
         (spoilt(float("inf")), "NaN or infinity"),
         (Small(classes=1), "at least 2 classes, found 1"),
@@ -238,7 +216,7 @@ def spoilt(what: float) -> nn.Module:
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_what_cannot_be_distilled_is_refused_with_the_reason(module: nn.Module, words: str) -> None:
-    assert words in refused(module)
+    assert words in refused(lambda: teacher_of(module))
 
 
 def test_an_unsteady_network_is_noted() -> None:
@@ -249,7 +227,7 @@ def test_an_unsteady_network_is_noted() -> None:
 def test_what_cannot_be_copied_is_refused() -> None:
     module = Small()
     module.lock = __import__("threading").Lock()
-    assert "cannot be copied" in refused(module)
+    assert "cannot be copied" in refused(lambda: teacher_of(module))
 
 
 def test_the_probe_never_trains_and_leaves_no_gradient() -> None:

@@ -134,6 +134,12 @@ def test_no_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_run_of_before_is_refused_as_elsewhere(tmp_path: Path) -> None:
+    (make_run(tmp_path / "a") / "config.toml").write_text('device = "cpu"')
+    with pytest.raises(ZsktError, match=r"expected format 2 in .*config\.toml, found an earlier one"):
+        write_report([tmp_path / "a"], tmp_path / "report.html")
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_images_are_placed_pixel_by_pixel(channels: int) -> None:
     images = torch.rand(5, channels, 8, 10, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,5 @@
 """The paper's tables and figures: their cells and jobs, the published numbers, budgets, and all of them made small."""
 
-import contextlib
-import json
 import math
 import shutil
 from contextlib import AbstractContextManager
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 
 import zskt
-from small import coloured, make_teacher
+from small import coloured, make_teacher, quiet
 from zskt.data.images import Dataset
 from zskt.errors import UsageError
 from zskt.evaluate.measures import measure
@@ -25,6 +23,7 @@ from zskt.paper.experiments import Budget
 from zskt.paper.jobs import Show, in_order, run_jobs
 from zskt.paper.reproduce import NAMES, Request, published_budget, reproduction
 from zskt.paper.tables import Reproduction, write_result
+from zskt.run.checkpoint import read_lines
 from zskt.runtime import circumstances
 
 pytestmark = pytest.mark.usefixtures("tiny_recipes")
@@ -87,12 +86,8 @@ def test_cells_and_jobs_match_a_count_by_hand(name: str, data: str, tmp_path: Pa
 
 
 def test_requests_change_the_jobs() -> None:
-    asked: dict[str, Any] = {
-        "recipe": ("zskt", "zskt-prior"),
-        "images_per_class": (5, 200),
-        "seeds": (7,),
-        "student": "wrn-16-2",
-    }
+    asked: dict[str, Any] = {"images_per_class": (5, 200), "seeds": (7,), "student": "wrn-16-2"}
+    asked |= {"recipe": ("zskt", "zskt-prior")}
     names = {name: {job.name for job in in_order(reproduction(request(name, **asked)).jobs)} for name in MADE}
     assert names["table-1"] == {
         "wrn-40-2-on-all-seed-7",
@@ -246,9 +241,8 @@ def test_the_published_schedule_reaches_the_jobs() -> None:
 def test_the_scale_changes_amounts_of_work_and_nothing_else(scale: float) -> None:
     changes = {"images": 500}
     for name in MADE:
-        whole, cut = (
-            in_order(reproduction(request(name, seeds=(0,), scale=s, changes=changes)).jobs) for s in (1, scale)
-        )
+        asked = [request(name, seeds=(0,), scale=s, changes=changes) for s in (1, scale)]
+        whole, cut = (in_order(reproduction(each).jobs) for each in asked)
         assert [job.name for job in whole] == [job.name for job in cut]
         for job, less in zip(whole, cut, strict=True):
             belief = job.name.startswith("belief")
@@ -289,9 +283,8 @@ class Results:
     def make(self, name: str, seeds: tuple[int, ...]) -> None:
         changes = {"updates": 8, "steps": 2, "images": 2}
         data = coloured(60), coloured(30, seed=1)
-        asked = Request(
-            name, *data, self.root, None, changes, "convnet-4", "convnet-2", images_per_class=(3,), seeds=seeds
-        )
+        pair = ("convnet-4", "convnet-2")
+        asked = Request(name, *data, self.root, None, changes, *pair, images_per_class=(3,), seeds=seeds)
         self.made[name] = reproduction(asked)
         assert run_jobs(in_order(self.made[name].jobs), self.root, math.inf, self.bar) == {}
         facts = {**circumstances(), "seeds": list(seeds), "precision": "fp32"}
@@ -299,7 +292,7 @@ class Results:
 
     def bar(self, name: str, unit: str) -> AbstractContextManager[Show]:
         self.worked.append(name)
-        return contextlib.nullcontext(lambda done, total, beside: None)
+        return quiet()
 
     def network(self, job: str) -> zskt.Classifier:
         return load_network(self.root / "parts" / job)
@@ -378,8 +371,7 @@ def test_transition_errors_are_those_of_the_students_named(results: Results) -> 
 
 
 def test_beliefs_about_pseudo_images_are_the_last_ones(results: Results) -> None:
-    lines = (results.root / "parts" / "zskt-convnet-4-to-convnet-2-seed-0" / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[-1])
+    last = read_lines(results.root / "parts" / "zskt-convnet-4-to-convnet-2-seed-0" / "metrics.jsonl")[-1]
     found = {cell["column"]: cell["values"] for cell in results.result["figure-3"]["cells"]}
     assert found == {
         "teacher confidence": [last["teacher_confidence"]],
@@ -398,12 +390,8 @@ def test_noise_in_two_classes_is_counted(results: Results) -> None:
             classes = network(network.normalise(noise)).argmax(dim=1)
         counts = sorted(int((classes == k).sum()) for k in range(3))
         assert cells[spec, "noise in the two most common classes, %"] == [pytest.approx((counts[1] + counts[2]) / 1000)]
-        assert cells[spec, "accuracy, %"] == [json_of(results, f"{spec}-on-all-seed-0")["measured"]["accuracy"]]
-
-
-def json_of(results: Results, job: str) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(results.root / "parts" / job / "teacher.json")
-    return found
+        facts = read_json(results.root / "parts" / f"{spec}-on-all-seed-0" / "teacher.json")
+        assert cells[spec, "accuracy, %"] == [facts["measured"]["accuracy"]]
 
 
 def test_figures_are_drawn_from_finished_jobs(results: Results, tmp_path: Path) -> None:

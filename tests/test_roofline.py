@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from small import make_matching, make_teacher
+from small import call, make_matching, make_teacher
 from zskt.bench import roofline
 from zskt.bench import step_time as bench
-from zskt.cli.main import main
 from zskt.method.matching import BeliefMatching
 from zskt.method.updates import Batch
 from zskt.networks import models
@@ -91,9 +90,9 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--pair", "digits", "--rounds", "1", "--explain"]) == 0
-    out, err = capsys.readouterr()
+def test_the_command() -> None:
+    status, out, err = call("bench", "--pair", "digits", "--rounds", 1, "--explain")
+    assert status == 0
     result = json.loads(out)
     for arm in ("fp32", "bf16"):
         phases = result[arm]["phases"]

@@ -266,24 +266,16 @@ def test_a_frame_shows_points_over_both_sides_and_the_plane_the_right_way_up() -
     assert image.getpixel((780, 363)) == (0xEC, 0xCD, 0xD3)
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
-def test_an_animation_can_be_read_back(tmp_path: Path, name: str) -> None:
+def test_an_animation_can_be_read_back(tmp_path: Path) -> None:
     images = [Image.new("RGB", (40, 20), color) for color in ("red", "green", "blue")]
-    toy.save_animation(tmp_path / name, images)
-    with Image.open(tmp_path / name) as found:
+    toy.save_animation(tmp_path / "a.gif", images)
+    with Image.open(tmp_path / "a.gif") as found:
         assert found.n_frames == 3  # type: ignore[attr-defined]
         assert found.size == (40, 20)
         found.seek(2)
         assert found.convert("RGB").getpixel((5, 5))[2] > 200  # type: ignore[index]
         assert found.info["duration"] == 2000
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.parametrize(("name", "count"), [("a.png", 2), ("a.gif", 0)])
-def test_invalid_animations_are_refused(tmp_path: Path, name: str, count: int) -> None:
-    with pytest.raises(UsageError, match=r"expected at least one image and the suffix \.gif or \.webp"):
-        toy.save_animation(tmp_path / name, [Image.new("RGB", (4, 4))] * count)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
 
 
 def test_reproducing_gives_medians_and_pictures(tmp_path: Path) -> None:

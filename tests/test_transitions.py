@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import zskt
-from small import make_teacher
+from small import Viewing, make_teacher
 from zskt.bench.reference import released_transitions
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.transitions import Paths, Transitions, compare, transition_curves
@@ -62,9 +62,8 @@ def plain(
 def test_curves_are_those_of_the_plain_loop(stepped: Any, batch_size: int) -> None:
     first, second = make_pair()
     images, starts = make_images()
-    found = transition_curves(
-        first, second, images, starts, Paths(steps=STEPS, step_size=XI, stepped=stepped, batch_size=batch_size)
-    )
+    paths = Paths(steps=STEPS, step_size=XI, stepped=stepped, batch_size=batch_size)
+    found = transition_curves(first, second, images, starts, paths)
     if stepped == "first":
         one, two = plain(first, second, images, starts)
     else:
@@ -104,17 +103,11 @@ class _Rescaled(nn.Module):
         return self.network(self.network.normalise(x))
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "recorded after the step",
-        "the other network stepped",
-        "steps in [0, 1] pixels",
-        "mean over the batch",
-        "the other network's normalisation ignored",
-        "another start class",
-    ],
-)
+MISTAKES = ["recorded after the step", "the other network stepped", "steps in [0, 1] pixels", "mean over the batch"]
+MISTAKES += ["the other network's normalisation ignored", "another start class"]
+
+
+@pytest.mark.parametrize("how", MISTAKES)
 def test_each_known_mistake_changes_the_curves(how: str) -> None:
     first, second = make_pair()
     images, starts = make_images()
@@ -152,16 +145,7 @@ def test_bf16_is_close_and_off_by_default() -> None:
 
 
 def test_a_network_that_needs_contiguous_feature_maps_can_be_followed() -> None:
-    class Viewing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * 7 * 12, K)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(x)
-            return self.fc(x.view(len(x), -1))
-
-    network = Classifier(Viewing(), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
+    network = Classifier(Viewing(size=SIZE, classes=K), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
     images, starts = make_images()
     assert transition_curves(network, network, images.float(), starts, Paths(steps=2)).error == 0
 
@@ -194,21 +178,16 @@ def test_paths_start_from_the_label_if_requested() -> None:
     first, second = make_pair()
     images, _ = make_images(20)
     labels = (first(first.normalise(images)).argmax(dim=1) + 1) % K  # always wrong
-    found = [
-        compare(first, second, images, labels, Paths(images=2, steps=2, start=start))
-        for start in ("prediction", "label")
-    ]
-    starts = [result.transitions.starts for result in found]
-    assert torch.equal((starts[0] + 1) % K, starts[1])
+    by_prediction = compare(first, second, images, labels, Paths(images=2, steps=2, start="prediction"))
+    by_label = compare(first, second, images, labels, Paths(images=2, steps=2, start="label"))
+    assert torch.equal((by_prediction.transitions.starts + 1) % K, by_label.transitions.starts)
 
 
 def test_a_bare_module_uses_the_other_normalisation() -> None:
     first, second = make_pair()
     images, labels = make_images(20)
     bare = compare(first.module, second, images, labels, Paths(images=2, steps=2))
-    wrapped = Classifier(
-        first.module, input_size=SIZE, mean=second.mean.flatten().tolist(), std=second.std.flatten().tolist()
-    )
+    wrapped = second.like(first.module)
     assert bare.measured == compare(wrapped, second, images, labels, Paths(images=2, steps=2)).measured
     assert zskt.compare is compare
     with pytest.raises(UsageError, match="two bare modules"):

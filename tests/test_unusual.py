@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
-from small import make_teacher
+from small import Tokens, Viewing, make_teacher
 from zskt.method.recipe import plan
 from zskt.networks import models
 from zskt.networks.observe import memory_format
@@ -23,21 +23,6 @@ from zskt.run.distill import distill
 
 TINY = {"steps": 2, "batch_size": 4, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
 Size = tuple[int, int, int]
-
-
-class Viewing(nn.Module):
-    """Flattens its maps by `view`, which takes contiguous memory only."""
-
-    def __init__(self, width: int = 4, *, size: Size = (3, 16, 16), classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(size[0], width, 3, padding=1)
-        self.bn = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.fc = nn.Linear(width * -(-size[1] // 2) * -(-size[2] // 2), classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(F.relu(self.bn(self.conv1(x))))
-        return self.fc(x.view(x.shape[0], -1))
 
 
 class Grouped(nn.Module):
@@ -53,22 +38,6 @@ class Grouped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return self.fc(self.dropout(x.mean(dim=(2, 3))))
-
-
-class Tokens(nn.Module):
-    """ViT-like: patches, then tokens (N, L, D), with LayerNorm and a learnt class token."""
-
-    def __init__(self, *, size: Size = (3, 16, 16), classes: int = 10) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(size[0], 8, 4, 4)
-        self.first = nn.Parameter(torch.zeros(1, 1, 8))
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = self.block(torch.cat([self.first.expand(len(x), -1, -1), x], dim=1))
-        return self.head(x[:, 0])
 
 
 class Peculiar(nn.Module):
@@ -103,6 +72,10 @@ def built(kind: str, *, size: Size = (3, 16, 16), classes: int = 10) -> nn.Modul
         return KINDS[kind](size=size, classes=classes)
 
 
+def random_images(count: int, size: Size = (3, 16, 16)) -> tuple[Tensor, Tensor]:
+    return torch.randint(0, 256, (count, *size), dtype=torch.uint8), torch.arange(count)
+
+
 def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
 
@@ -117,23 +90,24 @@ def test_view_takes_contiguous_memory_only_and_it_is_seen(channels: int) -> None
     assert memory_format(models.wide_resnet(10, 1, channels=channels), size) == torch.channels_last
 
 
+def viewing_pair(who: str) -> tuple[zskt.Classifier, nn.Module]:
+    """A teacher and a student, of whom one or both reshape by `view`."""
+    teacher = make_teacher(Viewing(8) if who != "student" else None)
+    return teacher, Viewing(4) if who != "teacher" else models.wide_resnet(10, 1)
+
+
 @pytest.mark.parametrize("who", ["teacher", "student", "both"])
 def test_the_baselines_take_such_networks_too(who: str) -> None:
-    teacher = make_teacher(Viewing(8) if who != "student" else None)
-    student = Viewing(4) if who != "teacher" else models.wide_resnet(10, 1)
-    data = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8), torch.arange(10)
+    teacher, student = viewing_pair(who)
+    data = random_images(10)
     assert train_student(student, teacher, data, data, Training(2, batch_size=5)).finished
 
 
 @pytest.mark.parametrize("who", ["teacher", "student", "both"])
 @pytest.mark.parametrize("recipe", ["auto", "zskt", "zskt-fresh"])
-def test_a_network_that_reshapes_by_view_decides_the_memory_format_of_all(
-    who: str, recipe: str, tmp_path: Path
-) -> None:
-    teacher = make_teacher(Viewing(8) if who != "student" else None)
-    student = Viewing(4) if who != "teacher" else models.wide_resnet(10, 1)
-    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
-    result = distill(teacher, student, recipe, settings=TINY, out=tmp_path / "run", evaluate=images)
+def test_a_network_that_reshapes_by_view_decides_the_memory_format(who: str, recipe: str, tmp_path: Path) -> None:
+    teacher, student = viewing_pair(who)
+    result = distill(teacher, student, recipe, settings=TINY, out=tmp_path / "run", evaluate=random_images(6))
     assert result.finished
     assert result.config.machine.memory_format == "contiguous"
     whom = "teacher and student" if who == "both" else who
@@ -166,16 +140,13 @@ def test_every_kind_teaches_every_kind(teacher: str, student: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("size", "classes"),
-    [((1, 28, 28), 10), ((4, 8, 8), 2), ((3, 32, 96), 37), ((3, 8, 8), 1000)],
-    ids=str,
+    ("size", "classes"), [((1, 28, 28), 10), ((4, 8, 8), 2), ((3, 32, 96), 37), ((3, 8, 8), 1000)], ids=str
 )
 def test_channels_sizes_and_classes(kind: str, size: Size, classes: int, tmp_path: Path) -> None:
     teacher = make_teacher(built(kind, size=size, classes=classes), size=size)
     student = models.convnet(4, num_classes=classes, channels=size[0])
-    images = torch.randint(0, 256, (4, *size), dtype=torch.uint8), torch.arange(4) % classes
-    result = distill(teacher, student, settings=TINY, out=tmp_path / "run", evaluate=images)
-    assert result.finished
+    images, labels = random_images(4, size)
+    assert distill(teacher, student, settings=TINY, out=tmp_path / "run", evaluate=(images, labels % classes)).finished
     x = torch.randn(2, *size)
     torch.testing.assert_close(zskt.load_student(tmp_path / "run")(x), student(x))
 
@@ -186,8 +157,7 @@ def test_unusual_students_resume_bit_for_bit(kind: str, fused: bool, tmp_path: P
     settings = TINY | {"steps": 4, "checkpoint_every": 2, "machine.fused": fused, "student.loss.attention": 0.0}
     whole, parts = built(kind), built(kind)
     distill(make_teacher(), whole, "zskt", settings=settings, out=tmp_path / "whole")
-    distill(make_teacher(), parts, "zskt", settings=settings, out=tmp_path / "parts", stop_after=2)
-    parts = built(kind)
+    distill(make_teacher(), built(kind), "zskt", settings=settings, out=tmp_path / "parts", stop_after=2)
     distill(make_teacher(), parts, "zskt", settings=settings, out=tmp_path / "parts", resume=True)
     assert not changed(whole, parts.state_dict())
 
@@ -232,8 +202,7 @@ print(result.config.recipe, result.config.generator.width, f"{{seconds:.0f}} s {
 
 @pytest.mark.slow
 def test_a_resnet_18_pair_at_224_stays_within_8_gib() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LARGE.format(tests=str(Path(__file__).parent))], capture_output=True, text=True
-    )
+    script = LARGE.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-2]) < 8, done.stdout

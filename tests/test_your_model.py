@@ -12,14 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import zskt
-from small import make_teacher, shake_batchnorm
-from zskt.cli.main import main
+from small import call, coloured, make_teacher, shake_batchnorm, write_images
 from zskt.networks import models
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your-model.md").read_text()
@@ -44,7 +41,7 @@ def arguments(command: str) -> list[str]:
     return words
 
 
-def follow(number: int, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def follow(number: int) -> list[dict[str, Any]]:
     """Run all blocks of a case in the current folder; what its commands print."""
     results = []
     for language, text in blocks(number):
@@ -55,9 +52,7 @@ def follow(number: int, capsys: pytest.CaptureFixture[str]) -> list[dict[str, An
                 exec(compile(text.replace('{"steps": 2000}', "SMALL"), "your-model.md", "exec"), {"SMALL": SMALL})
         else:
             for command in text.splitlines():
-                capsys.readouterr()
-                status = main(arguments(command))
-                out, err = capsys.readouterr()
+                status, out, err = call(*arguments(command))
                 assert status == 0, f"{command}\n{err}"
                 results.append(json.loads(out) | {"stderr": err})
     return results
@@ -82,12 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with `cifar10-test.zip`, two images of each of ten classes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for label in range(10):
-        place = tmp_path / "images" / "test" / f"class{label}"
-        place.mkdir(parents=True)
-        for i in range(2):
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    write_images(tmp_path / "images", test=coloured(20, classes=10, size=(3, 32, 32)))
     subprocess.run([sys.executable, "-m", "zipfile", "-c", "cifar10-test.zip", "images/test"], check=True)
     return tmp_path
 
@@ -104,11 +94,11 @@ def networks(folder: Path) -> Any:
     return module
 
 
-def test_a_network_of_your_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_of_your_own(folder: Path) -> None:
     network = networks(folder).network()
     shake_batchnorm(network)
     torch.save(network.state_dict(), "network.pth")
-    inspected, distilled, evaluated, exported = follow(1, capsys)
+    inspected, distilled, evaluated, exported = follow(1)
     assert inspected["kind"] == "factory"
     assert inspected["batchnorm_layers"] == 3
     assert "runs the code of that file" in inspected["stderr"]
@@ -122,7 +112,7 @@ def test_a_network_of_your_own(folder: Path, capsys: pytest.CaptureFixture[str])
     assert all(torch.equal(value, again[name]) for name, value in own.state_dict().items())
 
 
-def test_a_hugging_face_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hugging_face_folder(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_labels=10, layer_type="basic"
@@ -131,15 +121,10 @@ def test_a_hugging_face_folder(folder: Path, capsys: pytest.CaptureFixture[str])
         torch.manual_seed(0)
         classifier = transformers.ResNetForImageClassification(config)
     classifier.save_pretrained("classifier")
-    facts = {
-        "do_resize": True,
-        "size": {"height": 32, "width": 32},
-        "do_normalize": True,
-        "image_mean": [0.4914, 0.4822, 0.4465],
-        "image_std": [0.247, 0.2435, 0.2616],
-    }
+    normalisation = {"image_mean": [0.4914, 0.4822, 0.4465], "image_std": [0.247, 0.2435, 0.2616]}
+    facts = {"do_resize": True, "size": {"height": 32, "width": 32}, "do_normalize": True, **normalisation}
     Path("classifier/preprocessor_config.json").write_text(json.dumps(facts))
-    inspected, distilled, evaluated, exported, folder_of_student = follow(2, capsys)
+    inspected, distilled, evaluated, exported, folder_of_student = follow(2)
     assert inspected["input_size"] == [3, 32, 32]
     assert inspected["normalisation_from"] == "preprocessor_config.json"
     assert 0.12 < inspected["student_fraction"] < 0.5
@@ -152,29 +137,29 @@ def test_a_hugging_face_folder(folder: Path, capsys: pytest.CaptureFixture[str])
     torch.testing.assert_close(alone(images).logits, student(images))
 
 
-def test_a_name_in_timm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_in_timm(folder: Path) -> None:
     try:
         import timm
     except Exception as error:
         pytest.skip(f"timm cannot be imported here: {error}")
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), "resnet18.pth")
-    inspected, distilled, exported = follow(3, capsys)
+    inspected, distilled, exported = follow(3)
     assert inspected["normalisation_from"] == "pretrained_cfg"
     assert distilled["finished"]
     assert exported["agreement"] > 0.9
 
 
-def test_a_recorded_graph(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recorded_graph(folder: Path) -> None:
     networks(folder)
-    inspected, distilled = follow(4, capsys)
+    inspected, distilled = follow(4)
     assert inspected["kind"] == "exported program"
     assert inspected["input_size"] == [3, 32, 32]
     assert inspected["batchnorm_layers"] == 3
-    assert "hooks see nothing inside an exported graph" in inspected["stderr"]
+    assert "hooks do not work inside an exported graph" in inspected["stderr"]
     assert distilled["finished"]
 
 
-def test_weights_of_unknown_naming(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_unknown_naming(folder: Path) -> None:
     teacher = make_teacher(models.wide_resnet(16, 2), size=(3, 32, 32))
     spelled = {"group1": "stage_a", "group2": "stage_b", "group3": "stage_c", "fc": "classifier", "conv1": "c1"}
     weights = {
@@ -182,7 +167,7 @@ def test_weights_of_unknown_naming(folder: Path, capsys: pytest.CaptureFixture[s
         for name, value in teacher.module.state_dict().items()
     }
     torch.save({"epoch": 200, "state_dict": weights}, "mystery.pth")
-    imported, distilled = follow(5, capsys)
+    imported, distilled = follow(5)
     assert imported["verified"]
     assert "classifier" in imported["renamed"]
     assert distilled["finished"]

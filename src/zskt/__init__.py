@@ -13,7 +13,7 @@ from zskt.method.build import belief_matching
 from zskt.method.config import Config
 from zskt.method.generator import Generator
 from zskt.method.matching import BeliefMatching, Latent
-from zskt.method.protocol import Method
+from zskt.method.protocol import Make, Method
 from zskt.method.recipe import load_recipe
 from zskt.method.replay import Fresh, ReplayBuffer, Same
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
@@ -21,7 +21,7 @@ from zskt.networks import models
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_student, save_teacher
 from zskt.networks.loading import load_teacher
-from zskt.networks.observe import Observer
+from zskt.networks.observe import Observation, Observer
 from zskt.networks.students import make_student
 from zskt.run.distill import DistillResult, distill
 from zskt.run.lifecycle import Event
@@ -42,7 +42,9 @@ __all__ = [
     "Generator",
     "Latent",
     "Losses",
+    "Make",
     "Method",
+    "Observation",
     "Observer",
     "Paths",
     "ReplayBuffer",

@@ -64,6 +64,20 @@ def system_errors(verb: str, path: Path) -> Iterator[None]:
         raise cannot(verb, path, error) from error
 
 
+@contextlib.contextmanager
+def failing(
+    what: str, advice: str, *, named: bool = False, kinds: tuple[type[BaseException], ...] = (Exception, SystemExit)
+) -> Iterator[None]:
+    """Whatever fails inside becomes "`what` (its first line, after its type if `named`); `advice`"; ours passes."""
+    try:
+        yield
+    except ZsktError:
+        raise
+    except kinds as error:
+        reason = f"{type(error).__name__}: {first_line(error)}" if named else first_line(error)
+        raise ZsktError(f"{what} ({reason}); {advice}") from error
+
+
 def to_stderr(line: str) -> None:
     """One line for the user."""
     print(printable(line), file=sys.stderr, flush=True)

@@ -1,7 +1,4 @@
-"""Files that are either complete or absent.
-
-Nothing in this package writes a pickle: tensors go to safetensors, everything else to JSON, JSON lines or TOML.
-"""
+"""Files that are either complete or absent; nothing is pickled: safetensors, JSON, JSON lines and TOML."""
 
 import contextlib
 import itertools
@@ -25,23 +22,18 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-TEMPORARY = ".*.tmp"
-"""Names of files that are not whole yet."""
+TEMPORARY = ".*.tmp"  # names of files that are not whole yet
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that replaces `path` only once it is complete: temporary file, fsync, rename.
-
-    On any error the temporary file is removed and `path` is left as it was.
-    """
-    temporary = None
+    """A binary file that replaces `path` once it is complete (temporary file, fsync, rename), and not on any error."""
     if path.exists() and not path.is_file():  # a rename would replace a device
         raise ZsktError(f"cannot write {path}: it is a folder or device; choose another place with --out")
     with system_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
             with os.fdopen(descriptor, "w+b") as file:
                 yield file
                 file.flush()
@@ -49,12 +41,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.umask(mask := os.umask(0))  # the only way to read the umask
             os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, path)
-            temporary = None
-            _sync(path.parent)
-        finally:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -69,10 +60,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A path for a new file or folder that is moved to `path` only if the work on it succeeds.
-
-    It lies in a temporary folder beside `path`, which is removed at the end. Raises ZsktError if `path` exists.
-    """
+    """A path for a new file or folder, moved to `path` only if the work succeeds; raises ZsktError if `path` exists."""
     if os.path.lexists(path):
         raise ZsktError(f"{path} already exists; choose another --out or remove it")
     with system_errors("write", path):

@@ -16,13 +16,11 @@ import torch
 
 from zskt.errors import UsageError
 
-__version__ = "0.1.0"
-"""of this package; defined only here"""
+__version__ = "0.1.0"  # of this package; defined only here
 
 CPU = torch.device("cpu")
 
-LARGEST = 10**9
-"""whole number that a setting may have; libraries overflow beyond it"""
+LARGEST = 10**9  # whole number that a setting may have; libraries overflow beyond it
 
 
 @contextlib.contextmanager
@@ -50,11 +48,7 @@ def restore_generator(rng: torch.Generator, state: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def arithmetic() -> Iterator[None]:
-    """Arithmetic inside a run, restored afterwards.
-
-    Denormal numbers are flushed to 0, as they can be 100 times slower. On CUDA float32 is float32, not TF32, and cudnn
-    benchmarks its algorithms.
-    """
+    """Arithmetic of a run: denormals are 0, as they are slow; on CUDA float32 is not TF32, and cudnn benchmarks."""
     already = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark

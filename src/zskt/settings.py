@@ -1,7 +1,4 @@
-"""Settings as frozen dataclasses: read from TOML and from `key=value`, changed by dotted name, checked strictly.
-
-An unknown name, a wrong type or an out-of-range number is an error that names the setting and what it accepts.
-"""
+"""Settings as frozen dataclasses, from TOML and `key=value`, changed by dotted name; errors name what is accepted."""
 
 import contextlib
 import dataclasses

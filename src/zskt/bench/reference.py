@@ -1,4 +1,4 @@
-"""The released ZSKT loop and transition curves, restated plainly and with their waste: oracle and yardstick.
+"""The released ZSKT loop and transition curves, restated plainly and with their waste: correct results, honest times.
 
 Sources: Micaelli and Storkey, "Zero-shot Knowledge Transfer via Adversarial Belief Matching", NeurIPS 2019
 (algorithms 1 and 2), with the settings of the code they released (polo5/ZeroShotKnowledgeTransfer@e24915d), which
@@ -12,10 +12,10 @@ and its wall time is the honest "before". So what the released code wastes is wa
 * the generator is run again for every student update, even where latent and weights, and so the images, are unchanged;
 * the pseudo batch is not detached, so every student backward also runs through the generator, whose gradients from it
   are thrown away by the zero_grad before the next generator update;
-* the teacher's parameters keep requires_grad as handed in: where it is True, the generator's backward also computes
+* the teacher's parameters keep requires_grad as given: where it is True, the generator's backward also computes
   weight gradients of the teacher, which nobody reads or clears; those of the student go at its next zero_grad;
 * the teacher runs a second time, after the generator update, on the images the student learns from, and the attention
-  maps of its stages are worked out anew in each of the ten student updates.
+  maps of its stages are recomputed in each of the ten student updates.
 
 Modes, set at the start of each iteration: teacher eval; generator train; student train, in the generator's update too,
 so that its BatchNorm statistics see 11 batches per iteration.
@@ -153,9 +153,9 @@ def released_transitions(
     Returns two tensors (M, K - 1, steps) of the images' dtype; target r of an image is class (start + 1 + r) mod K.
 
     The waste: one image and one target at a time; a full backward, which also computes weight gradients of `stepped`
-    (where they are not frozen) that nobody reads; the untouched image evaluated anew for each target; a last step that
-    nothing is recorded after. Gradients the parameters of `stepped` had before are put back, if it is a Module; behind
-    any other callable we see no parameters, and theirs add up.
+    (where they are not frozen) that nobody reads; the untouched image re-evaluated for each target; a last step that
+    nothing is recorded after. Gradients the parameters of `stepped` had before are restored, if it is a Module; those
+    of any other callable add up.
     """
     count = len(images)
     stepped_curves = images.new_empty(count, num_classes - 1, steps)  # (M, K - 1, steps)

@@ -32,10 +32,8 @@ PHASES = {
 }
 """Methods of the step, in order, and their names; the generator update runs all three networks forward and backward."""
 
-MATRIX = {"cpu": 3072, "cuda": 8192}
-"""Side of the square matrices whose product gives the peak rate."""
-COPIED = 2**28
-"""Bytes copied to measure the bandwidth, more than most caches hold."""
+MATRIX = {"cpu": 3072, "cuda": 8192}  # side of the square matrices whose product gives the peak rate
+COPIED = 2**28  # bytes copied to measure the bandwidth, more than most caches hold
 
 
 @dataclass

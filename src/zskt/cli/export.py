@@ -11,6 +11,7 @@ from zskt.cli.progress import console, notice
 from zskt.cli.teachers import FOREIGN, Network, Options, open_method, open_networks
 from zskt.export.export import TIMED, Exported, Format, as_json, export, from_folder
 from zskt.export.formats import INPUTS, Input
+from zskt.files import expanded
 from zskt.networks.loading import is_own_folder
 
 
@@ -38,7 +39,7 @@ def run_export(
     Args:
         run: a run folder, whose student is exported, or any network as in zskt distill, compared on noise.
         out: output file, or folder for hub; must not exist.
-        format: onnx, pt2 or hub; by default from the suffix of --out.
+        format: onnx, pt2 or hub; by default from the suffix of --out, hub where it has none.
         input: fraction (the default): images in [0, 1]; uint8: images as bytes; normalised: normalised images.
         int8: quantise the ONNX file, calibrated on other pseudo images, without data.
         teacher: also time this network, specified as in zskt distill, and the student in onnxruntime.
@@ -50,9 +51,9 @@ def run_export(
     assert found is not None
     make = None if method is None else open_method(method, foreign.trust)
     other = None if beside is None else beside.teacher
-    own = is_own_folder(Path(run))
+    own = is_own_folder(expanded(run))
     exported = export(
-        from_folder(Path(run), found.teacher, make, other) if own else found.teacher,
+        from_folder(expanded(run), found.teacher, make, other) if own else found.teacher,
         out,
         format,
         input=input,

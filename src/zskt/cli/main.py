@@ -24,9 +24,10 @@ from zskt.cli.export import run_export
 from zskt.cli.options import File
 from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, notice
-from zskt.cli.runs import run_distill, run_evaluate, run_report, run_sample
+from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_report, run_sample
 from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
 from zskt.errors import UsageError, ZsktError, cannot, first_line, short
+from zskt.method.config import Config
 from zskt.method.recipe import AUTO, load_recipe, recipe_texts
 from zskt.run.checkpoint import Interrupted
 from zskt.settings import flat, to_toml
@@ -141,8 +142,10 @@ COMMANDS: dict[str, Callable[..., Result]] = {
 }
 
 
-RENAMED = {"--shift": "--random-crop", "--mirrored": "--horizontal-flip"}
-"""Options of earlier versions -> their names now."""
+RENAMED = {"shift": "random_crop", "mirrored": "horizontal_flip"}
+RENAMED |= {old: new for old, new in Config.RENAMED.items() if old not in SHORTCUTS}
+RENAMED |= {name: shortcut for shortcut, name in SHORTCUTS.items()}
+"""Names of earlier versions and those that have a shortcut -> names of the options now."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
         for option in options:
-            if option in RENAMED:
-                raise UsageError(f"{option} is now {RENAMED[option]}")
+            if new := RENAMED.get(option.removeprefix("--").replace("-", "_")):
+                raise UsageError(f"{option} is now --{new.replace('_', '-')}")
             if options.count(option) > 1:
                 raise UsageError(f"{option} is given twice: give all its values at once, as in {option} A B")
         result = tyro.extras.subcommand_cli_from_dict(

@@ -105,7 +105,7 @@ def run_belief(
         return found.measured
     names = [Path(name).resolve().name for name in (student, teacher)]
     write_comparison(out, found, names, second.class_names)
-    notice(f"look at {out / 'average-transitions.png'} and {out / 'single-transitions.png'}")
+    notice(f"figures: {out / 'average-transitions.png'}, {out / 'single-transitions.png'}")
     return found.measured | {"out": str(out)}
 
 
@@ -151,19 +151,19 @@ def run_reproduce(
 ) -> Result:
     """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
 
-    Says first how much work that is and how long it takes on this machine, from a measurement of 20 seconds.
+    First prints the amount of work and the estimated time on this machine, from 20 seconds of measurement.
 
     Example: zskt reproduce table-1 --data cifar10-train.zip cifar10-test.zip --scale 0.01 --out runs/table-1
 
     Args:
         name: table-1, table-2, figure-2, figure-3, figure-4, figure-5, toy or mmrazor.
-        data: labelled images, as in zskt teach; toy makes its own.
+        data: labelled images, as in zskt teach; toy generates its own.
         teacher: a network, specified as in zskt distill, to use instead of training one.
         request: what to reproduce.
         budget: how much work to spend.
         out: folder for the results and for all jobs; by default runs/NAME. Several tables can share one.
         yes: start even if it takes more than ten minutes.
-        stop_after: leave early, after a time (90s, 9m, 2h), to go on with --resume.
+        stop_after: stop after a time (90s, 9m, 2h); continue with --resume.
         resume: reuse the finished jobs in --out and continue the interrupted ones.
     """
     asked, given = typed(request), typed(budget)
@@ -181,7 +181,7 @@ def run_reproduce(
     begun = time.monotonic()
     if name == "toy":
         if data or teacher or stop_after or resume or given or asked.keys() - {"seeds", "scale"}:
-            raise UsageError("toy takes --seeds, --scale, --out and --yes only: it makes its own data and networks")
+            raise UsageError("toy takes --seeds, --scale, --out and --yes only: it generates its own data and networks")
         return reproduce_the_toy(seeds, out or fresh_folder(Path("runs"), "toy"), scale, yes)
     folder = out or Path("runs") / name
     if (folder / "parts").exists() and not resume:
@@ -194,7 +194,7 @@ def run_reproduce(
     if network is not None and network.num_classes != len(test.class_names):
         raise ZsktError(
             f"expected data of {network.num_classes} classes, found {len(test.class_names)}; give the data that the "
-            "teacher was trained for"
+            "teacher was trained on"
         )
     made = reproduction(Request(name, train, test, folder, network, given, **asked))
     jobs = in_order(made.jobs)
@@ -214,9 +214,7 @@ def run_reproduce(
     result = write_result(made, folder, scale=scale, failed=failed, circumstances=facts)
     for line in markdown_table(made.cells, folder, failed):
         notice(line)
-    notice(
-        f"look at {folder / name}.md" + ("" if result["finished"] else "; not all of it was run: go on with --resume")
-    )
+    notice(f"results: {folder / name}.md" + ("" if result["finished"] else "; incomplete: continue with --resume"))
     if failed:
         job, why = next(iter(failed.items()))
         raise ZsktError(f"{len(failed)} of {len(jobs)} jobs failed, {job} first: {why}")
@@ -224,11 +222,11 @@ def run_reproduce(
 
 
 def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: bool) -> Result:
-    """The experiment in the plane: no data, no jobs, two minutes per seed."""
+    """The two-dimensional experiment: no data, no jobs, two minutes per seed."""
     if (folder / "toy.json").exists():
         raise ZsktError(f"{folder} already holds the toy experiment; choose another --out")
     rounds = max(1, round(ROUNDS * scale))
-    notice("measuring how fast this machine is, some seconds")
+    notice("measuring the speed of this machine, a few seconds")
     refuse_long_work("toy", len(seeds) * rounds * seconds_per_round(), yes)
     work = f"each {POINT_STEPS} updates of the points and {STUDENT_STEPS} of the student"
     notice(f"{len(seeds)} seeds of {rounds:,} rounds, {work}")
@@ -236,13 +234,13 @@ def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: boo
         result = reproduce_toy(seeds, folder, scale=scale, progress=show) | circumstances()
     write_json(folder / "toy.json", result)
     write_text(folder / "toy.md", toy_table(result))
-    notice(f"look at {folder / 'toy.md'} and {folder / f'toy-seed-{seeds[0]}.gif'}")
+    notice(f"results: {folder / 'toy.md'}, {folder / f'toy-seed-{seeds[0]}.gif'}")
     return result | {"out": str(folder)}
 
 
 def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
-    """Raise UsageError above ten minutes, unless that was agreed to."""
-    some = "" if name == "toy" else ", --stop-after 9m to do some of it"
+    """Raise UsageError above ten minutes, unless `yes` is given."""
+    some = "" if name == "toy" else ", --stop-after 9m to do part of it"
     if seconds > ASK_ABOVE and not yes:
         raise UsageError(
             f"{name} takes about {duration(seconds)} on this machine; give --yes to start{some}, or --scale 0.01 to "
@@ -255,16 +253,16 @@ def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
 def job_bar(name: str, unit: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
     """The job's name, which is long, on a line above its progress bar."""
     notice(name)
-    return bar("  making", unit)
+    return bar("  running", unit)
 
 
 def state_cost(jobs: Sequence[Job], folder: Path, budget: float) -> float:
-    """Show what is still to be done and how long it takes here; returns the seconds."""
+    """Show the remaining work and the estimated time on this machine; returns the seconds."""
     missing = [job for job in jobs if job.measured(folder) is None]
     if not missing:
         return 0.0
     measuring = min(20.0, budget / 10)  # or a short --stop-after would be spent on it
-    notice(f"measuring how fast this machine is, about {measuring:.0f} seconds")
+    notice(f"measuring the speed of this machine, about {measuring:.0f} seconds")
     seconds = time_jobs(missing, folder, measuring)
     table = Table("work", "jobs", "amount", "takes about")
     total = 0.0
@@ -273,13 +271,13 @@ def state_cost(jobs: Sequence[Job], folder: Path, budget: float) -> float:
         units = sum(job.units for job in those)
         total += units * seconds[pace]
         table.add_row(pace, str(len(those)), f"{units:,} {those[0].unit}", duration(units * seconds[pace]))
-    table.add_row("in all, without the measuring between", str(len(missing)), "", duration(total))
+    table.add_row("total, without evaluations", str(len(missing)), "", duration(total))
     console().print(table)
     return total
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """A duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

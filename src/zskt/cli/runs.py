@@ -24,20 +24,21 @@ from zskt.errors import UsageError
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import check_networks, renormalised
 from zskt.files import read_text
-from zskt.method.config import Config
+from zskt.method.build import METHODS
+from zskt.method.config import FORMAT, Config
 from zskt.method.generator import SAMPLES
-from zskt.method.recipe import AUTO, plan
+from zskt.method.protocol import Make
+from zskt.method.recipe import AUTO, custom_method, describe_method, load_recipe, plan
 from zskt.method.stage_pairs import describe_pairs, stage_pairs
 from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
-from zskt.run.distill import distill
-from zskt.run.finished import sampler
+from zskt.run.distill import distill, sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.runtime import pick_device
-from zskt.settings import changes_of, from_text
+from zskt.settings import changes_of, from_text, replace
 
 SHORTCUTS = {"device": "machine.device", "threads": "machine.threads", "precision": "machine.precision"}
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def run_distill(
     """
     network = open_network(teacher, foreign).teacher
     make = None if method is None else open_method(method, foreign.trust)
-    base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS))
+    base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS), make)
     if is_factory(student):
         notice(f"note: --student {student} runs the code of that file or package")
-    seed = changes.get("seed", 0)
+    seed = replace(Config(), {"seed": changes.get("seed", 0)}).seed
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
     planned = plan(network, module, base, changes, make)
@@ -131,12 +132,20 @@ def run_distill(
 
 
 def read_settings(
-    recipe: str | None, config: Path | None, assignments: Sequence[str], given: dict[str, Any]
+    recipe: str | None,
+    config: Path | None,
+    assignments: Sequence[str],
+    given: dict[str, Any],
+    make: Make | None,
 ) -> tuple[str, dict[str, Any]]:
-    """The recipe and its changes: those of a TOML file, overridden by options and `--set`."""
+    """The recipe and its changes: those of a TOML file, overridden by options and `--set`.
+
+    Raises UsageError for a file of another recipe or method than those given.
+    """
     changes: dict[str, Any] = {}
     for assignment in assignments:
         name, value = from_text(assignment)
+        name = SHORTCUTS.get(name, name)
         if name in ("recipe", "method", "format"):
             raise UsageError(f"--set {name}: use --{'recipe' if name == 'format' else name}")
         if name in given or name in changes:
@@ -145,11 +154,20 @@ def read_settings(
     if config is None:
         return recipe or AUTO, given | changes
     file = changes_of(read_text(config), str(config))
-    base = file.pop("recipe", AUTO)
-    method = file.pop("method", "belief_matching")
-    file.pop("format", None)
-    own = method != "belief_matching"
-    return recipe or (AUTO if own else str(base)), file | given | changes
+    replace(Config(), {"format": file.pop("format", FORMAT)})  # another one is refused
+    base, method = file.pop("recipe", recipe or AUTO), file.pop("method", None)
+    if method is not None and method not in METHODS:
+        if make is None:
+            raise custom_method(method)
+        if (found := describe_method(make)) != method:
+            raise UsageError(f"expected the method of {config}, {method}, found {found}; give the same one")
+    if make is not None:  # which uses the file's values, whatever recipe they started from
+        base = recipe or AUTO
+    elif recipe not in (None, base):
+        raise UsageError(f"recipe {base} of {config} and --recipe {recipe}: give one of them")
+    elif method not in (None, "belief_matching") and (base == AUTO or load_recipe(str(base)).method != method):
+        raise UsageError(f"method {method} of {config} is not that of recipe {base}: set recipe to one that has it")
+    return str(base), file | given | changes
 
 
 def run_evaluate(

@@ -18,15 +18,15 @@ from zskt.cli.progress import bar, console, notice, teaching
 from zskt.data.images import KNOWN, Dataset, read
 from zskt.errors import UsageError, ZsktError, printable
 from zskt.evaluate.measures import measure, noise_classes
+from zskt.files import expanded
 from zskt.method.protocol import Make
 from zskt.method.recipe import AUTO, choose, plan
 from zskt.networks import models
-from zskt.networks.classifier import Classifier, count_parameters
+from zskt.networks.classifier import Classifier, count_parameters, unit_normalisation
 from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
 from zskt.networks.loading import Loaded, is_own_folder, load
 from zskt.networks.models import Size
-from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.networks.students import describe_student, make_student
 from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames
@@ -73,10 +73,10 @@ def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> li
     `foreign` applies to networks that are not in zskt folders, its factory options to the one that names a factory.
     """
     named = [str(network) for network in networks if network is not None]
-    outside = [name for name in named if not is_own_folder(Path(name))] or named[
+    outside = [name for name in named if not is_own_folder(expanded(name))] or named[
         :1
     ]  # loading it then rejects the options
-    made = [name for name in outside if not Path(name).exists()] or outside[:1]
+    made = [name for name in outside if not expanded(name).exists()] or outside[:1]
     if len(made) > 1 and (foreign.teacher_weights or foreign.teacher_args):
         raise UsageError(
             f"--teacher-weights and --teacher-args are for one factory, found {made[0]} and {made[1]}; give one of them"

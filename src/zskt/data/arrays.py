@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zskt.data.sources import Member
-from zskt.errors import ZsktError, first_line
+from zskt.errors import ZsktError, failing
 
 Split = Literal["train", "test"]
 Pixels = NDArray[np.uint8]
@@ -76,7 +76,7 @@ def _read_cifar(files: dict[str, Member], split: Split) -> Arrays:
     images, labels = [], []
     for member in _take(files, [name + ".bin" * binary for name in (batches if ten else [split])]):
         data = member.read()
-        try:
+        with failing(f"{member} is not a complete CIFAR batch", "fetch it again"):
             if binary:
                 records = np.frombuffer(data, np.uint8).reshape(-1, label + 1 + 3072)
                 batch = {b"data": records[:, label + 1 :], b"labels": records[:, label]}
@@ -85,8 +85,6 @@ def _read_cifar(files: dict[str, Member], split: Split) -> Arrays:
                 batch = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
             images.append(batch[b"data"].reshape(-1, 3, 32, 32))
             labels.append(np.array(batch[b"labels" if ten or binary else b"fine_labels"], np.int64))
-        except Exception as error:  # a pickle can raise anything
-            raise ZsktError(f"{member} is not a complete CIFAR batch ({first_line(error)}); fetch it again") from error
     return np.concatenate(images), np.concatenate(labels), "cifar10" if ten else "cifar100"
 
 
@@ -120,13 +118,9 @@ def _read_svhn(files: dict[str, Member], split: Split) -> Arrays:
         raise ZsktError('SVHN needs SciPy, which is not installed: pip install "zskt[data]"') from error
     (member,) = _take(files, [f"{split}_32x32.mat"])
     data = io.BytesIO(member.read())
-    try:
+    with failing(f"{member} is not an SVHN file of cropped digits", "fetch it again"):
         content = loadmat(data, variable_names=["X", "y"])
         images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1)  # (N, 3, 32, 32), (N,)
-    except Exception as error:  # SciPy raises many types
-        raise ZsktError(
-            f"{member} is not an SVHN file of cropped digits ({first_line(error)}); fetch it again"
-        ) from error
     return images, np.where(labels == 10, 0, labels), "svhn"
 
 

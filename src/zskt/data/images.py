@@ -30,7 +30,7 @@ from torch import Tensor
 
 from zskt.data.arrays import Pixels, Split, find_arrays, read_arrays
 from zskt.data.sources import IMAGE_NAME, Member, Notice, members_of
-from zskt.errors import UsageError, ZsktError, first_line, to_stderr, unknown
+from zskt.errors import UsageError, ZsktError, failing, to_stderr, unknown
 from zskt.files import expanded, replacing, write_json
 from zskt.networks.models import Size
 
@@ -92,8 +92,6 @@ KNOWN: dict[str, KnownSet] = {
     "svhn": KnownSet((3, 32, 32), _DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), False, _SVHN_FILES),
 }
 
-# Image files: decoding, resizing, the cache
-
 _IMAGE = re.compile(  # [top/]split/class/file; non-greedy, because CIFAR-100 has a class called train
     rf"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/{IMAGE_NAME.pattern}", re.IGNORECASE | re.DOTALL
 )
@@ -105,7 +103,6 @@ _GROUP, _GROUP_BYTES = 256, 2**27  # most images decoded at once, and most bytes
 def _read_images(
     members: list[Member], split: Split, size: Size | None, progress: Progress | None, notice: Notice
 ) -> Dataset:
-    """The image files of one split, decoded or from the cache."""
     splits: dict[str, dict[str, list[Member]]] = {}  # split -> class -> images
     for member in members:
         if match := _IMAGE.fullmatch(member.name):
@@ -211,7 +208,9 @@ def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: P
                     np.lib.format.write_array_header_1_0(file, header)
                 if pixels.shape != shape:
                     found = f"{shape} in {files[0]} and {pixels.shape} in {member}"
-                    raise ZsktError(f"expected images of one size (C, H, W), found {found}; resize them to one size")
+                    raise ZsktError(
+                        f"expected images of one size (C, H, W), found {found}; resize them or give --input-size"
+                    )
                 file.write(pixels.tobytes())
                 changes.update(changed)
             done += len(group)
@@ -233,13 +232,12 @@ def _groups(files: list[Member]) -> Iterator[list[Member]]:
 
 def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, list[str]]:
     """One image as (C, H, W) uint8, resized if `size` is given, and what was changed."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=_DECODERS)
+    with failing(f"{member} cannot be decoded", "replace or remove it"):
+        try:
+            image: Image.Image = Image.open(io.BytesIO(content), formats=_DECODERS)
+        except UnidentifiedImageError:
+            raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
         image.load()
-    except UnidentifiedImageError:
-        raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
-    except Exception as error:  # damaged images and decompression bombs raise many types
-        raise ZsktError(f"{member} cannot be decoded ({first_line(error)}); replace or remove it") from error
     if image.mode not in _CHANNELS:
         raise ZsktError(f"{member}: expected 8 bits per channel, found mode {image.mode}; convert it")
     native = (_CHANNELS[image.mode], image.height, image.width)
@@ -265,9 +263,6 @@ def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, lis
         changes.append(f"resized and centre-cropped to {height} x {width}")
     pixels = np.asarray(image)  # (H, W) or (H, W, 3)
     return (pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)), changes
-
-
-# Public functions
 
 
 def read(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from zskt.errors import ZsktError, first_line, system_errors
+from zskt.errors import ZsktError, failing, system_errors
 
 Notice = Callable[[str], None]  # one line for the user
 
@@ -43,7 +43,7 @@ class Member:
             raise ZsktError(f"{self}: expected at most {most:,} bytes, found {self.size:,}; remove it")
         if self.size > max(SMALL, MOST_EXPANSION * self.packed):
             raise ZsktError(f"{self} is a decompression bomb: {self.size:,} bytes from {self.packed:,}; remove it")
-        try:
+        with failing(f"{self} cannot be read", "check it or fetch it again"):
             data = self.load()
             if image or data[:2] != b"\x1f\x8b":
                 return data
@@ -52,34 +52,29 @@ class Member:
             if len(content) > most:
                 raise ValueError(f"a decompression bomb: over {most:,} bytes from {len(data):,}")
             return content
-        except Exception as error:  # a damaged or encrypted archive can raise nearly anything
-            raise ZsktError(f"{self} cannot be read ({first_line(error)}); check it or fetch it again") from error
 
 
 def members_of(path: Path, notice: Notice) -> list[Member]:
     """The visible files of one source. An archive stays open as long as its members exist."""
-    try:
-        with system_errors("read", path):
-            whole = Member(path, path.name, path.stat().st_size, path.read_bytes)
-            if path.is_dir():
-                found = _walk(path, notice)
-            elif zipfile.is_zipfile(path):
-                archive = zipfile.ZipFile(path)
-                found = [
-                    Member(path, e.filename, e.file_size, partial(archive.read, e), e.compress_size)
-                    for e in archive.infolist()
-                ]
-            elif tarfile.is_tarfile(path):
-                data = memoryview(whole.read())  # in memory, because seeking in gzip is slow
-                with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                    spans = [(e.name, e.size, data[e.offset_data : e.offset_data + e.size]) for e in tar if e.isfile()]
-                if any(length < 0 for _, length, _ in spans):
-                    raise ValueError("a member of negative size")
-                found = [Member(path, name, length, partial(bytes, span)) for name, length, span in spans]
-            else:
-                found = [whole]
-    except (EOFError, NotImplementedError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise ZsktError(f"{path} is damaged ({first_line(error)}); fetch it again") from error
+    with failing(f"{path} is damaged", "fetch it again"), system_errors("read", path):
+        whole = Member(path, path.name, path.stat().st_size, path.read_bytes)
+        if path.is_dir():
+            found = _walk(path, notice)
+        elif zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            found = [
+                Member(path, e.filename, e.file_size, partial(archive.read, e), e.compress_size)
+                for e in archive.infolist()
+            ]
+        elif tarfile.is_tarfile(path):
+            data = memoryview(whole.read())  # in memory, because seeking in gzip is slow
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+                spans = [(e.name, e.size, data[e.offset_data : e.offset_data + e.size]) for e in tar if e.isfile()]
+            if any(length < 0 for _, length, _ in spans):
+                raise ValueError("a member of negative size")
+            found = [Member(path, name, length, partial(bytes, span)) for name, length, span in spans]
+        else:
+            found = [whole]
     return [member for member in found if not _HIDDEN.fullmatch(member.name)]
 
 

@@ -89,10 +89,7 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def measure(network: Classifier, images: Tensor, labels: Tensor, teacher: Classifier | None = None) -> dict[str, float]:
-    """Accuracy and calibration error of a network and, given a teacher, agreement and KL both ways (nats).
-
-    Images (M, C, H, W), labels (M,). Accuracies and agreement are fractions in [0, 1].
-    """
+    """Accuracy and calibration error and, given a teacher, agreement (all in [0, 1]) and KL both ways (nats)."""
     check_images(network, images, labels)
     if teacher is not None:
         check_networks(network, teacher)
@@ -168,6 +165,22 @@ def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, 
         found[f"{who}_confidence"] = float(probabilities.amax(dim=1).mean())
         found[f"{prefix}class_entropy"] = max(0.0, entropy)  # not -0.0
         found[f"{prefix}class_counts"] = [int(count) for count in counts]
+    return found
+
+
+def pseudo_image_warnings(beliefs: dict[str, Any]) -> list[str]:
+    """Warnings from what `pseudo_beliefs` returns; none of them estimates the accuracy."""
+    classes = len(beliefs["class_counts"])
+    seen = sum(count > 0 for count in beliefs["class_counts"])
+    found = []
+    if beliefs["class_entropy"] < 0.5:
+        found.append(
+            f"collapse: the teacher predicts {seen} of {classes} classes on the pseudo images, most of them in very few"
+        )
+    if beliefs["teacher_confidence"] < 1.5 / classes:
+        found.append("the teacher recognises nothing in the pseudo images: its confidence is close to chance")
+    if beliefs["pseudo_agreement"] < 0.5:
+        found.append("the student disagrees with the teacher on most pseudo images: try more steps or a larger student")
     return found
 
 

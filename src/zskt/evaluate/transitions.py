@@ -20,13 +20,9 @@ from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import at_least_float32, layout
 
-Stepped = Literal["first", "second"]
-Start = Literal["prediction", "label"]
-Progress = Callable[[int, int], None]
-"""called with (paths done, total)"""
+Progress = Callable[[int, int], None]  # called with (paths done, total)
 
-EXAMPLES = 8
-"""Number of images whose individual curves are kept, for plots."""
+EXAMPLES = 8  # number of images whose individual curves are kept, for plots
 
 
 @dataclass(frozen=True)
@@ -38,13 +34,13 @@ class Paths:
     steps: int = 100
     """gradient steps towards each class, K in the paper"""
     step_size: float = 1.0
-    """of a gradient step in the stepped network's normalised space, xi in the paper"""
-    stepped: Stepped = "first"
+    """size of a gradient step in the stepped network's normalised space, xi in the paper"""
+    stepped: Literal["first", "second"] = "first"
     """the network whose gradient is followed"""
-    start: Start = "prediction"
+    start: Literal["prediction", "label"] = "prediction"
     """the class that a path starts from: the common prediction (the paper) or the label (the released code)"""
     seed: int = 0
-    """of the choice of images"""
+    """for the choice of images"""
     batch_size: int = 128
     """paths followed together; smaller needs less memory"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -63,18 +59,12 @@ class Transitions:
     Averages are over an image's K - 1 target classes; k = 0 is the original image.
     """
 
-    first: Tensor
-    """(M, S) mean probability of the target class, first network"""
-    second: Tensor
-    """(M, S) the same, second network"""
-    gaps: Tensor
-    """(M, S) mean |first - second|"""
-    starts: Tensor
-    """(M,) start class of each image"""
-    examples: Tensor
-    """(2, E, K - 1, S) both networks' curves for the first E images; target t is class starts + 1 + t mod K"""
-    images: Tensor
-    """(E, C, H, W) those images, as given"""
+    first: Tensor  # (M, S) mean probability of the target class, first network
+    second: Tensor  # (M, S) the same, second network
+    gaps: Tensor  # (M, S) mean |first - second|
+    starts: Tensor  # (M,) start class of each image
+    examples: Tensor  # (2, E, K - 1, S) both curves of the first E images; target t is class starts + 1 + t mod K
+    images: Tensor  # (E, C, H, W) those images, as given
 
     @property
     def error(self) -> float:
@@ -169,8 +159,7 @@ def believed(logits: Tensor, target: Tensor) -> Tensor:
 class Comparison:
     """How close two networks' beliefs are: on images, and on the paths from them to other classes."""
 
-    measured: dict[str, Any]
-    """all numbers, ready for JSON"""
+    measured: dict[str, Any]  # all numbers, ready for JSON
     transitions: Transitions
 
     @property
@@ -191,7 +180,7 @@ def compare(
     """Compare two networks' beliefs on images (M, C, H, W), uint8 or in [0, 1], with or without labels (M,).
 
     Each network is a `Classifier`; one of them may be a bare module, which then uses the other's normalisation.
-    Agreement and KL (nats) are over all images; transition curves, as `paths` says, over some of those on which both
+    Agreement and KL (nats) are over all images; transition curves, as set by `paths`, over some of those on which both
     agree. Intervals are 95 % bootstrap intervals over images. Raises ZsktError if the networks do not fit together or
     agree on too few images.
     """

@@ -1,8 +1,7 @@
 """The student in other formats: ONNX, torch.export and a folder in the Hugging Face layout; int8 without data.
 
-Whatever is written is read back and compared with the network that it came from on pseudo images, N of them of shape
-(C, H, W), K classes; a file that answers otherwise is not left behind. The packages of the `export` extra are imported
-only when something needs them.
+Every export is read back and compared with the original network on N pseudo images of shape (C, H, W), K classes; one
+that differs is deleted. The packages of the `export` extra are imported only when needed.
 """
 
 import copy
@@ -18,34 +17,30 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import UsageError, ZsktError, first_line, unknown
+from zskt.errors import UsageError, ZsktError, failing, first_line, unknown
 from zskt.evaluate.measures import agreement
 from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
 from zskt.export.hub import write_hub
-from zskt.files import appearing, read_json
+from zskt.files import appearing, expanded, read_json
 from zskt.method.protocol import Make
-from zskt.networks.checks import as_teacher
+from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import load_network, load_student
 from zskt.networks.foreign import quiet
 from zskt.networks.loading import load_teacher
 from zskt.networks.observe import evaluating
 from zskt.networks.rebuild import describe_module
-from zskt.run.distill import DistillResult
-from zskt.run.finished import Sample, sampler
+from zskt.run.distill import DistillResult, Sample, sampler
 
 Format = Literal["onnx", "pt2", "hub"]
-IMAGES = 256
-"""Pseudo images to compare on, and as many others to calibrate with."""
+IMAGES = 256  # pseudo images to compare on, and as many others to calibrate with
 BATCHES = (1, 7, 56, 64, 64, 64)
-"""They are fed in batches of these sizes, so that a batch size that got fixed shows; small enough for large images."""
-TIMED = (1, 32)
-"""Batch sizes that are timed."""
+"""Batch sizes of the comparison: several, to detect a fixed one; small enough for large images."""
+TIMED = (1, 32)  # batch sizes that are timed
 TURNS, PATIENCE = 100, 5.0
-"""Timings of each network and batch size: so many, or as many as fit into so many seconds, but 10 at least."""
+"""Timings of each network and batch size: this many, or as many as fit into this many seconds, but at least 10."""
 
-Answer = Callable[[Tensor], Tensor]
-"""An exported file, read back: images as they are fed (N, C, H, W) -> logits (N, K)."""
+Answer = Callable[[Tensor], Tensor]  # an exported file, read back: images as they are fed (N, C, H, W) -> logits (N, K)
 
 
 @dataclass(frozen=True)
@@ -55,33 +50,25 @@ class Timing:
     network: str
     parameters: int
     bytes: int
-    milliseconds: dict[int, float]
-    """median by the clock, by batch size"""
-    processor: dict[int, float]
-    """likewise, of processor time: much less where other programs were in the way"""
+    milliseconds: dict[int, float]  # median wall time, by batch size
+    processor: dict[int, float]  # the same in CPU time: much less if other programs disturbed the timing
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and how far it is from the network that it came from."""
+    """What was written and how far it is from the original network."""
 
     path: Path
     format: Format
-    input: Input
-    """what it is fed"""
+    input: Input  # what it takes as input
     int8: bool
     bytes: int
-    images: int
-    """compared on"""
+    images: int  # compared on
     images_from: str
-    largest_logit: float
-    """of the network itself, in magnitude"""
-    max_difference: float
-    """of a logit, in magnitude"""
-    agreement: float
-    """fraction of images with the same most probable class"""
-    timings: tuple[Timing, ...] = ()
-    """of teacher and student, where a teacher was given"""
+    largest_logit: float  # of the network itself, in magnitude
+    max_difference: float  # of a logit, in magnitude
+    agreement: float  # fraction of images with the same most probable class
+    timings: tuple[Timing, ...] = ()  # of teacher and student, where a teacher was given
 
 
 def export(
@@ -101,18 +88,24 @@ def export(
     """Write a finished run's student, or any network, to `path`; read it back; compare; remove it if it is wrong.
 
     `source` is a result, a run or teacher folder, or a network with its normalisation; `module` and `trust` are for a
-    folder whose network only its own code makes, as in `load_student`; a run of an own method needs that `method` and
-    its `teacher`. `format` follows from the path's ending where
-    it is None: .onnx, .pt2, else a hub folder. `input` is what the exported network is fed:
-    `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a hub folder has the plain network,
-    fed normalised images. Input "images" (N, C, H, W), any N; output "logits" (N, K). `int8` quantises an ONNX file,
-    calibrated on pseudo images of the run's generator. With `teacher`, both networks are timed in onnxruntime.
+    folder whose network only its own code makes, as in `load_student`; a run with a custom method needs that `method`
+    and its `teacher`. By default `format` follows from the suffix of `path`: .onnx, .pt2, none for hub. `input` is what
+    the exported network takes: `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a
+    hub folder has the plain network, which takes normalised images. Input "images" (N, C, H, W), any N; output "logits"
+    (N, K). `int8` quantises an ONNX file, calibrated on pseudo images of the run's generator. With `teacher`, both
+    networks are timed in onnxruntime.
 
     Logits may differ by `tolerance` of the largest one; after quantisation `least_agreement` of the images must keep
-    their class instead. Raises ZsktError, with the numbers, where they do not, and where `path` exists.
+    their class instead. Raises ZsktError, with the numbers, if they do not, and if `path` exists.
     """
-    path = Path(path)
-    form: Format = format or {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix, "hub")  # type: ignore[assignment]
+    path = expanded(path)
+    formats: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", "": "hub"}
+    if format is None and path.suffix not in formats:
+        raise UsageError(
+            f"expected {path.name} to end in .onnx or .pt2, or in no suffix for a hub folder, found {path.suffix}; "
+            "give a format, as in --format hub"
+        )
+    form = format or formats[path.suffix]
     fed: Input = input or ("normalised" if form == "hub" else "fraction")
     _check_request(form, fed, int8, tolerance, least_agreement)
     other = teacher if isinstance(teacher, Classifier | None) else load_network(teacher, trust=trust)
@@ -151,7 +144,8 @@ def export(
             timed |= {"student": (network, reference)} | ({"student, int8": (network, place)} if int8 else {})
             timings = time_networks(timed, fed, tolerance)
         size = sum(file.stat().st_size for file in (place, *place.rglob("*")) if file.is_file())
-    return Exported(path, form, fed, int8, size, len(images), origin.images_from, **found, timings=timings)
+    images_from = "seeded noise in [0, 1]" if origin.sample is None else "the run's pseudo images"
+    return Exported(path, form, fed, int8, size, len(images), images_from, **found, timings=timings)
 
 
 def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agreement: float) -> None:
@@ -171,23 +165,16 @@ def _check_request(form: str, fed: str, int8: bool, tolerance: float, least_agre
         )
 
 
-# What is exported, and the images to compare on.
-
-
 @dataclass(frozen=True)
 class Source:
-    """A network, what is known of its making, and what draws its run's pseudo images, if there is a run."""
+    """A network, its metadata and, if it is from a run, a function that draws the run's pseudo images."""
 
     network: Classifier
     metadata: Mapping[str, Any]
     sample: Sample | None
 
-    @property
-    def images_from(self) -> str:
-        return "the run's pseudo images" if self.sample is not None else "seeded noise in [0, 1]"
-
     def pseudo_images(self, seeds: Sequence[int]) -> Tensor:
-        """64 images for each seed (64 seeds, C, H, W), normalised, on the CPU; noise where there is no run."""
+        """64 images for each seed (64 seeds, C, H, W), normalised, on the CPU; noise if there is no run."""
         if self.sample is not None:
             return torch.cat([self.sample(64, seed).cpu() for seed in seeds])
         noises = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -202,7 +189,7 @@ def read_source(
     method: Make | None = None,
     teacher: Classifier | None = None,
 ) -> Source:
-    """What `export` was given, made uniform; raises ZsktError for an unfinished run."""
+    """The source that `export` was given as a `Source`; raises ZsktError for an unfinished run."""
     if isinstance(source, Source):
         return source
     if isinstance(source, DistillResult):
@@ -216,24 +203,18 @@ def read_source(
             f"expected a result, a folder or a zskt.Classifier to export, found {type(source).__name__}: wrap it, as "
             "in zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...), so that its normalisation is known"
         )
-    return from_folder(Path(source), load_network(source, module=module, trust=trust), method, teacher)
+    return from_folder(expanded(source), load_network(source, module=module, trust=trust), method, teacher)
 
 
 def from_folder(
     folder: Path, network: Classifier, method: Make | None = None, teacher: Classifier | None = None
 ) -> Source:
-    """A network that was loaded from a run, teacher or hub folder, with what else is there.
-
-    A run of an own method needs that `method` and its `teacher` again, for pseudo images to compare on.
-    """
+    """A loaded network with its folder's metadata; a run with a custom method needs `method` and its `teacher`."""
     paths = [folder / f"{name}.json" for name in ("student", "teacher", "config")]
     metadata: dict[str, Any] = next((read_json(path) for path in paths if path.exists()), {})
     is_run = (folder / "config.toml").exists() and (folder / "student.json").exists()
     sample = sampler(folder, network, method=method, teacher=teacher) if is_run else None
     return Source(network, metadata, sample)
-
-
-# Reading back, comparing, timing.
 
 
 def read_back(path: Path, form: Format, network: Classifier) -> Answer:
@@ -247,13 +228,11 @@ def read_back(path: Path, form: Format, network: Classifier) -> Answer:
                 return torch.export.load(path).module()
         how = describe_module(network.module, network.num_classes, network.input_size)
         if "transformers" in how:
-            return load_teacher(path, notice=lambda line: None).float()  # what there is to note is known already
-        return load_student(path, module=None if "spec" in how else network.module).float()
-    except Exception as error:  # a damaged file fails in every way that a parser can
-        reason = first_line(error)
-        raise ZsktError(
-            f"the exported {form} cannot be read back ({reason}); nothing was written; use another --format"
-        ) from error
+            return load_teacher(path, notice=lambda line: None).float()  # its notes are known already
+        return load_student(path, module=None if "spec" in how else bare(network.module)).float()
+    except Exception as error:  # a damaged file can raise anything
+        why = f"({first_line(error)}); nothing was written; use another --format"
+        raise ZsktError(f"the exported {form} cannot be read back {why}") from error
 
 
 def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -> dict[str, float]:
@@ -262,13 +241,9 @@ def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -
     network = copy.deepcopy(network).float()
     with evaluating(network):
         for batch in torch.split(images, list(BATCHES)):
-            try:
+            what = f"the exported network fails on a batch of {len(batch)}"
+            with failing(what, "nothing was written; use another --format"):
                 theirs.append(answer(batch).detach())  # (N, K)
-            except Exception as error:
-                raise ZsktError(
-                    f"the exported network fails on a batch of {len(batch)} ({first_line(error)}); nothing was "
-                    "written; use another --format"
-                ) from error
             ours.append(network(batch if fed == "normalised" else network.normalise(batch)))
     found, expected = torch.cat(theirs).double(), torch.cat(ours).double()  # (N, K) each
     return {
@@ -279,9 +254,9 @@ def deviation(answer: Answer, network: Classifier, images: Tensor, fed: Input) -
 
 
 def check(found: Mapping[str, float], form: str, tolerance: float) -> None:
-    """Raise ZsktError unless the logits are the network's, but for rounding."""
+    """Raise ZsktError unless the logits are the network's, up to rounding."""
     allowed = tolerance * found["largest_logit"]
-    if not found["max_difference"] <= allowed:  # NaN neither
+    if not found["max_difference"] <= allowed:  # rejects NaN, too
         raise ZsktError(
             f"the exported {form} disagrees with the network: logits differ by up to {found['max_difference']:.3g}, "
             f"allowed are {allowed:.3g} ({tolerance:g} of the largest), and {found['agreement']:.4f} of {IMAGES} "
@@ -290,7 +265,7 @@ def check(found: Mapping[str, float], form: str, tolerance: float) -> None:
 
 
 def check_agreement(found: Mapping[str, float], least: float) -> None:
-    """Raise ZsktError unless quantisation has left enough images their class."""
+    """Raise ZsktError unless enough images keep their class after quantisation."""
     if not found["agreement"] >= least or math.isnan(found["max_difference"]):
         raise ZsktError(
             f"after quantisation only {found['agreement']:.4f} of {IMAGES} pseudo images keep the student's class, "
@@ -300,7 +275,7 @@ def check_agreement(found: Mapping[str, float], least: float) -> None:
 
 
 def time_networks(networks: Mapping[str, tuple[Classifier, Path]], fed: Input, tolerance: float) -> tuple[Timing, ...]:
-    """Networks in onnxruntime side by side, turn by turn; an ONNX file that is not there yet is written and checked."""
+    """Interleaved timings of networks in onnxruntime; a missing ONNX file is written and checked."""
     sessions = {}
     for name, (network, path) in networks.items():
         if not path.exists():

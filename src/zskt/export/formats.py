@@ -1,7 +1,7 @@
 """A network written as a torch.export archive or an ONNX file, with its normalisation folded in, and quantised to int8.
 
-N images of shape (C, H, W), K classes; any N. The packages of the `export` extra are imported only when something needs
-them. Whether a file is right is for `export.py` to say.
+N images of shape (C, H, W), K classes; any N. The packages of the `export` extra are imported only when needed.
+`export.py` checks the files.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError, first_line
+from zskt.errors import failing
 from zskt.networks.classifier import Classifier
 from zskt.networks.foreign import optional, quiet
 from zskt.runtime import __version__
@@ -25,8 +25,7 @@ INPUTS: dict[str, str] = {
     "uint8": "images as bytes, 0..255",
     "normalised": "images in [0, 1] after (x - mean) / std",
 }
-CALIBRATED = 16
-"""Images per calibration batch."""
+CALIBRATED = 16  # images per calibration batch
 
 
 def need(package: str) -> Any:
@@ -36,7 +35,7 @@ def need(package: str) -> Any:
 
 
 def feed(network: Classifier, x: Tensor, fed: Input) -> Tensor:
-    """Normalised images (N, C, H, W) as an exported network is fed them: what a real image could be."""
+    """Normalised images (N, C, H, W) as an exported network takes them, clipped to what a real image could be."""
     if fed == "normalised":
         return x.float()
     images = network.denormalise(x).float()  # (N, C, H, W) in [0, 1]
@@ -70,15 +69,10 @@ class Deployed(nn.Module):
 def trace(network: Classifier, fed: Input) -> torch.export.ExportedProgram:
     """The network as a graph for any batch size, without the file names of this machine."""
     example = feed(network, torch.zeros(2, *network.input_size), fed)  # (2, C, H, W)
-    try:
-        with quiet():
-            program = torch.export.export(
-                Deployed(network, fed), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-            )
-    except Exception as error:  # what cannot be traced fails in every way
-        raise ZsktError(
-            f"torch.export cannot trace this network for arbitrary batch sizes ({first_line(error)}); use --format hub"
-        ) from error
+    with failing("torch.export cannot trace this network for arbitrary batch sizes", "use --format hub"), quiet():
+        program = torch.export.export(
+            Deployed(network, fed), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        )
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -106,26 +100,21 @@ def write_pt2(path: Path, network: Classifier, fed: Input) -> None:
 def write_onnx(path: Path, network: Classifier, fed: Input) -> None:
     """An ONNX file with input "images" and output "logits"; its metadata hold what `describe` returns."""
     program = trace(network, fed)
-    try:
-        with quiet():
-            converted = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes={"images": {0: "batch"}},
-                verbose=False,
-            )
-            assert converted is not None
-            for node in converted.model.graph.all_nodes():
-                node.metadata_props.clear()  # where in our source it came from
-            converted.model.metadata_props.update(describe(network, fed))
-            converted.save(path, external_data=False)
-    except Exception as error:
-        raise ZsktError(
-            f"torch.onnx cannot convert this network ({first_line(error)}); use --format pt2 or hub"
-        ) from error
+    with failing("torch.onnx cannot convert this network", "use --format pt2 or hub"), quiet():
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: "batch"}},
+            verbose=False,
+        )
+        assert converted is not None
+        for node in converted.model.graph.all_nodes():
+            node.metadata_props.clear()  # where in our source it came from
+        converted.model.metadata_props.update(describe(network, fed))
+        converted.save(path, external_data=False)
 
 
 def quantise(plain: Path, path: Path, images: Tensor) -> None:
@@ -149,25 +138,22 @@ def quantise(plain: Path, path: Path, images: Tensor) -> None:
             return None if batch is None else {"images": batch.numpy()}
 
     prepared = plain.with_name("prepared.onnx")
-    try:
-        with quiet():
-            quantization.quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-            quantization.quantize_static(
-                prepared,
-                path,
-                Reader(),
-                quant_format=quantization.QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-                calibrate_method=quantization.CalibrationMethod.Percentile,
-                extra_options={"CalibStridedMinMax": 1},  # one batch at a time: it keeps every layer's output
-            )
-            model = onnx.load(path)
-            onnx.helper.set_model_props(model, {p.key: p.value for p in onnx.load(plain).metadata_props})
-            onnx.save(model, path)
-    except Exception as error:
-        raise ZsktError(f"onnxruntime cannot quantise this network ({first_line(error)}); leave --int8 out") from error
+    with failing("onnxruntime cannot quantise this network", "leave --int8 out"), quiet():
+        quantization.quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            path,
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=quantization.CalibrationMethod.Percentile,
+            extra_options={"CalibStridedMinMax": 1},  # one batch at a time: it keeps every layer's output
+        )
+        model = onnx.load(path)
+        onnx.helper.set_model_props(model, {p.key: p.value for p in onnx.load(plain).metadata_props})
+        onnx.save(model, path)
 
 
 def open_onnx(path: Path) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from zskt.errors import printable
 from zskt.files import read_json, write_json, write_tensors, write_text
+from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import HUB_TYPE, describe_network
 from zskt.networks.foreign import quiet
@@ -24,11 +25,7 @@ _NUMBERS = ("steps", "seed", "seconds", "teacher_parameters")
 
 
 def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) -> None:
-    """Write config.json, model.safetensors, preprocessor_config.json and README.md.
-
-    `metadata` is that of a student.json or teacher.json (recipe, steps, measured, ...), or less; what is missing is
-    called not recorded or not measured.
-    """
+    """Write config.json, model.safetensors, preprocessor_config.json and README.md; it says what `metadata` lacks."""
     described = {**known_metadata(metadata), **describe_network(network)}
     described["rebuild"] = _without_folder(described["rebuild"])
     names = network.class_names or [str(k) for k in range(network.num_classes)]
@@ -38,13 +35,13 @@ def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) ->
     }
     path = folder / "config.json"
     if "transformers" in described["rebuild"]:
-        module: Any = network.module
+        module: Any = bare(network.module)
         with quiet():
             module.save_pretrained(folder)
         config = without_code(read_json(path), path) | (labels if network.class_names else {})
     else:
-        write_tensors(folder / "model.safetensors", network.module.state_dict(), {"format": "pt"})
-        architecture = printable(type(network.module).__name__)
+        write_tensors(folder / "model.safetensors", bare(network.module).state_dict(), {"format": "pt"})
+        architecture = printable(type(bare(network.module)).__name__)
         config = {"model_type": HUB_TYPE, "architectures": [architecture], **labels, **described}
         config["zskt_version"] = __version__
     channels, height, width = network.input_size
@@ -66,7 +63,7 @@ def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) ->
 
 
 def known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that zskt writes, if they are of their kind: a folder may come from anywhere."""
+    """The entries that zskt writes, if they have the right type: a folder may come from anywhere."""
     known: dict[str, Any] = {name: printable(metadata[name]) for name in _TEXTS if isinstance(metadata.get(name), str)}
     known |= {name: value for name in _NUMBERS if _finite(value := metadata.get(name))}
     measured, warnings, versions = (metadata.get(name) for name in ("measured", "warnings", "versions"))
@@ -118,75 +115,57 @@ def model_card(name: str, network: Classifier, described: Mapping[str, Any]) -> 
     measures = MEASURES if origin["recipe"] else {"accuracy": "accuracy", "calibration_error": "calibration error"}
     measured = {label: f"{found[key]:.4f}" if key in found else "not measured" for key, label in measures.items()}
     distilled = "Distilled from its teacher without any data, by zero-shot knowledge transfer."
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
-        "---",
-        "",
+    paragraphs = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"]),
         f"# {name}",
-        "",
         f"An image classifier. {distilled}" if origin["recipe"] else "An image classifier.",
-        "",
-        *_table("network", rows),
-        "",
+        _table("network", rows),
         "## Where it comes from",
-        "",
-        *_table("origin", {key: "not recorded" if value is None else value for key, value in origin.items()}),
-        "",
-        *(f"Warning of the run: {html.escape(light)}\n" for light in described.get("warnings") or []),
+        _table("origin", {key: "not recorded" if value is None else value for key, value in origin.items()}),
+        *(f"Warning of the run: {html.escape(light)}" for light in described.get("warnings") or []),
         "## What was measured",
-        "",
         "On the test images given to the command that made it; accuracies and agreement are fractions in [0, 1].",
-        "",
-        *_table("measure", measured),
-        "",
+        _table("measure", measured),
         "## How to use it",
-        "",
-        *_usage(name, kind, size.replace(" x ", ", ")),
-        "",
+        _usage(name, kind, size.replace(" x ", ", ")),
         f"Written by zskt {__version__}. Its licence is up to whoever trained the teacher.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def _usage(name: str, kind: str, size: str) -> list[str]:
+def _usage(name: str, kind: str, size: str) -> str:
     """How to load the folder, by what rebuilds the network."""
     if kind == "transformers":
-        classes = ("AutoImageProcessor", "AutoModelForImageClassification")
-        return [
-            "With transformers; zskt is not needed:",
-            "",
-            "```python",
-            f"from transformers import {', '.join(classes)}",
-            "",
-            f'processor = {classes[0]}.from_pretrained("{name}")',
-            f'model = {classes[1]}.from_pretrained("{name}")',
-            'logits = model(**processor(images, return_tensors="pt")).logits',
-            "```",
-        ]
+        return f"""With transformers; zskt is not needed:
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = AutoModelForImageClassification.from_pretrained("{name}")
+logits = model(**processor(images, return_tensors="pt")).logits
+```"""
     load = {
         "factory": f'Classifier.from_pretrained("{name}", trust=True)  # runs the code that makes the network',
         "python": f'load_student("{name}", module=module)  # the network, made by its own code',
     }.get(kind, f'Classifier.from_pretrained("{name}")')
-    return [
-        "Loading it needs zskt (`pip install zskt`), as its architecture is not one of transformers:",
-        "",
-        "```python",
-        "import zskt",
-        "",
-        f"network = zskt.{load}",
-        f"logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size})",
-        "```",
-    ]
+    return f"""Loading it needs zskt (`pip install zskt`), as its architecture is not one of transformers:
+
+```python
+import zskt
+
+network = zskt.{load}
+logits = network(network.normalise(images))  # uint8 or [0, 1] images (N, {size})
+```"""
 
 
 def _without_folder(how: Mapping[str, Any]) -> dict[str, Any]:
-    """A factory in a file by that file's name alone: the folder is to be given away, and paths tell of its maker."""
+    """A factory in a file by that file's name alone: the folder may be shared, and paths reveal its maker."""
     place, colon, name = str(how.get("factory", "")).rpartition(":")
     return {**how, "factory": f"{Path(place).name}:{name}"} if colon and place.endswith(".py") else dict(how)
 
 
-def _table(head: str, rows: Mapping[str, Any]) -> list[str]:
+def _table(head: str, rows: Mapping[str, Any]) -> str:
     texts = {str(key): html.escape(printable(value), quote=False) for key, value in rows.items()}
     cells = ((key, " ".join(text.split()).replace("|", "\\|")) for key, text in texts.items())
-    return [f"| {head} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)]
+    return "\n".join([f"| {head} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)])

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from zskt.errors import ZsktError
 from zskt.method.config import Config
 from zskt.networks.classifier import Classifier
 
@@ -28,7 +29,7 @@ class Repeatable(Protocol):
         ...
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The networks that a step changes, by name."""
+        """The networks that a step changes, by name; a method's student as "student"."""
         ...
 
     def optimisers(self) -> Mapping[str, torch.optim.Optimizer]:
@@ -40,7 +41,7 @@ class Repeatable(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned; its tensors arrive on the CPU."""
         ...
 
     def close(self) -> None:
@@ -76,3 +77,26 @@ class Growing(Protocol):
 
 Make = Callable[[Classifier, nn.Module, Config], Method]
 """A function that builds a method from a frozen teacher, a student on the same device, and the config of the run."""
+
+RESERVED = {"method", "rng", "state"}
+"""names of other things in a run's files, which no network may have"""
+
+
+def check_method(method: Any, student: nn.Module, name: str) -> Method:
+    """What the function `name` built for `student`; raises ZsktError unless it is a whole method that trains it."""
+    members = [
+        m for kind in (Repeatable, Method) for m in (*vars(kind), *kind.__annotations__) if not m.startswith("_")
+    ]
+    if missing := [member for member in members if not hasattr(method, member)]:
+        found = f"{type(method).__name__} without {', '.join(missing)}"
+        raise ZsktError(f"expected a method from {name}, found {found}; return an object with all of zskt.Method")
+    checked: Method = method
+    modules = checked.modules()
+    if not (isinstance(modules, Mapping) and modules.get("student") is checked.student is student):
+        raise ZsktError(
+            f'expected the given student as `student` and as "student" in modules() of the method from {name}, found '
+            "something else; train the given one in place"
+        )
+    if taken := RESERVED & modules.keys():
+        raise ZsktError(f"{taken.pop()!r} in modules() of the method from {name} is reserved; name it otherwise")
+    return checked

@@ -1,7 +1,9 @@
 """Recipes, as differences from the defaults, and every choice made before a run starts."""
 
 import dataclasses
+import functools
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -40,6 +42,7 @@ def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Config:
     texts = recipe_texts()
     if name not in texts:
         raise unknown("recipe", name, [AUTO, *texts])
+    _check_settings(settings or {})
     return replace(from_toml(Config, texts[name], f"recipe {name}"), settings or {})
 
 
@@ -71,13 +74,14 @@ def plan(
             "input_size=(3, 32, 32), mean=..., std=...)"
         )
     settings = dict(settings or {})
+    _check_settings(settings)
     check_pair(teacher, student)
     if method is not None:
         config, reason = _own(method, recipe, settings), "a custom method"
     else:
         config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
         if config.method not in METHODS:
-            raise UsageError(f"this run uses a custom method, {config.method}: give it, as in --method FILE:FUNCTION")
+            raise custom_method(config.method)
         named = "student.loss.stages" in settings or "student.loss.attention" in settings
         if recipe == AUTO and config.student.loss.attention and not named and not stages_pair_up(teacher, student):
             config = replace(config, {"student.loss.attention": 0.0})
@@ -94,6 +98,14 @@ def plan(
     return Plan(config, reason, method or METHODS[config.method])
 
 
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UsageError for what no setting changes."""
+    if named := [name for name in ("recipe", "method", "format") if name in settings]:
+        raise UsageError(
+            f"{named[0]} is not among the settings that can be changed: give the argument recipe or method"
+        )
+
+
 def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Config:
     """The config that a custom method starts from."""
     if isinstance(recipe, Config):
@@ -105,17 +117,26 @@ def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Con
     return Config(recipe="own", method=describe_method(method))
 
 
+def custom_method(name: str) -> UsageError:
+    """The error for a custom method that was not given."""
+    return UsageError(f"this run uses a custom method, {name}: give it, as in --method FILE:FUNCTION")
+
+
 def describe_method(method: Make) -> str:
-    """A custom method's file and function, by which a resumed run recognises it."""
-    inner = getattr(method, "func", method)  # of a functools.partial
-    inner = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
-    return f"{Path(inspect.getfile(inner)).name}:{inner.__qualname__}"
+    """A custom method's file, function and arguments of a partial, by which a resumed run recognises it."""
+    inner, arguments = method, ""
+    if isinstance(method, functools.partial):
+        inner = method.func
+        given = [*map(repr, method.args), *(f"{name}={value!r}" for name, value in method.keywords.items())]
+        arguments = re.sub(r" at 0x[0-9a-f]+", "", f"({', '.join(given)})")  # addresses differ from run to run
+    function: Any = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
+    return f"{Path(inspect.getfile(function)).name}:{function.__qualname__}{arguments}"
 
 
 def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
     """The config of a recipe and why it was chosen; `auto` depends on the teacher."""
     if name != AUTO:
-        return load_recipe(name), "as asked"
+        return load_recipe(name), "as requested"
     if teacher.has_batchnorm:
         return load_recipe("zskt-prior"), "auto: the teacher has BatchNorm, whose statistics guide the pseudo images"
     config = load_recipe("zskt-fresh")

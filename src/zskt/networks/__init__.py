@@ -1,1 +1,1 @@
-"""Classifiers: ours, anybody's, and what can be seen of any of them from outside."""
+"""Classifiers: our architectures, loading any other, and observing all of them by hooks."""

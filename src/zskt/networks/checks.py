@@ -1,31 +1,16 @@
-"""Checks of a teacher, which is also frozen, and of a pair of teacher and student.
-
-N images, K classes. Only a copy of the student is ever put in training mode.
-"""
+"""Checks of a teacher, which is also frozen, and of a pair of teacher and student; N images, K classes."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError, first_line
+from zskt.errors import ZsktError, failing
 from zskt.networks.classifier import Classifier, Output
 from zskt.networks.models import Size
-from zskt.networks.observe import check_state, evaluating, fixed_batch, logits_of, refusal
+from zskt.networks.observe import answer, check_state, evaluating, fixed_batch, logits_of
 
-SMALLEST = 1e-12
-"""Least probability that a logarithm is taken of, so that its gradient is finite."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What checks on noise images have found."""
-
-    num_classes: int
-    output: Output
-    notes: tuple[str, ...]
-    """for the user; not errors"""
+SMALLEST = 1e-12  # probabilities are clamped to this before the logarithm, so that its gradient is finite
 
 
 class Logarithm(nn.Module):
@@ -43,36 +28,32 @@ class Logarithm(nn.Module):
         return logits_of(self.network(images)).clamp_min(SMALLEST).log()
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside `Logarithm`: what is saved, as `as_teacher` puts the wrapper around it again."""
+    return module.network if isinstance(module, Logarithm) else module
+
+
 def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
     """A private copy of a classifier: frozen, in eval mode, checked on noise unless it already was.
 
     Probabilities are turned into their logarithms. Unless `copied` is False, the given classifier is left unchanged.
     Raises ZsktError for a network that cannot be distilled (`probe`) or has another number of classes.
     """
-    try:
-        with torch.no_grad():
-            teacher = copy.deepcopy(classifier) if copied else classifier
+    advice = "remove attributes that are not part of it (locks, open files), or reload it"
+    with failing("the network cannot be copied and frozen", advice), torch.no_grad():
+        teacher = copy.deepcopy(classifier) if copied else classifier
         check_state(teacher.module, "network")
         for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_
             parameter.requires_grad_(False)
         teacher.eval()
-    except ZsktError:
-        raise
-    except (Exception, SystemExit) as error:  # locks, open files, tensors with a history, custom methods
-        raise ZsktError(
-            f"the network cannot be copied and frozen ({first_line(error)}); remove attributes that are not part of it "
-            "(locks, open files), or reload it"
-        ) from error
-    if teacher.probed:
+    if teacher.probed == (teacher.module,):
         return teacher
-    found = probe(teacher.module, teacher.input_size)
-    if found.num_classes != teacher.num_classes:
-        raise ZsktError(
-            f"expected a network with {teacher.num_classes} classes, found {found.num_classes} outputs; check both"
-        )
-    if found.output == "probabilities":
+    classes, teacher.output, teacher.notes = probe(teacher.module, teacher.input_size)
+    if classes != teacher.num_classes:
+        raise ZsktError(f"expected a network with {teacher.num_classes} classes, found {classes} outputs; check both")
+    if teacher.output == "probabilities":
         teacher.module = Logarithm(teacher.module).eval()
-    teacher.output, teacher.notes, teacher.probed = found.output, found.notes, True
+    teacher.probed = (teacher.module,)
     return teacher
 
 
@@ -87,16 +68,17 @@ def output_kind(outputs: Tensor) -> Output:
     return "logits"
 
 
-def probe(module: nn.Module, size: Size) -> Probe:
-    """Check a frozen network on noise of `size` = (C, H, W); raises ZsktError if it cannot be distilled.
+def probe(module: nn.Module, size: Size) -> tuple[int, Output, tuple[str, ...]]:
+    """Check a frozen network on noise of `size` = (C, H, W): its classes, kind of outputs, and notes for the user.
 
-    Three images in two batches, of standard deviation 1 and 3, and one backward pass to the images.
+    Three images in two batches, of standard deviation 1 and 3, and one backward pass to the images. Raises ZsktError
+    if it cannot be distilled.
     """
     rng = torch.Generator().manual_seed(0)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     noise = torch.randn(3, *size, generator=rng) * torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1, 1)  # (3, C, H, W)
     noise = noise.to(like.device, like.dtype)
-    first = _with_gradient(module, noise[:2].clone(), size)  # (2, K)
+    first = _with_gradient(module, noise[:2].clone())  # (2, K)
     with torch.no_grad():
         try:
             both = logits_of(module(noise))  # (3, K)
@@ -105,7 +87,7 @@ def probe(module: nn.Module, size: Size) -> Probe:
     if both.shape[0] != 3:
         raise ZsktError(f"expected logits for each of 3 images, found {both.shape[0]}; return (batch, classes)")
     if not torch.isfinite(both).all():
-        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+        raise ZsktError("the network outputs NaN or infinity for noise images; check its weights")
     notes = []
     kind = output_kind(both)
     if kind == "probabilities":
@@ -117,37 +99,28 @@ def probe(module: nn.Module, size: Size) -> Probe:
             "the output for an image varies between calls or with the rest of the batch: are dropout or BatchNorm in "
             "training mode?"
         )
-    return Probe(int(both.shape[1]), kind, tuple(notes))
+    return int(both.shape[1]), kind, tuple(notes)
 
 
-def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
+def _with_gradient(module: nn.Module, noise: Tensor) -> Tensor:
     """The outputs (2, K) for two images; raises ZsktError unless gradients reach the images."""
     images = noise.requires_grad_() * 1  # not a leaf, like a generator's images
     with torch.enable_grad():
-        try:
-            outputs = logits_of(module(images))  # (2, K)
-        except ZsktError:
-            raise
-        except (Exception, SystemExit) as error:  # a foreign module may raise anything for a shape
-            raise refusal(module, noise.detach(), error) from error
+        outputs = answer(module, images)  # (2, K)
     if images._version:
         raise ZsktError("the network changes its input images in place; use out-of-place operations")
     if not outputs.is_floating_point():
         advice = "return their real part" if outputs.is_complex() else "if there is an argmax, return its input"
         raise ZsktError(f"expected logits as floating-point numbers, found {outputs.dtype}; {advice}")
     if not torch.isfinite(outputs).all():
-        raise ZsktError("the network answers noise with NaN or infinity; check its weights")
+        raise ZsktError("the network outputs NaN or infinity for noise images; check its weights")
     if outputs.shape[1] < 2:
         raise ZsktError("expected a classifier of at least 2 classes, found 1 output; return two logits instead of one")
     unequal = torch.linspace(1, 2, outputs.shape[1]).to(outputs)  # (K,): the plain sum of probabilities has no gradient
     gradient = None
     if outputs.requires_grad:
-        try:
+        with failing("the backward pass of the network fails", "check its in-place operations"):
             (gradient,) = torch.autograd.grad((outputs * unequal).sum(), noise, allow_unused=True)  # (2, C, H, W)
-        except Exception as error:
-            raise ZsktError(
-                f"the backward pass of the network fails ({first_line(error)}); check its in-place operations"
-            ) from error
     if gradient is None:
         raise ZsktError(
             "no gradient reaches the images, which distillation needs: remove torch.no_grad, inference_mode, integer "
@@ -160,23 +133,18 @@ def _with_gradient(module: nn.Module, noise: Tensor, size: Size) -> Tensor:
 
 def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> None:
     """Check a copy of the student with one forward and backward pass in training mode."""
-    try:
-        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
-            twin = copy.deepcopy(student)
-            twin.train()
-            logits = logits_of(twin(images))  # (2, K)
-            trained = [p for p in twin.parameters() if p.requires_grad]
-            weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, in case of a softmax
-            reached = logits.requires_grad and any(
-                gradient is not None
-                for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
-            )
-    except ZsktError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ZsktError(
-            f"the student cannot be copied and trained on a batch of two ({first_line(error)}); fix its training mode"
-        ) from error
+    unchanged = torch.random.fork_rng([images.device] if images.is_cuda else [])
+    what = "the student cannot be copied and trained on a batch of two"
+    with failing(what, "fix its training mode"), unchanged, torch.enable_grad():
+        twin = copy.deepcopy(student)
+        twin.train()
+        logits = logits_of(twin(images))  # (2, K)
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        weights = torch.linspace(1, 2, logits.shape[1]).to(logits)  # (K,): unequal, in case of a softmax
+        reached = logits.requires_grad and any(
+            gradient is not None
+            for gradient in torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
+        )
     if logits.shape != shape or not reached:
         found = f"shape {tuple(logits.shape)}" if logits.shape != shape else "logits without a gradient"
         raise ZsktError(
@@ -199,15 +167,8 @@ def check_pair(teacher: Classifier, student: nn.Module) -> None:
         )
     noise = torch.randn(2, *teacher.input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     size = " x ".join(map(str, teacher.input_size))
-    try:
-        with evaluating(student):
-            outputs = logits_of(student(noise))  # (2, K)
-    except ZsktError:
-        raise
-    except (Exception, SystemExit) as error:  # as in as_teacher
-        raise ZsktError(
-            f"the student rejects the teacher's images of {size} ({first_line(error)}); build it for that size"
-        ) from error
+    with failing(f"the student rejects the teacher's images of {size}", "build it for that size"), evaluating(student):
+        outputs = logits_of(student(noise))  # (2, K)
     if (kind := output_kind(outputs)) == "probabilities":
         raise ZsktError(f"expected a student that returns logits, found {kind}; remove its softmax")
     classes = outputs.shape[1]

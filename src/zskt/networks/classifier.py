@@ -1,20 +1,20 @@
 """An image classifier, teacher or student, with its normalisation, input size and classes."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError, printable, short
+from zskt.errors import UsageError, ZsktError, failing, printable, short
 from zskt.networks import models
 from zskt.networks.models import Size
-from zskt.networks.observe import batchnorm_layers, blank_images, check_state, evaluating, logits_of, refusal
+from zskt.networks.observe import answer, batchnorm_layers, blank_images, check_state, evaluating, logits_of
 
 Output = Literal["logits", "probabilities", "log-probabilities"]
-OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 class Classifier(nn.Module):
@@ -58,18 +58,20 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(-1, 1, 1), persistent=False)
         self.training = module.training
-        self.num_classes = num_classes or self._count_classes()
+        if not num_classes:
+            check_state(module, "network")
+            with failing("the network cannot be put into eval mode", "fix its train method"), evaluating(module):
+                num_classes = answer(module, blank_images(module, self.input_size)).shape[1]
+        self.num_classes = num_classes
         self.class_names = tuple(map(printable, class_names)) if class_names is not None else None
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ZsktError(
                 f"expected a network with {len(self.class_names)} class names, found {self.num_classes} outputs; "
                 "check both"
             )
-        self.output: Output = "logits"
-        """what the module returns, according to `checks.probe`"""
-        self.notes: tuple[str, ...] = ()
-        """what else the user should know about the network"""
-        self.probed = False
+        self.output: Output = "logits"  # what the module returns, according to `checks.probe`
+        self.notes: tuple[str, ...] = ()  # what else the user should know about the network
+        self.probed: tuple[nn.Module, ...] = ()  # the checked module; in a tuple, so as not to be registered twice
 
     @classmethod
     def from_pretrained(
@@ -124,16 +126,36 @@ class Classifier(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _count_classes(self) -> int:
-        check_state(self.module, "network")
-        images = blank_images(self.module, self.input_size)  # (2, C, H, W)
-        try:
-            with evaluating(self.module):
-                return logits_of(self.module(images)).shape[1]
-        except ZsktError:
-            raise
-        except (Exception, SystemExit) as error:  # a foreign module may raise anything for a shape
-            raise refusal(self.module, images, error) from error
+
+def unit_normalisation(
+    mean: Sequence[float], std: Sequence[float], *, white: float | None = None, where: Path | str | None = None
+) -> tuple[Sequence[float], Sequence[float], tuple[str, ...]]:
+    """Mean and standard deviation of pixels in [0, 1], one each per channel, and notices for the user.
+
+    `white` is the value of a white pixel on their scale; None means 255 if values exceed 1. `where` is what they were
+    read from, None for --mean and --std. Raises ZsktError, UsageError for options, for numbers that fit neither scale
+    or do not match.
+    """
+    values = (*mean, *std)
+    if where is None:
+        given = f"--mean {' '.join(f'{value:g}' for value in mean)} --std {' '.join(f'{value:g}' for value in std)}"
+    else:
+        given = short(f"{where}: mean {list(mean)} and std {list(std)}", 300)
+    kind = UsageError if where is None else ZsktError
+    if len(mean) != len(std) or not all(abs(value) < math.inf for value in values):  # rejects NaN, too
+        raise kind(f"{given}: expected as many numbers in both, one per channel; correct them")
+    notices: tuple[str, ...] = ()
+    if white is None:
+        white = 1 if max(values, default=0) <= 1 else 255
+        if white == 255 and any(0 < value < 1 or not 0 <= value <= 255 for value in values):
+            raise kind(f"{given}: expected all in [0, 1] or all in 0..255, found both or neither")
+        if white == 255:
+            notices = (f"{given} read as 0..255 and divided by 255",)
+    if white != 1:
+        mean, std = [value / white for value in mean], [value / white for value in std]
+    if not all(0 <= value <= 1 for value in mean) or not all(1e-6 <= value <= 1 for value in std):
+        raise kind(f"{given}: expected mean in [0, 1] and std in (0, 1] for pixels in [0, 1]; correct them")
+    return mean, std, notices
 
 
 def checked_size(size: Sequence[int]) -> Size:

@@ -1,7 +1,4 @@
-"""Networks from a factory, a function of the user's: `package.module:factory` or `file.py:factory`, with arguments.
-
-Importing and calling a factory runs the user's code, so it happens only on request.
-"""
+"""Networks from a function of the user's, `package.module:factory` or `file.py:factory`: on request, as code runs."""
 
 import contextlib
 import importlib
@@ -17,11 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from zskt.errors import UsageError, ZsktError, first_line, short, unknown
+from zskt.errors import UsageError, ZsktError, failing, first_line, short, unknown
 from zskt.settings import from_text
 
-_ORIGIN = "_zskt_factory"
-"""Attribute of a network that records its factory."""
+_ORIGIN = "_zskt_factory"  # attribute of a network that records its factory
 
 
 def parse_arguments(assignments: Sequence[str], option: str) -> dict[str, Any]:
@@ -62,20 +58,14 @@ def find_function(spec: str) -> Callable[..., Any]:
     path = _file_of(spec)
     if path is not None and not path.is_file():
         raise ZsktError(f"expected a Python file at {path}, found none; check the path before the colon")
-    with _importable(spec):
-        try:
-            found: Any = _load_file(path) if path is not None else importlib.import_module(place)
-            for part in name.split("."):
-                if not hasattr(found, part):
-                    raise unknown(f"function in {place}", part, _callables(found))
-                found = getattr(found, part)
-        except UsageError:
-            raise
-        except (Exception, SystemExit) as error:  # user code can raise anything
-            raise ZsktError(
-                f"cannot import {place} for {spec} ({type(error).__name__}: {first_line(error)}); check its name, the "
-                "current folder and the code"
-            ) from error
+    advice = "check its name, the current folder and the code"
+    with _importable(spec), failing(f"cannot import {place} for {spec}", advice, named=True):
+        found: Any = _load_file(path) if path is not None else importlib.import_module(place)
+        for part in name.split("."):
+            if not hasattr(found, part):
+                names = [name for name, value in vars(found).items() if callable(value) and name[0] != "_"]
+                raise unknown(f"function in {place}", part, names)
+            found = getattr(found, part)
     if not callable(found):
         raise ZsktError(f"expected a function or class at {spec}, found {type(found).__name__}; give another name")
     function: Callable[..., Any] = found
@@ -83,21 +73,18 @@ def find_function(spec: str) -> Callable[..., Any]:
 
 
 def call_factory(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """The network that `package.module:factory` or `file.py:factory` returns for these keyword arguments.
-
-    Raises what `find_function` raises, and ZsktError if the factory fails or returns something else.
-    """
+    """The network that a factory returns for these arguments; raises ZsktError if it fails or returns another thing."""
     factory = find_function(spec)
     with _importable(spec):
         try:
             network = factory(**(arguments or {}))
         except (Exception, SystemExit) as error:
+            takes = "others"
             with contextlib.suppress(TypeError, ValueError):  # some callables have no signature
+                takes = str(inspect.signature(factory))
                 inspect.signature(factory).bind(**(arguments or {}))
                 raise ZsktError(f"{spec} failed with {type(error).__name__}: {first_line(error)}; fix it") from error
-            raise ZsktError(
-                f"{spec} does not take these arguments ({first_line(error)}); it takes {_signature(factory)}"
-            ) from error
+            raise ZsktError(f"{spec} does not take these arguments ({first_line(error)}); it takes {takes}") from error
     if not isinstance(network, nn.Module):
         raise ZsktError(f"expected {spec} to return a torch.nn.Module, found {type(network).__name__}; fix it")
     path = _file_of(spec)
@@ -119,7 +106,7 @@ def _file_of(spec: str) -> Path | None:
 
 @contextlib.contextmanager
 def _importable(spec: str) -> Iterator[None]:
-    """Make what lies beside a specifier's file, or here, importable inside; installed modules come first."""
+    """Make modules next to a specifier's file, or here, importable inside; installed modules come first."""
     path = _file_of(spec)
     folder = str(path.resolve().parent if path is not None else Path.cwd())
     sys.path.append(folder)
@@ -144,14 +131,3 @@ def _load_file(path: Path) -> types.ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _callables(holder: Any) -> list[str]:
-    return [name for name, value in vars(holder).items() if callable(value) and not name.startswith("_")]
-
-
-def _signature(factory: Any) -> str:
-    try:
-        return str(inspect.signature(factory))
-    except (TypeError, ValueError):
-        return "others"

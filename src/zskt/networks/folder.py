@@ -9,26 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import ZsktError, short
-from zskt.files import read_json, read_tensors, tensor_shapes, write_json, write_tensors
-from zskt.networks.checks import as_teacher
-from zskt.networks.classifier import Classifier, checked_size, count_parameters
-from zskt.networks.normalisation import unit_normalisation
+from zskt.files import expanded, read_json, read_tensors, tensor_shapes, write_json, write_tensors
+from zskt.networks.checks import as_teacher, bare
+from zskt.networks.classifier import Classifier, checked_size, count_parameters, unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
 from zskt.runtime import cpu_name, versions
 
 
 def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) -> None:
-    """Write `stem`.safetensors and `stem`.json; `metadata` (how trained, measured accuracy, ...) goes into the JSON.
-
-    The JSON goes last: a folder without it does not count as a network.
-    """
-    write_tensors(folder / f"{stem}.safetensors", network.module.state_dict())
+    """Write `stem`.safetensors, then `stem`.json with `metadata`: without the JSON it does not count as a network."""
+    write_tensors(folder / f"{stem}.safetensors", bare(network.module).state_dict())
     made = {"versions": versions(), "hardware": cpu_name()}
     write_json(folder / f"{stem}.json", describe_network(network) | metadata | made)
 
 
 def describe_network(network: Classifier) -> dict[str, Any]:
-    """What must be known beside the weights, as plain JSON values."""
+    """The metadata stored with the weights, as plain JSON values."""
     how = describe_module(network.module, network.num_classes, network.input_size)
     return {
         "format": FORMAT,
@@ -52,8 +48,9 @@ def check_teacher_folder(folder: Path) -> None:
             raise ZsktError(f"{folder} already holds {what}; choose another --out or remove it")
 
 
-def save_teacher(folder: Path, teacher: Classifier, **metadata: Any) -> None:
+def save_teacher(folder: str | Path, teacher: Classifier, **metadata: Any) -> None:
     """Write a teacher folder; refuses one that already holds a teacher or a run."""
+    folder = expanded(folder)
     check_teacher_folder(folder)
     save_network(folder, "teacher", teacher, **metadata)
 
@@ -61,30 +58,28 @@ def save_teacher(folder: Path, teacher: Classifier, **metadata: Any) -> None:
 def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
     """The finished student in a run folder, with its normalisation.
 
-    A student that only its owner's code can make is handed in as `module`, whose weights are replaced in a copy; one
-    that a factory made is rebuilt by it, which runs that code, with `trust`. Raises ZsktError saying which it needs.
+    A student that only its own code can make is passed as `module`, whose weights are replaced in a copy; one made by a
+    factory needs `trust`, as rebuilding it runs that code. Raises ZsktError saying which it needs.
     """
-    return _load(Path(folder), "student", module, trust)
+    return load_network(folder, module=module, trust=trust, stem="student")
 
 
-def load_network(folder: str | Path, *, module: nn.Module | None = None, trust: bool = False) -> Classifier:
+def load_network(
+    folder: str | Path, *, module: nn.Module | None = None, trust: bool = False, stem: str | None = None
+) -> Classifier:
     """The teacher of a teacher folder or the student of a run folder, whichever `folder` is; see `load_student`."""
-    return _load(Path(folder), "student" if (Path(folder) / "student.json").exists() else "teacher", module, trust)
-
-
-def _load(folder: Path, stem: str, module: nn.Module | None = None, trust: bool = False) -> Classifier:
+    folder = expanded(folder)
+    stem = stem or ("student" if (folder / "student.json").exists() else "teacher")
     path = folder / f"{stem}.json"
-    if not path.exists() and is_hub_folder(folder):
+    if path.exists():
+        return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
+    if is_hub_folder(folder):
         return read_network(folder / "config.json", folder / "model.safetensors", module, trust=trust)
-    if not path.exists():
-        what = "a folder without it" if folder.is_dir() else "a file" if folder.exists() else "nothing"
-        near = (
-            "if this run has not finished, resume it with --resume"
-            if (folder / "config.toml").exists()
-            else ("make one with zskt teach, zskt import or zskt distill")
-        )
-        raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what}; {near}")
-    return read_network(path, folder / f"{stem}.safetensors", module, trust=trust)
+    what = "a folder without it" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+    near = "make one with zskt teach, zskt import or zskt distill"
+    if (folder / "config.toml").exists():
+        near = "if this run has not finished, resume it with --resume"
+    raise ZsktError(f"expected a folder with {stem}.json at {folder}, found {what}; {near}")
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -95,11 +90,7 @@ def is_hub_folder(folder: Path) -> bool:
 
 
 def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, trust: bool = False) -> Classifier:
-    """The network that the JSON at `path` describes, with the tensors of a safetensors file.
-
-    `module` is a network rebuilt by the caller: its weights are replaced in a copy. `trust` lets a factory that the
-    JSON names run.
-    """
+    """The network that the JSON at `path` describes, or a copy of `module`, with the tensors of a safetensors file."""
     metadata = _checked_metadata(path)
     mean, std, _ = unit_normalisation(metadata["mean"], metadata["std"], white=1, where=path)
 
@@ -120,12 +111,12 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
         size = checked_size(metadata["input_size"])
         make = functools.partial(rebuild_module, how, path, metadata["num_classes"], size, trust=trust)
         if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
-            with unallocated():  # a short file can describe a network that no memory holds
+            with unallocated():  # a short file can describe a network too large for memory
                 fill(make(), {name: torch.empty(shape) for name, shape in tensor_shapes(weights).items()})
         module = make()
     tensors, _ = read_tensors(weights)
     for tensor in tensors.values():
-        if tensor.is_floating_point():  # float64 stays, all else is widened
+        if tensor.is_floating_point():  # float64 stays, all else becomes float32
             module.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
             break
     own = module.state_dict()
@@ -145,7 +136,7 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
 
 
 def _checked_metadata(path: Path) -> dict[str, Any]:
-    """The JSON beside a network's weights, after a look at whether it says what a network needs."""
+    """The JSON stored with a network's weights, checked for what a network needs."""
     metadata: Any = read_json(path)
     if not isinstance(metadata, dict):
         raise ZsktError(f"expected an object in {path}, found {type(metadata).__name__}; write the folder again")
@@ -168,9 +159,5 @@ def _checked_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-HUB_TYPE = "zskt"
-"""`model_type` in the config.json of a folder in the Hugging Face layout."""
-
-
-FORMAT = 1
-"""Version of the JSON beside the weights."""
+HUB_TYPE = "zskt"  # `model_type` in the config.json of a folder in the Hugging Face layout
+FORMAT = 1  # version of the JSON stored with the weights

@@ -1,4 +1,4 @@
-"""Other people's libraries: imported when asked for, kept quiet, their errors as one line."""
+"""Third-party libraries: imported on demand, silenced, their failure to import as one line."""
 
 import contextlib
 import importlib
@@ -18,7 +18,7 @@ from zskt.networks.models import Size
 
 @dataclass
 class Found:
-    """A network from elsewhere, and what was found beside it; `mean` and `std` are for pixels in [0, 1]."""
+    """A network from outside, and what was found with it; `mean` and `std` are for pixels in [0, 1]."""
 
     module: nn.Module
     kind: str
@@ -32,9 +32,9 @@ class Found:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Libraries do not log, warn or print here: stdout is kept for the result, and an error says what matters.
+    """Silence the logs, warnings and prints of libraries: stdout is reserved for the result.
 
-    stderr stays open, as a handler that a library creates meanwhile would hold on to whatever took its place.
+    stderr stays open, as a handler that a library creates meanwhile would keep using its replacement.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -50,18 +50,6 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
         if transformers is not None and bars:
             transformers.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def failing(what: str) -> Iterator[None]:
-    """Quiet, and whatever goes wrong with `what` is one line."""
-    try:
-        with quiet():
-            yield
-    except ZsktError:
-        raise
-    except Exception as error:  # a parser of foreign files fails in every way
-        raise ZsktError(f"cannot load {what} ({type(error).__name__}: {first_line(error)}); check it") from error
 
 
 def optional(package: str, extra: str) -> Any:

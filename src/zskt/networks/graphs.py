@@ -1,11 +1,12 @@
-"""Networks that come as a recorded graph: torch.export's `.pt2` and TorchScript's `.pt`.
+"""Networks recorded as a graph: torch.export's `.pt2` and TorchScript's `.pt`.
 
-Both are programs: reading one can run code that its maker put there, so `loading` asks for trust first. They have
-parameters, but no mode to switch and nothing inside for hooks to watch, so they have no stages. The BatchNorm
-operations of an exported graph are turned back into layers, whose statistics a prior can use.
+Both are programs: reading one can run code that its maker put there, so `loading` requires `trust`. They have
+parameters, but no training mode and no submodules for hooks, so they have no stages. The BatchNorm operations of an
+exported graph are turned back into layers, whose statistics the prior can use.
 """
 
 import copy
+import json
 import operator
 from pathlib import Path
 from typing import Any, Self
@@ -13,18 +14,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from zskt.errors import ZsktError, first_line
+from zskt.errors import ZsktError, failing, first_line
+from zskt.networks.classifier import unit_normalisation
 from zskt.networks.foreign import Found, quiet
 
 _NORM = torch.ops.aten.batch_norm.default
 _DECOMPOSED_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 """what `run_decompositions` makes of it; returns a tuple that begins with the result"""
-_LAYERS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
+_LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _EXPORT_AGAIN = (
     "export it with a dynamic batch, as in torch.export.export(model.eval(), (images,), "
     "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
@@ -32,7 +29,7 @@ _EXPORT_AGAIN = (
 
 
 class Graph(nn.Module):
-    """A recorded network: its graph is called as it is, in no mode, and it has no stages."""
+    """A recorded network, without training mode and stages."""
 
     stages: tuple[str, ...] = ()
 
@@ -45,10 +42,10 @@ class Graph(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """Whatever the graph returns for images (N, C, H, W)."""
-        return nn.Module.__call__(self.graph, images)  # its own prints tracebacks when it fails
+        return nn.Module.__call__(self.graph, images)  # the graph's own __call__ prints tracebacks
 
     def train(self, mode: bool = True) -> Self:
-        """Does nothing: a loaded `.pt2` raises on it, and what is recorded has no modes."""
+        """Does nothing: a recorded graph has no modes, and a loaded `.pt2` would raise."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Graph":
@@ -58,13 +55,11 @@ class Graph(nn.Module):
 
 
 def read_exported(path: Path) -> Found:
-    """The network in a `.pt2` file of torch.export.save; runs whatever code the file holds.
-
-    Raises ZsktError for programs of fixed batch size, of integer or several inputs, or exported in training mode.
-    """
+    """The network in a `.pt2` file, whose code runs; ZsktError unless it takes float images, any batch, in eval."""
+    beside: dict[str, Any] = {"zskt.json": ""}
     try:
         with quiet():
-            graph = torch.export.load(path).module()
+            graph = torch.export.load(path, extra_files=beside).module()
             assert isinstance(graph, fx.GraphModule)
             recovered, training = _recover_batchnorm(graph)
     except Exception as error:  # a parser of foreign files
@@ -86,25 +81,42 @@ def read_exported(path: Path) -> Found:
         raise ZsktError(f"{path} only takes batches of exactly {batch}; {_EXPORT_AGAIN}")
     if training:
         raise ZsktError(f"{path} was exported in training mode (it holds {training}); {_EXPORT_AGAIN}")
-    lost = "no attention transfer: hooks see nothing inside an exported graph"
+    lost = "no attention transfer: hooks do not work inside an exported graph"
     lost += f"; statistics of {recovered} BatchNorm layers read from it" if recovered else "; found no BatchNorm in it"
     fixed = all(isinstance(side, int) for side in size)
-    return Found(Graph(graph), "exported program", (size[0], size[1], size[2]) if fixed else None, lost=lost)
+    network = Found(Graph(graph), "exported program", (size[0], size[1], size[2]) if fixed else None, lost=lost)
+    if beside["zskt.json"]:
+        _read_beside(network, beside["zskt.json"], path)
+    return network
+
+
+def _read_beside(found: Found, text: str, path: Path) -> None:
+    """Complete what was found by the zskt.json that `zskt export` put into the file at `path`."""
+    kinds = ValueError, TypeError, KeyError, AttributeError
+    with failing(f"zskt.json in {path} is damaged", "export the network again", kinds=kinds):
+        facts = json.loads(text)
+        fed, names = facts["input"].partition(":")[0], [str(name) for name in json.loads(facts["class_names"])]
+        mean, std = json.loads(facts["mean"]), json.loads(facts["std"])
+        if fed == "fraction":  # the graph normalises
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+        found.mean, found.std, _ = unit_normalisation(mean, std, white=1, where=path)
+    found.source = "zskt.json in it"
+    found.class_names = None if names == [str(k) for k in range(len(names))] else names  # numbers stand for none
 
 
 def read_torchscript(path: Path) -> Found:
     """The network in a TorchScript file; runs whatever code the file holds."""
     try:
-        with quiet():  # deprecated, and what many have
+        with quiet():  # deprecated, but widespread
             script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ZsktError(f"cannot load {path} as TorchScript ({_reason(error)}); save it again") from error
-    lost = "no attention transfer and no BatchNorm prior: hooks see nothing inside TorchScript"
+    lost = "no attention transfer and no BatchNorm prior: hooks do not work inside TorchScript"
     return Found(Graph(script), "TorchScript", lost=lost)
 
 
 def _reason(error: Exception) -> str:
-    """The last line that says something: torch puts whole tracebacks into its messages."""
+    """The last line with text: torch puts whole tracebacks into its messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return first_line(RuntimeError(lines[-1])) if lines else type(error).__name__
 

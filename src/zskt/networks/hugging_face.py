@@ -6,36 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import ZsktError, first_line
+from zskt.errors import ZsktError, failing
 from zskt.files import read_json, tensor_shapes
-from zskt.networks.classifier import count_parameters
-from zskt.networks.foreign import Found, failing, optional
-from zskt.networks.normalisation import unit_normalisation
+from zskt.networks.archives import read_weights
+from zskt.networks.classifier import count_parameters, unit_normalisation
+from zskt.networks.foreign import Found, optional, quiet
 from zskt.networks.rebuild import unallocated, without_code
 from zskt.networks.weights import find_state_dict
-from zskt.networks.weights_file import read_weights
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 FETCHED = ["*.json", "*.safetensors", "README.md"]
-"""What is downloaded of a repository, from its top folder: neither code nor pickles."""
+"""What is downloaded from a repository's top folder: neither code nor pickles."""
 
 
 def fetch(repository: str, revision: str | None = None) -> Path:
     """The local copy of a repository "owner/name" of the Hugging Face hub, downloaded unless it is there already."""
     hub = optional("huggingface_hub", "hub")
-    try:
+    what = f"found no folder {repository}, and cannot download it from the Hugging Face hub"
+    # Unknown, private, offline, ...: the name of the exception says which.
+    with failing(what, "check the name, the revision, your access and the connection", named=True):
         return Path(
             hub.snapshot_download(repository, revision=revision, allow_patterns=FETCHED, ignore_patterns=["*/*"])
         )
-    except Exception as error:  # unknown, private, offline, ...: the name of its class says which
-        raise ZsktError(
-            f"found no folder {repository}, and cannot download it from the Hugging Face hub ({type(error).__name__}: "
-            f"{first_line(error)}); check the name, the revision, your access and the connection"
-        ) from error
 
 
 def read_folder(folder: Path) -> Found:
-    """An image classifier saved by transformers; nothing is downloaded and no code of the folder's is run."""
+    """An image classifier saved by transformers; nothing is downloaded and no code in the folder is run."""
     transformers = optional("transformers", "hub")
     tensors = sorted(folder.glob("*.safetensors"))
     pickled = sorted(folder.glob("pytorch_model*.bin"))
@@ -46,14 +42,14 @@ def read_folder(folder: Path) -> Found:
             "save_pretrained"
         )
     written = read_json(folder / "config.json")
-    with failing(str(folder)):
+    with failing(f"cannot load {folder}", "check it", named=True), quiet():
         config, kind = _config_and_class(transformers, written, folder / "config.json")
         weights = None if tensors else read_weights(pickled[0])  # never by the library, which may unpickle
         held = sum(math.prod(shape) for path in tensors for shape in tensor_shapes(path).values())
         held += sum(tensor.numel() for tensor in find_state_dict(weights).values()) if weights is not None else 0
         with unallocated():
             wanted = count_parameters(kind(config))
-        if wanted > 2 * held + 1_000_000:  # some may be absent, and then are said below
+        if wanted > 2 * held + 1_000_000:  # absent ones are reported below
             raise ZsktError(
                 f"{folder / 'config.json'} describes {wanted:,} parameters, and the weights beside it hold only "
                 f"{held:,} numbers; save the network again with save_pretrained"
@@ -80,7 +76,7 @@ def read_folder(folder: Path) -> Found:
 
 
 def _config_and_class(transformers: Any, written: Any, path: Path) -> tuple[Any, Any]:
-    """The config that `path` holds, less what would run code, and the class of the classifier it belongs to."""
+    """The config in `path`, without entries that would run code, and the class of its classifier."""
     kind = str(written.get("model_type")) if isinstance(written, dict) else "none"
     known = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else None  # noqa: SIM401
     classes = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -96,13 +92,13 @@ def _config_and_class(transformers: Any, written: Any, path: Path) -> tuple[Any,
 
 
 def _class_names(config: Any) -> list[str] | None:
-    """The class names, where somebody has given them."""
+    """The class names, if any were given."""
     names = [str(config.id2label.get(index, "")) for index in range(config.num_labels)]
     return None if all(name in ("", f"LABEL_{index}") for index, name in enumerate(names)) else names
 
 
 def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
-    """Image size and normalisation, as far as a transformers folder says them."""
+    """Image size and normalisation, as far as a transformers folder gives them."""
     written: Any = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
@@ -111,7 +107,8 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
             found.source = name
             break
     channels = getattr(config, "num_channels", None)
-    try:
+    advice = "correct it, or remove it and give --input-size, --mean and --std"
+    with failing(f"cannot interpret {folder / found.source}", advice, named=True):
         if not isinstance(written, dict):
             raise TypeError(f"expected an object, found {type(written).__name__}")
         sides = _sides(written) or _pair(getattr(config, "image_size", None))
@@ -119,7 +116,7 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
             found.input_size = (int(channels), *sides)
         if not written:
             return
-        white, offset = 255.0, 0.0  # a white pixel before mean and standard deviation, and what is taken from it
+        white, offset = 255.0, 0.0  # a white pixel before mean and standard deviation, and what is subtracted from it
         if written.get("do_rescale", True):
             white *= float(written.get("rescale_factor", 1 / 255))
             offset = 1.0 if written.get("rescale_offset") else 0.0
@@ -128,15 +125,10 @@ def _read_preprocessor(folder: Path, config: Any, found: Found) -> None:
             mean, std = (list(map(float, written[name])) for name in ("image_mean", "image_std"))
         mean = [value + offset for value in mean]
         found.mean, found.std, _ = unit_normalisation(mean, std, white=white, where=folder / found.source)
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ZsktError(
-            f"cannot make sense of {folder / found.source} ({type(error).__name__}: {first_line(error)}); correct it, "
-            "or remove it and give --input-size, --mean and --std"
-        ) from error
 
 
 def _sides(written: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The (H, W) that a preprocessor ends with: its crop where it crops, else its resizing."""
+    """The final (H, W) of a preprocessor: that of its crop, if any, else of its resizing."""
     if written.get("do_center_crop") and written.get("crop_size"):
         return _pair(written["crop_size"])
     return _pair(written.get("size"))

@@ -1,6 +1,6 @@
 """Any trained classifier, by its specifier: a folder, a file, a factory, or a name in a model library.
 
-Image size and normalisation come from what lies beside the weights, else they are asked for; they are never assumed.
+Image size and normalisation are read from files next to the weights or must be given; they are never guessed.
 """
 
 import re
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import UsageError, ZsktError, short, to_stderr
+from torch import nn
+
+from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
-from zskt.networks.archives import kind_of
+from zskt.networks.archives import kind_of, read_weights
 from zskt.networks.checks import as_teacher
-from zskt.networks.classifier import Classifier
+from zskt.networks.classifier import Classifier, unit_normalisation
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.folder import is_hub_folder, load_network
-from zskt.networks.foreign import Found, failing, optional
+from zskt.networks.foreign import Found, optional, quiet
 from zskt.networks.graphs import read_exported, read_torchscript
-from zskt.networks.normalisation import unit_normalisation
 from zskt.networks.weights import fill
-from zskt.networks.weights_file import read_weights
 
 Notice = Callable[[str], None]  # one line for the user
 
@@ -34,15 +34,12 @@ _LIBRARY = re.compile(r"(timm|torchvision):([\w.\-/]+)")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A teacher, and where things about it were found."""
+    """A teacher, and where its metadata came from."""
 
     teacher: Classifier
-    kind: str
-    """what kind of thing it was loaded from"""
-    normalisation: str
-    """where mean and standard deviation come from"""
-    lost: str = ""
-    """in one line, what this kind cannot give; empty where nothing is lost"""
+    kind: str  # what kind of thing it was loaded from
+    normalisation: str  # where mean and standard deviation come from
+    lost: str = ""  # one line on what this kind does not support; empty if nothing
 
 
 def load_teacher(
@@ -53,6 +50,7 @@ def load_teacher(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
 ) -> Classifier:
@@ -61,32 +59,21 @@ def load_teacher(
     `what` is a teacher or run folder; a Hugging Face folder (config.json and safetensors); a `.pt2` file of
     torch.export or a TorchScript file; `package.module:factory` or `file.py:factory`, called with `arguments`;
     `timm:NAME` or `torchvision:NAME`. `weights` is a checkpoint for a factory or a name. `input_size` is (C, H, W);
-    `mean` and `std` have C values each, in [0, 1] or 0..255: needed where nothing beside the weights says them.
-    A factory runs code, as its name is given here; without `trust` nothing else does: it allows `.pt2` and TorchScript
-    files, which are programs, and folders that name a factory. `notice` gets lines worth knowing. Raises UsageError for
-    options that are missing or have no use, ZsktError for what cannot be loaded or distilled.
+    `mean` and `std` have C values each, in [0, 1] or 0..255: required unless stored with the weights. `module` is the
+    network of a folder that only its own code makes, as in `load_student`. Naming a factory
+    runs its code; nothing else runs code without `trust`, which allows `.pt2` and TorchScript files, which are
+    programs, and folders that name a factory. `notice` gets messages for the user. Raises UsageError for missing or
+    unused options, ZsktError for what cannot be loaded or distilled.
     """
-    return load(
-        what,
-        weights=weights,
-        arguments=arguments,
-        input_size=input_size,
-        mean=mean,
-        std=std,
-        trust=trust,
-        notice=notice,
-    ).teacher
+    return load(what, weights, arguments, input_size, mean, std, module, trust, notice).teacher
 
 
-def load_pretrained(what: str | Path, *, trust: bool = False, revision: str | None = None) -> Classifier:
-    """The classifier in a folder, or in a repository "owner/name" of the Hugging Face hub at `revision`.
-
-    Raises UsageError for a `revision` of a folder, ZsktError for what is neither or cannot be loaded.
-    """
+def load_pretrained(what: str | Path, *, trust: bool, revision: str | None) -> Classifier:
+    """See `Classifier.from_pretrained`."""
     folder = expanded(what)
     if folder.is_dir():
         if revision is not None:
-            raise UsageError(f"revision has no use beside {folder}, a folder on this machine; leave it out")
+            raise UsageError(f"revision has no effect with {folder}, a local folder; omit it")
     elif folder.exists() or not hugging_face.REPOSITORY.fullmatch(str(what)):
         raise ZsktError(
             f"expected a folder or a Hugging Face repository as owner/name, found {short(what)}, which is neither; "
@@ -99,12 +86,12 @@ def load_pretrained(what: str | Path, *, trust: bool = False, revision: str | No
 
 def load(
     what: str | Path,
-    *,
     weights: str | Path | None = None,
     arguments: Mapping[str, Any] | None = None,
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
 ) -> Loaded:
@@ -112,8 +99,10 @@ def load(
     specifier, path = str(what), expanded(what)
     if is_own_folder(path):
         given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
-        _refuse_unused(given, f"{path}, a folder that has all of this in it")
-        return Loaded(load_network(path, trust=trust), "folder of zskt", "the folder")
+        _refuse_unused(given, f"{path}, a folder that contains all of this")
+        return Loaded(load_network(path, module=module, trust=trust), "folder of zskt", "the folder")
+    if module is not None:
+        raise UsageError(f"module is for a folder of zskt, found {short(specifier)}; leave it out")
     if path.exists():
         _refuse_unused({"weights": weights, "args": arguments}, str(path))
         found = hugging_face.read_folder(path) if path.is_dir() else _recorded(path, trust)
@@ -123,14 +112,14 @@ def load(
         notice(f"{specifier} runs the code of that file or package")
         found = Found(call_factory(specifier, arguments), "factory")
         if weights is not None:
-            fill(found.module, Path(weights), advice="check the factory, its arguments and the file")
+            fill(found.module, expanded(weights), advice="check the factory, its arguments and the file")
     else:
-        raise ZsktError(f"expected a network at {specifier}, found nothing there; give {SPECIFIERS}")
+        raise ZsktError(f"expected a network at {specifier}, found nothing; give {SPECIFIERS}")
     return _completed(specifier, found, input_size, mean, std, notice)
 
 
 def is_own_folder(path: Path) -> bool:
-    """Whether `path` is a folder of zskt's, or one that can be nothing else."""
+    """Whether `path` is a zskt folder, or can be nothing else."""
     return path.is_dir() and (is_hub_folder(path) or not (path / "config.json").exists())
 
 
@@ -138,7 +127,7 @@ def _refuse_unused(given: Mapping[str, object], what: str) -> None:
     for name, value in given.items():
         if value:
             option = f"--teacher-{name}" if name in ("weights", "args") else f"--{name}"
-            raise UsageError(f"{option} has no use beside {what}; leave it out")
+            raise UsageError(f"{option} has no effect with {what}; omit it")
 
 
 def _completed(
@@ -149,12 +138,15 @@ def _completed(
     std: Sequence[float] | None,
     notice: Notice,
 ) -> Loaded:
-    """The teacher, from what was found and what is given; what is given goes first."""
+    """The teacher, from what was found and what is given, which takes precedence."""
     size, source = input_size or found.input_size, found.source
     if bool(mean) != bool(std):
         raise UsageError("--mean and --std go together: give both or neither")
     if mean and std:
+        own = found.mean, found.std
         found.mean, found.std, lines = unit_normalisation(mean, std)
+        if own[0] and list(map(list, own)) != [list(found.mean), list(found.std)]:
+            notice(f"{what} itself says mean {list(own[0])} and std {list(own[1])}; using those given")
         source = "as given"
         for line in lines:
             notice(line)
@@ -163,7 +155,7 @@ def _completed(
         ("--mean and --std of pixels in [0, 1], one number per channel", found.mean),
     ]
     if wanted := [option for option, value in missing if not value]:
-        raise UsageError(f"{what} does not say how its images were prepared: give {', and '.join(wanted)}")
+        raise UsageError(f"{what} does not specify its preprocessing: give {', and '.join(wanted)}")
     assert size
     network = Classifier(found.module, input_size=size, mean=found.mean, std=found.std, class_names=found.class_names)
     teacher = as_teacher(network, copied=False)
@@ -173,10 +165,10 @@ def _completed(
 
 
 def _recorded(path: Path, trust: bool) -> Found:
-    """A file: an exported program, TorchScript, or weights alone, which are no network."""
+    """A file: an exported program, TorchScript, or weights alone, which are refused."""
     kind = kind_of(path)
     if kind == "weights":
-        read_weights(path)  # damaged or unsafe files say so first
+        read_weights(path)  # reports damaged or unsafe files first
         raise ZsktError(
             f"{path} holds weights without a network: give package.module:factory with --teacher-weights {path}, or "
             "make a teacher folder of it with zskt import"
@@ -193,11 +185,11 @@ def _recorded(path: Path, trust: bool) -> Found:
 def _from_library(
     library: str, name: str, weights: str | Path | None, arguments: dict[str, Any], notice: Notice
 ) -> Found:
-    """A network of timm or torchvision, imported when asked for; without a weights file the library fetches its own."""
+    """A network of timm or torchvision, imported on demand; without a weights file the library downloads its own."""
     package = optional("torchvision.models" if library == "torchvision" else "timm", "vision")
     if weights is None:
         notice(f"{library} downloads its weights for {name}, unless it has done so before")
-    with failing(f"{library}:{name}"):
+    with failing(f"cannot load {library}:{name}", "check it", named=True), quiet():
         if library == "timm":
             module = package.create_model(name, pretrained=weights is None, **arguments)
             config = dict(module.pretrained_cfg)
@@ -210,5 +202,5 @@ def _from_library(
             size, mean, std, source = (3, side, side) if side else None, crop.mean, crop.std, f"transforms of {known}"
         mean, std, _ = unit_normalisation(mean, std, white=1, where=source)
     if weights is not None:
-        fill(module, Path(weights), advice=f"check {library}:{name}, --teacher-args and the file")
+        fill(module, expanded(weights), advice=f"check {library}:{name}, --teacher-args and the file")
     return Found(module, f"{library} network", size, mean, std, source)

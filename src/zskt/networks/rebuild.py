@@ -1,4 +1,4 @@
-"""How a network is made again before its weights are loaded: what is written beside them, and what is done with it."""
+"""Rebuilding a network before its weights are loaded, from the description stored with them."""
 
 import contextlib
 import json
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zskt.errors import ZsktError, first_line, short, to_stderr
+from zskt.errors import ZsktError, failing, short, to_stderr
 from zskt.networks import models
+from zskt.networks.checks import bare
 from zskt.networks.factories import call_factory, factory_of
 from zskt.networks.foreign import optional, quiet
 from zskt.networks.models import Size
@@ -22,12 +23,11 @@ _RUNS_CODE = {
     *("kernel_config", "quantization_config"),
 }
 """Entries of a config by which transformers loads modules or kernels from a repository."""
-FETCHES = "timm"
-"""How model types begin that hand over to timm, which fetches or unpickles what a config names."""
+FETCHES = "timm"  # prefix of model types that delegate to timm, which downloads or unpickles what a config names
 
 
 class _Untouched(TorchFunctionMode):
-    """Operations in place leave tensors without values alone: initialising them means importing much of torch."""
+    """Skips in-place operations on meta tensors: initialising them would import much of torch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -48,9 +48,10 @@ def describe_module(module: nn.Module, num_classes: int, input_size: Size) -> di
     """What rebuilds a network, as plain JSON values; without values, in its dtype's default.
 
     One of {"spec": "wrn-16-1"}; {"transformers": class, "config": its config}; {"factory": "package.module:factory",
-    "arguments": {...}}; and {"python": class} where only its owner can. A network of ours that was altered since, so
-    that its spec would not give it back, counts as a Python object.
+    "arguments": {...}}; and {"python": class} if only its own code can. A network of ours that was modified, so that
+    its spec would not restore it, counts as a Python object.
     """
+    module = bare(module)
     spec = getattr(module, "spec", None)
     if isinstance(spec, str) and type(module).__module__.startswith(f"{models.__name__}."):
         with unallocated():
@@ -70,11 +71,12 @@ def describe_module(module: nn.Module, num_classes: int, input_size: Size) -> di
 def rebuild_module(
     how: Mapping[str, Any], where: Path, num_classes: int, input_size: Size, *, trust: bool
 ) -> nn.Module:
-    """The network that `describe_module` described, freshly initialised; `where` is the file that says so.
+    """The network that `describe_module` described, freshly initialised; `where` is the file.
 
-    A factory runs code that the file names, so that it takes `trust`; one line on stderr then says so. Raises
-    ZsktError for a Python object, which its owner has to make.
+    A factory runs code that the file names, so it needs `trust` and is reported on stderr. Raises ZsktError for a
+    Python object, which only its own code can make.
     """
+    load = "load_teacher" if where.stem == "teacher" else "load_student"
     if isinstance(spec := how.get("spec"), str):
         return models.build(spec, num_classes, input_size)
     if isinstance(how.get("transformers"), str) and isinstance(how.get("config"), dict):
@@ -82,51 +84,43 @@ def rebuild_module(
     if isinstance(spec := how.get("factory"), str) and isinstance(how.get("arguments"), dict):
         if not trust:
             raise ZsktError(
-                f"{where} says that {spec} makes this network, and calling it runs that code: give --trust, in Python "
-                "trust=True, if you trust the folder, or hand the network in, as in load_student(folder, module=...)"
+                f"{where} says that {spec} builds this network, and calling it runs that code: give --trust, in Python "
+                f"trust=True, if you trust the folder, or pass the network, as in {load}(folder, module=...)"
             )
-        to_stderr(f"running {spec}, as {where} says, to rebuild the network")
+        to_stderr(f"running {spec}, named in {where}, to rebuild the network")
         return call_factory(spec, how["arguments"])
     package, _, name = str(how.get("python", "your.Network")).rpartition(".")
     folder = where.parent
     raise ZsktError(
         f"{where} describes a Python object that only its own code can rebuild: from {package} import {name}; "
-        f"module = {name}(...); student = zskt.load_student({str(folder)!r}, module=module)"
+        f"module = {name}(...); {load.removeprefix('load_')} = zskt.{load}({str(folder)!r}, module=module)"
     )
 
 
 def _from_transformers(name: str, config: dict[str, Any], where: Path, num_classes: int) -> nn.Module:
-    """A network of the transformers library from its config, which is kept from naming code to fetch."""
+    """A network of the transformers library from its config, without entries that would fetch code."""
     transformers = optional("transformers", "hub")
     kind = _classifier(transformers, name)
     if kind is None:
         raise ZsktError(
             f"{where} asks for {short(name)}, which this version of transformers does not have as an image classifier "
-            "of its own; install another version, or make the network yourself and hand it in"
+            "of its own; install another version, or build the network yourself and pass it as module"
         )
     config = without_code(config, where, num_classes)
-    try:
-        with quiet():
-            module: nn.Module = kind(kind.config_class.from_dict(config))
-    except Exception as error:  # a config of another version may fail in any way
-        raise ZsktError(
-            f"{where} holds a config that {name} does not accept ({first_line(error)}); save the network again"
-        ) from error
+    with failing(f"{where} holds a config that {name} does not accept", "save the network again"), quiet():
+        module: nn.Module = kind(kind.config_class.from_dict(config))
     return module
 
 
 def without_code(config: Any, where: Path, num_classes: int | None = None) -> Any:
-    """A transformers config, at any depth less the entries by which somebody's code would be fetched and run.
-
-    Raises ZsktError for model types of timm's, and for a class count that is unreasonable or not `num_classes`.
-    """
+    """A transformers config without what would fetch and run code; ZsktError for timm's types, a wrong class count."""
     if isinstance(config, list):
         return [without_code(item, where) for item in config]
     if not isinstance(config, dict):
         return config
     if (kind := str(config.get("model_type"))).startswith(FETCHES):
         raise ZsktError(
-            f"{where} has model type {short(kind)}, by which timm downloads and unpickles files: not loaded; give "
+            f"{where} has model type {short(kind)}, for which timm downloads and unpickles files: not loaded; give "
             "timm:NAME with a weights file"
         )
     names = config.get("id2label")
@@ -140,7 +134,7 @@ def without_code(config: Any, where: Path, num_classes: int | None = None) -> An
 
 
 def _classifier(transformers: Any, name: str) -> Any:
-    """An image classifier's class of the library, or None."""
+    """The library's image classifier of this name, or None."""
     fitting = "ForImageClassification" in name and not name.lower().startswith(FETCHES)
     kind = getattr(transformers, name, None) if fitting else None
     return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None

@@ -14,16 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from zskt.errors import UsageError, ZsktError, first_line
+from zskt.errors import UsageError, ZsktError, failing
 from zskt.networks import models
-from zskt.networks.checks import Logarithm
+from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.rebuild import unallocated
 from zskt.runtime import seeded
 
-NEAR = 2.0
-"""Largest factor between the requested size and that of the nearest relative."""
+NEAR = 2.0  # largest factor between the requested size and that of the nearest relative
 
 SUGGESTED = (
     *("convnet-8", "convnet-16", "convnet-32", "convnet-64", "lenet-5-half", "lenet-5"),
@@ -32,8 +31,7 @@ SUGGESTED = (
 )
 """Networks of ours of many sizes, suggested where `auto` finds no relative."""
 
-Ladder = list[tuple[str, Callable[[], nn.Module]]]
-"""Names and builders of networks, the largest first."""
+Ladder = list[tuple[str, Callable[[], nn.Module]]]  # names and builders of networks, the largest first
 
 
 def make_student(
@@ -79,7 +77,7 @@ def _fraction(text: str) -> float:
 
 def _relative(teacher: Classifier, fraction: float) -> nn.Module:
     """The network of the teacher's family whose parameter count is nearest to this fraction of the teacher's."""
-    module = _bare(teacher)
+    module = bare(teacher.module)
     target = fraction * count_parameters(module)
     if not target:
         raise ZsktError(
@@ -120,11 +118,6 @@ def _around(ladder: Ladder, target: float) -> dict[str, int]:
     return sizes
 
 
-def _bare(teacher: Classifier) -> nn.Module:
-    """The network without the wrapper that turns probabilities into logits."""
-    return teacher.module.network if isinstance(teacher.module, Logarithm) else teacher.module
-
-
 def _suggestions(teacher: Classifier, target: float) -> str:
     """Networks of ours for the teacher's images with about `target` parameters."""
     sizes: dict[str, int] = {}
@@ -140,7 +133,7 @@ def _suggestions(teacher: Classifier, target: float) -> str:
 
 def _family(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
     """The teacher's relatives, without itself."""
-    module = _bare(teacher)
+    module = bare(teacher.module)
     transformers = sys.modules.get("transformers")
     library = type(module).__module__.partition(".")[0]
     if type(module).__module__.startswith(f"{models.__name__}."):
@@ -152,7 +145,6 @@ def _family(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
 
 
 def _ours(teacher: Classifier, spec: str) -> Iterator[Ladder]:
-    """Narrower and shallower networks of ours."""
     ladders: list[list[str]] = []
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
         depth, width = int(match[1]), int(match[2])
@@ -232,14 +224,9 @@ def _listed(teacher: Classifier, library: str, home: str) -> Iterator[Ladder]:
 
 def _from_library(teacher: Classifier, library: str, name: str) -> nn.Module:
     """A timm or torchvision network with random weights for the teacher's classes."""
-    home = "timm" if library == "timm" else "torchvision.models"
-    try:
-        importlib.import_module(home)
-    except Exception as error:  # a torchvision built for another torch raises RuntimeError
-        raise ZsktError(
-            f"{library}:{name} needs {library}, which cannot be imported ({first_line(error)}); "
-            "pip install 'zskt[vision]'"
-        ) from error
+    what = f"{library}:{name} needs {library}, which cannot be imported"
+    with failing(what, "pip install 'zskt[vision]'"):
+        importlib.import_module("timm" if library == "timm" else "torchvision.models")
     arguments: dict[str, Any] = {"num_classes": teacher.num_classes}
     if library == "timm":
         made = {"model_name": name, "pretrained": False, "in_chans": teacher.input_size[0]}

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, short, unknown
 from zskt.networks import models
+from zskt.networks.archives import read_weights
 from zskt.networks.checks import as_teacher
-from zskt.networks.classifier import Classifier
-from zskt.networks.normalisation import unit_normalisation
-from zskt.networks.weights_file import read_weights
+from zskt.networks.classifier import Classifier, unit_normalisation
 
 NOT_VERIFIED = "mapping not verified: names and shapes fit, accuracy not measured; give --data to measure it"
 
@@ -55,10 +54,7 @@ class _Choice:
 
 
 def find_state_dict(loaded: object) -> dict[str, Tensor]:
-    """The largest mapping name -> tensor, at the top level or nested (`state_dict`, `model`, ...).
-
-    Optimiser states are skipped. Raises ZsktError if there is none, or if several are equally large.
-    """
+    """The largest mapping name -> tensor, however nested; ZsktError if there is none, or several as large."""
     found: dict[str, dict[str, Tensor]] = {}
     waiting: list[tuple[str, object]] = [("", loaded)]
     seen: set[int] = set()  # no recursion, as a hostile file may nest deeply or in circles
@@ -146,10 +142,7 @@ def import_weights(
 def fill(
     module: nn.Module, path: Path, rename: Mapping[str, str] | None = None, advice: str = ADVICE
 ) -> dict[str, str]:
-    """Load a foreign checkpoint into `module`, in place; returns foreign key -> own key.
-
-    No code in the file is run. Raises ZsktError, with `advice`, for names that do not map.
-    """
+    """Load a foreign checkpoint into `module`; returns foreign key -> own key, or raises ZsktError with `advice`."""
     own, foreign = module.state_dict(), find_state_dict(read_weights(path))
     if nested := [key for key, tensor in foreign.items() if tensor.is_nested]:
         raise ZsktError(f"{short(nested[0])}: expected a dense tensor, found a nested one; convert and save it again")
@@ -186,7 +179,6 @@ def _renamed(keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def _layers(parts: Mapping[str, _Path], shapes: Mapping[str, Sequence[int]]) -> _Layers:
-    """The tensors by module."""
     layers: _Layers = {}
     for key, (*path, leaf) in parts.items():
         if leaf in layers.setdefault(tuple(path), {}):

@@ -1,13 +1,12 @@
-"""Training with data: teachers, and the students that a zero-shot student is compared with.
+"""Training with data: teachers, and the baselines for a zero-shot student.
 
-A student from scratch, one that learns from a teacher as well (`kd_at`), and a zero-shot student trained on, all by
-`train_student`, on as few images of each class as `few_shot` picks.
+A student from scratch, one distilled from a teacher (`kd_at`), and a fine-tuned zero-shot student, all trained by
+`train_student`, on the few images of each class that `few_shot` picks.
 
-N batch, M images in all, K classes, C x H x W images.
+N batch, M images in total, K classes, C x H x W images.
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -42,10 +41,7 @@ def teach(
     stop_after: str | int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
-    """Train `module` in place, by cross-entropy, into a teacher; with `out` it is written to that folder.
-
-    `mean` and `std` (C numbers each, for pixels in [0, 1]) become its normalisation. The rest as in `fit`.
-    """
+    """Train `module` in place, with cross-entropy, as a teacher; mean and std are of pixels in [0, 1]. See `fit`."""
     like = Classifier(module, input_size=train[0].shape[1:], mean=mean, std=std, class_names=class_names)
     return fit(
         "teacher",
@@ -77,12 +73,12 @@ def train_student(
     callbacks: Sequence[Callback] = (),
     **metadata: Any,
 ) -> TrainingResult:
-    """Train `module` in place, from the weights it has, on images that are read with the teacher's normalisation.
+    """Train `module` in place, from its current weights, on images in the teacher's normalisation.
 
     `objective` is by default cross-entropy; for distillation it is `kd_at` of this module. Accuracy and agreement with
-    the teacher, which is left unchanged, are measured. With `out` the student is written
-    there, `metadata` (how it was trained: JSON values, the same ones on resume) beside it. The rest as in `fit`. What
-    `load_student` returns is frozen: train its `.module.requires_grad_()`.
+    the teacher, which is left unchanged, are measured. With `out` the student is saved there, with `metadata` (how it
+    was trained: JSON values, the same on resume). For the rest see `fit`. What `load_student` returns is frozen: train
+    its `.module.requires_grad_()`.
     """
     if objective is None:  # else `kd_at` has checked it
         check_pair(teacher, module)
@@ -105,42 +101,28 @@ def train_student(
 
 def cross_entropy(module: nn.Module) -> Objective:
     """Cross-entropy of a network's logits to the labels, mean over the batch, in nats."""
-
-    def objective(x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(at_least_float32(logits_of(module(x))), labels)
-
-    return objective
+    return lambda x, labels: F.cross_entropy(at_least_float32(logits_of(module(x))), labels)
 
 
-def kd_at(
-    teacher: Classifier,
-    student: nn.Module,
-    *,
-    alpha: float = 0.9,
-    temperature: float = 4.0,
-    beta: float = 1000.0,
-    cross_entropy: bool = True,
-) -> Objective:
-    """(1 - alpha) CE + 2 alpha T^2 KL(t || s) / K + beta sum of attention distances.
+ALPHA, TEMPERATURE, BETA = 0.9, 4.0, 1000.0  # of KD+AT, as released
 
-    t and s are the softmax of the logits over the temperature T; KL is the mean over the batch. Without
-    `cross_entropy` its term is left out, as the paper has it. A `beta` of 1000 is meant for images of 32 x 32: the
-    distance is a mean over pixels between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
 
-    The teacher is copied and stays as it is; the student has hooks only while the loss is computed. Raises ZsktError
-    where teacher and student, or with a `beta` their stages, do not fit together. Source: the few-shot baseline of the
-    released ZSKT code, after Hinton et al. 2015 (KL) and Zagoruyko & Komodakis 2017 (attention).
+def kd_at(teacher: Classifier, student: nn.Module, *, cross_entropy: bool = True) -> Objective:
+    """(1 - ALPHA) CE + 2 ALPHA T^2 KL(t || s) / K + BETA sum of attention distances.
+
+    t and s are the softmax of the logits over T = TEMPERATURE; KL is the mean over the batch. Without `cross_entropy`
+    its term is omitted, as in the paper. BETA is meant for images of 32 x 32: the distance is a mean over pixels
+    between unit vectors over pixels, so that on 8 x 8 it weighs 16 times as much.
+
+    The teacher is copied and left unchanged; the student has hooks only while the loss is computed. Raises ZsktError if
+    teacher and student, or their stages, do not fit together. Source: the few-shot baseline of the released ZSKT code,
+    after Hinton et al. 2015 (KL) and Zagoruyko & Komodakis 2017 (attention).
     """
-    if not 0 <= alpha <= 1 or not 0 < temperature < math.inf or not 0 <= beta < math.inf:
-        raise UsageError(
-            f"alpha = {alpha}, temperature = {temperature}, beta = {beta}: expected alpha from 0 to 1, a positive "
-            "temperature and a beta of 0 or more"
-        )
     check_pair(teacher, student)
     try:
-        stages = stage_pairs(teacher, student) if beta else ((), ())
+        stages = stage_pairs(teacher, student)
     except ZsktError as error:  # whose advice is for the command line of a run
-        raise ZsktError(f"{str(error).rpartition(';')[0]}; set beta=0") from error
+        raise ZsktError(f"{str(error).rpartition(';')[0]}; choose another student") from error
     layout = memory_format(teacher.module, teacher.input_size)
     frozen = copy.deepcopy(teacher).to(memory_format=layout)  # type: ignore[call-overload]
     watched = Observer(frozen.module, stages[0])
@@ -152,21 +134,19 @@ def kd_at(
             theirs = watched(x.contiguous() if layout == torch.contiguous_format else x)
         with closing(Observer(student, stages[1])) as learner:
             ours = learner(x)
-        loss = 2 * alpha * forward_kl(ours.logits, theirs.logits, temperature=temperature, scale="per_class")
+        loss = 2 * ALPHA * forward_kl(ours.logits, theirs.logits, temperature=TEMPERATURE, scale="per_class")
         if cross_entropy:
-            loss = loss + (1 - alpha) * F.cross_entropy(at_least_float32(ours.logits), labels)
-        if beta:
-            loss = loss + beta * attention_transfer(ours.stages, theirs.stages)
-        return loss
+            loss = loss + (1 - ALPHA) * F.cross_entropy(at_least_float32(ours.logits), labels)
+        return loss + BETA * attention_transfer(ours.stages, theirs.stages)
 
     return objective
 
 
 def few_shot(labels: Tensor, per_class: int, seed: int = 0, *, num_classes: int | None = None) -> Tensor:
-    """Indices (K per_class,) of so many random images of each class 0 .. K - 1, classes in turn; labels (M,).
+    """Indices (K per_class,) of `per_class` random images of each class 0 .. K - 1, class by class; labels (M,).
 
-    Fewer images per class are the first of more: for equal seeds the sets are nested. Raises ZsktError where one of
-    the `num_classes` (by default as many as the labels show) has fewer images.
+    For equal seeds, smaller sets are part of larger ones. Raises ZsktError if one of the `num_classes` (by default
+    those in the labels) has fewer images.
     """
     if per_class < 1:
         raise UsageError(f"per_class = {per_class}: expected at least 1 image of each class")

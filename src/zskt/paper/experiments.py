@@ -1,4 +1,4 @@
-"""Networks taught, distilled and compared on one image set, for several seeds: as jobs that run on request."""
+"""Jobs that train, distil and compare networks on one image set, for several seeds."""
 
 import copy
 import dataclasses
@@ -25,13 +25,12 @@ from zskt.networks.folder import load_network, save_teacher
 from zskt.paper.baselines import cross_entropy, few_shot, kd_at, teach, train_student
 from zskt.paper.jobs import Job, Show
 from zskt.paper.training import Training, digest
-from zskt.run.checkpoint import owning
+from zskt.run.checkpoint import exists, owning
 from zskt.run.distill import distill
 from zskt.run.lifecycle import Event
 from zskt.runtime import pick_device, seeded
 
-PATHS = 128
-"""Paths followed together in transition curves."""
+PATHS = 128  # paths followed together in transition curves
 
 
 @dataclass(frozen=True)
@@ -39,55 +38,50 @@ class Budget:
     """How much work goes into each job."""
 
     updates: int
-    """of a network trained on images"""
+    """updates of a network trained on images"""
     steps: int
     """pseudo batches of a run without data"""
     images: int = 1_000
-    """followed in transition curves [ZSKT]"""
+    """images followed in transition curves [ZSKT]"""
     learning_rate: float = 0.1
-    """of training on images [ZSKT]; LeNets diverge at 0.1 and take 0.01"""
+    """learning rate of training on images [ZSKT]; LeNets diverge at 0.1 and use 0.01"""
     fine_tuning: float = 0.1
-    """share of these updates and of this rate; ours, as the paper says no more than "naive fine-tuning" """
+    """fraction of these updates and this rate for fine-tuning; ours, as the paper only says "naive" """
 
     def scaled(self, scale: float) -> "Budget":
-        """All amounts of work times `scale`."""
         shrunk = {name: max(1, round(getattr(self, name) * scale)) for name in ("updates", "steps", "images")}
         return dataclasses.replace(self, **shrunk)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A teacher and a student network on one image set, all jobs in one folder. Its methods name the jobs."""
+    """A teacher and a student network on one image set, all jobs in one folder. Its methods return the jobs."""
 
     root: Path
     train: Dataset
     test: Dataset
-    model: str
-    """of the teacher"""
+    model: str  # architecture of the teacher
     student: str
     budget: Budget
-    given: Classifier | None = None
-    """a teacher that is not to be trained here"""
+    given: Classifier | None = None  # a teacher to use instead of training one
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def pair(self) -> str:
-        """The two networks, for names."""
         return f"{'given' if self.given else self.model}-to-{self.student}"
 
     @functools.cached_property
     def data(self) -> str:
-        """Which images these are: a name, and a digest, as all that are not of a known set have the same name."""
+        """Identifies the images: a name, and digests, as all unknown sets have the same name."""
         return f"{self.train.name} {digest(*self.images(None))[:8]} {digest(*self.measuring)[:8]}"
 
     @property
     def measuring(self) -> tuple[Tensor, Tensor]:
-        """Images (M, C, H, W) and labels (M,) that everything is measured on."""
+        """Images (M, C, H, W) and labels (M,) for all measurements."""
         return self.test.images, self.test.labels
 
     def build(self, spec: str, seed: int) -> nn.Module:
-        """A network with random weights."""
         channels, height, width = self.test.images.shape[1:]
         with seeded(seed):
             return models.build(spec, len(self.test.class_names), (channels, height, width))
@@ -107,14 +101,14 @@ class Experiment:
         )
 
     def images(self, per_class: int | None) -> tuple[Tensor, Tensor]:
-        """All training images, or so many of each class: the same ones for all seeds, nested."""
+        """All training images, or `per_class` of each class: the same for all seeds, nested."""
         if per_class is None:
             return self.train.images, self.train.labels
         chosen = few_shot(self.train.labels, per_class, num_classes=len(self.train.class_names))
         return self.train.images[chosen], self.train.labels[chosen]
 
     def teacher(self, seed: int) -> Job:
-        """The given teacher, measured; or one taught on all images."""
+        """The given teacher, evaluated, or one trained on all images."""
         if self.given is None:
             return self.taught(self.model, seed)
         given = self.given
@@ -127,11 +121,11 @@ class Experiment:
         return Job("given-teacher", metadata, 0, "networks", "measuring", lambda: lambda: None, make)
 
     def teachers(self, seeds: Sequence[int]) -> list[Job]:
-        """One for each seed; the given one counts once."""
+        """One per seed; a given teacher counts once."""
         return [self.teacher(seed) for seed in (seeds if self.given is None else seeds[:1])]
 
     def taught(self, spec: str, seed: int, per_class: int | None = None) -> Job:
-        """A network trained from scratch by cross-entropy: on all images, or on so many of each class."""
+        """A network trained from scratch by cross-entropy: on all images, or on `per_class` of each class."""
         training = self.training(seed)
 
         def make(folder: Path, stop_after: str | None, show: Show) -> bool:
@@ -158,12 +152,12 @@ class Experiment:
         )
 
     def distilled(self, seed: int, per_class: int | None, *, ce: bool = True) -> Job:
-        """KD+AT on all images, or on so many of each class; `ce`: with the labels' cross-entropy, as released."""
+        """KD+AT on all images, or on `per_class` of each class; `ce`: with the labels' cross-entropy, as released."""
         name = f"kd-at{'' if ce else '-without-ce'}-{self.pair}-on-{amount(per_class)}-seed-{seed}"
         return self._trained(name, self.training(seed), per_class, self.teacher(seed), kd=True, ce=ce)
 
     def fine_tuned(self, seed: int, recipe: str, per_class: int) -> Job:
-        """A zero-shot student trained on, by cross-entropy, on so many images of each class."""
+        """A zero-shot student fine-tuned with cross-entropy on `per_class` images of each class."""
         name = f"{recipe}-{self.pair}-fine-tuned-on-{amount(per_class)}-seed-{seed}"
         training = self.training(seed, self.budget.fine_tuning)
         return self._trained(name, training, per_class, self.teacher(seed), begun=self.zero_shot(seed, recipe))
@@ -207,7 +201,6 @@ class Experiment:
         )
 
     def zero_shot(self, seed: int, recipe: str) -> Job:
-        """A student distilled without data."""
         teacher, steps = self.teacher(seed), self.budget.steps
         settings = {"steps": steps, "seed": seed, "machine.device": self.device, "machine.precision": self.precision}
 
@@ -217,11 +210,8 @@ class Experiment:
                 self.build(self.student, seed),
                 recipe,
                 settings=settings,
-                out=folder,
                 evaluate=self.measuring,
-                resume=started(folder),
-                stop_after=stop_after,
-                callbacks=[lambda event: show(event.step, event.steps, percent((event.line or {}).get("accuracy")))],
+                **going_on(folder, stop_after, show),
             ).finished
 
         return Job(
@@ -236,7 +226,7 @@ class Experiment:
         )
 
     def belief(self, student: Job, seed: int) -> Job:
-        """Transition curves of a student, stepped, beside its teacher."""
+        """Transition curves of a student, the stepped network, and its teacher."""
         teacher, number, steps = self.teacher(seed), self.budget.images, 100
         units = -(-number * (len(self.test.class_names) - 1) // PATHS) * (steps - 1)
 
@@ -264,10 +254,8 @@ class Experiment:
             (student, teacher),
         )
 
-    # Units of work on noise, for the estimate of the cost
-
     def blank_teacher(self) -> Classifier:
-        """A teacher as fast as the real one."""
+        """An untrained teacher, as fast as the real one, for the estimate of the cost."""
         if self.given is not None:
             return copy.deepcopy(self.given).to(pick_device(self.device))
         mean, std = normalisation(self.train)
@@ -313,17 +301,18 @@ class Experiment:
 
 
 def going_on(folder: Path, stop_after: str | None, show: Show) -> dict[str, Any]:
-    """How a training is kept in its job's folder, resumed there, left early and shown."""
+    """Arguments of a training run in its job's folder: output, resume, time limit, progress."""
 
     def callback(event: Event) -> None:
-        show(event.step, event.steps, percent((event.line or {}).get("accuracy")))
+        accuracy = (event.line or {}).get("accuracy")
+        show(event.step, event.steps, "" if accuracy is None else f"test {100 * accuracy:.2f} %")
 
     return {"out": folder, "resume": started(folder), "stop_after": stop_after, "callbacks": [callback]}
 
 
 def started(folder: Path) -> bool:
     """Whether a job has a checkpoint; a folder without one is removed."""
-    if any((folder / "checkpoint").glob("*.safetensors")):
+    if exists(folder / "checkpoint"):
         return True
     if folder.exists():
         with owning(folder):  # not in use
@@ -332,13 +321,8 @@ def started(folder: Path) -> bool:
 
 
 def amount(per_class: int | None) -> str:
-    """How many images of each class, for names."""
+    """The number of images per class, for job names."""
     return "all" if per_class is None else f"{per_class}-per-class"
-
-
-def percent(accuracy: float | None) -> str:
-    """What to show beside a bar."""
-    return "" if accuracy is None else f"test {100 * accuracy:.2f} %"
 
 
 def normalisation(train: Dataset) -> tuple[Sequence[float], Sequence[float]]:

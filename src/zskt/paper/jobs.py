@@ -1,7 +1,4 @@
-"""The jobs behind tables and figures: each has a folder, runs once and resumes where it was interrupted.
-
-Results that were made with other settings are refused, never silently reused.
-"""
+"""The jobs behind tables and figures: each has a folder, runs once, resumes, and refuses results of other settings."""
 
 import contextlib
 import math
@@ -16,35 +13,24 @@ from zskt.files import read_json, write_json
 from zskt.run.checkpoint import Interrupted
 from zskt.runtime import arithmetic, seeded
 
-Show = Callable[[int, int, str], None]
-"""called with (units done, total units, text to show beside them)"""
-Bar = Callable[[str, str], contextlib.AbstractContextManager[Show]]
-"""(job name, unit) -> a progress bar"""
+Show = Callable[[int, int, str], None]  # called with (units done, total units, text to show beside them)
+Bar = Callable[[str, str], contextlib.AbstractContextManager[Show]]  # (job name, unit) -> a progress bar
 
 
 @dataclass(frozen=True)
 class Job:
     """One network or comparison, and how to produce it."""
 
-    name: str
-    """also the name of its folder"""
-    settings: Mapping[str, Any]
-    """what the result depends on besides `needs`: JSON values"""
-    units: int
-    """amount of work"""
-    unit: str
-    """what `units` counts"""
-    pace: str
-    """jobs of the same pace take equally long per unit"""
-    trial: Callable[[], Callable[[], Any]]
-    """returns a function that does one unit of this work, on noise"""
-    run: Callable[[Path, str | None, Show], bool]
-    """starts or resumes it in a folder, within a time limit; returns whether it has finished"""
-    needs: tuple["Job", ...] = ()
-    """jobs that must finish first"""
+    name: str  # also the name of its folder
+    settings: Mapping[str, Any]  # what the result depends on besides `needs`: JSON values
+    units: int  # amount of work
+    unit: str  # what `units` counts
+    pace: str  # jobs of the same pace take equally long per unit
+    trial: Callable[[], Callable[[], Any]]  # returns a function that does one unit of this work, on noise
+    run: Callable[[Path, str | None, Show], bool]  # go on in a folder, within a time limit; whether it has finished
+    needs: tuple["Job", ...] = ()  # jobs that must finish first
 
     def folder(self, root: Path) -> Path:
-        """Where its results are."""
         return root / "parts" / self.name
 
     def measured(self, root: Path) -> dict[str, Any] | None:
@@ -84,10 +70,7 @@ def check_settings(jobs: Sequence[Job], root: Path) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], root: Path, seconds: float, bar: Bar) -> dict[str, str]:
-    """Run the unfinished jobs in order until the time is up; returns failed job -> reason.
-
-    A failure does not stop other jobs, except those that need the failed one.
-    """
+    """Run the unfinished jobs in order until the time is up; returns failed job -> reason, also for what needs it."""
     deadline = time.monotonic() + seconds
     failed: dict[str, str] = {}
     for job in jobs:

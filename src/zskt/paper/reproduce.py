@@ -23,16 +23,6 @@ from zskt.run.plots import average_transitions, class_histograms, few_shot_curve
 
 NAMES = ("table-1", "table-2", "figure-2", "figure-3", "figure-4", "figure-5", "toy", "mmrazor")
 
-PAIRS = (
-    ("wrn-16-2", "wrn-16-1"),
-    ("wrn-40-1", "wrn-16-1"),
-    ("wrn-40-2", "wrn-16-1"),
-    ("wrn-40-1", "wrn-16-2"),
-    ("wrn-40-2", "wrn-16-2"),
-    ("wrn-40-2", "wrn-40-1"),
-)
-"""Teacher and student, table 1."""
-
 SCRATCH = {
     "wrn-16-1": "91.04 ± 0.04",
     "wrn-16-2": "93.97 ± 0.11",
@@ -40,20 +30,16 @@ SCRATCH = {
     "wrn-40-2": "94.73 ± 0.02",
 }
 """Table 1, CIFAR-10: trained on all images."""
-KD_AT_200 = dict(
-    zip(
-        PAIRS,
-        ("84.54 ± 0.21", "81.71 ± 0.25", "81.25 ± 0.67", "85.74 ± 0.47", "86.39 ± 0.33", "87.35 ± 0.12"),
-        strict=True,
-    )
-)
-ZERO_SHOT = dict(
-    zip(
-        PAIRS,
-        ("82.44 ± 0.21", "79.93 ± 1.11", "83.69 ± 0.58", "86.60 ± 0.56", "89.71 ± 0.10", "86.60 ± 1.79"),
-        strict=True,
-    )
-)
+TABLE_1 = {
+    ("wrn-16-2", "wrn-16-1"): ("84.54 ± 0.21", "82.44 ± 0.21"),
+    ("wrn-40-1", "wrn-16-1"): ("81.71 ± 0.25", "79.93 ± 1.11"),
+    ("wrn-40-2", "wrn-16-1"): ("81.25 ± 0.67", "83.69 ± 0.58"),
+    ("wrn-40-1", "wrn-16-2"): ("85.74 ± 0.47", "86.60 ± 0.56"),
+    ("wrn-40-2", "wrn-16-2"): ("86.39 ± 0.33", "89.71 ± 0.10"),
+    ("wrn-40-2", "wrn-40-1"): ("87.35 ± 0.12", "86.60 ± 1.79"),
+}
+"""Teacher and student -> KD+AT on 200 images per class, zero-shot; CIFAR-10."""
+PAIR = ("wrn-40-2", "wrn-16-1")  # of all other tables and figures
 PER_CLASS = (10, 25, 50, 75, 100)
 FIGURE_2: dict[str, dict[str, Sequence[str]]] = {
     "cifar10": {
@@ -71,8 +57,6 @@ FIGURE_2: dict[str, dict[str, Sequence[str]]] = {
 AT_ZERO = {"cifar10": "83.69 ± 0.58", "svhn": "94.06 ± 0.27"}
 TABLE_2 = {"cifar10": ("0.22", "0.68"), "svhn": ("0.09", "0.64")}
 """Mean transition error of the zero-shot and of the KD+AT student, which the authors' scripts train on all images."""
-
-
 PSEUDO_IMAGES = {
     "teacher confidence": ("teacher_confidence", "about 0.8"),
     "student confidence": ("student_confidence", "about 0.3"),
@@ -105,9 +89,9 @@ class Request:
     images_per_class: tuple[int, ...] = ()
     """real images per class for the students that see data"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """of all networks and runs; each seed trains its own teacher, unless one is given"""
+    """seeds of all networks and runs; each seed trains its own teacher, unless one is given"""
     scale: float = 1.0
-    """factor on all amounts of work, say 0.01 for a rehearsal; stamped on every output"""
+    """factor on all amounts of work, such as 0.01 for a trial run; stamped on every output"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -115,11 +99,10 @@ class Request:
 
     @property
     def data(self) -> str:
-        """The name of the image set."""
         return self.train.name
 
     def study(self, model: str, student: str, **published: int) -> Experiment:
-        """This pair, or the one that was asked for; `published` overrides the usual budget, and `changes` both."""
+        """This pair, or the requested one; `published` overrides the usual budget, and `changes` both."""
         if self.teacher is not None:
             model = getattr(self.teacher.module, "spec", None) or "teacher"
         else:
@@ -130,9 +113,9 @@ class Request:
             self.root, self.train, self.test, model, student, budget, self.teacher, self.device, self.precision
         )
 
-    def published(self, study: Experiment, pair: tuple[str, str]) -> bool:
-        """Whether the paper has numbers for this pair on this image set."""
-        return (study.model, study.student) == pair and self.data in FIGURE_2
+    def published(self, study: Experiment) -> bool:
+        """Whether the paper has numbers for these networks on this image set."""
+        return (study.model, study.student) == PAIR and self.data in FIGURE_2
 
 
 def published_budget(train: Dataset, model: str) -> Budget:
@@ -168,14 +151,14 @@ def table_1(request: Request) -> Reproduction:
     """Six pairs: both networks trained from scratch, KD+AT on 200 images per class, zero-shot."""
     own = request.model or request.student or request.teacher
     cells: list[Cell] = []
-    for model, student in PAIRS[2:3] if own else PAIRS:
-        study = request.study(model, student)
-        pair = (study.model, study.student)
+    for pair in [PAIR] if own else TABLE_1:
+        study = request.study(*pair)
+        kd_at, zero_shot = TABLE_1.get((study.model, study.student), (None, None))
         published = {
             "teacher": SCRATCH.get(study.model),
             "student from scratch": SCRATCH.get(study.student),
-            "KD+AT, 200 per class": KD_AT_200.get(pair),
-            "zero-shot, zskt": ZERO_SHOT.get(pair),
+            "KD+AT, 200 per class": kd_at,
+            "zero-shot, zskt": zero_shot,
         }
         cells += _accuracies(
             request, study, published if request.data == "cifar10" else {}, "zskt", request.images_per_class or (200,)
@@ -200,7 +183,7 @@ def _accuracies(
 
 def table_2(request: Request) -> Reproduction:
     """Mean transition error between zero-shot and KD+AT students and their teacher."""
-    study, seeds = request.study("wrn-40-2", "wrn-16-1"), request.seeds
+    study, seeds = request.study(*PAIR), request.seeds
     published = dict(zip(("zero-shot, zskt", "KD+AT, all images"), TABLE_2.get(request.data, ()), strict=False))
     students = {f"zero-shot, {r}": [study.zero_shot(s, r) for s in seeds] for r in request.recipe or ("zskt",)}
     students["KD+AT, all images"] = [study.distilled(s, None) for s in seeds]
@@ -209,7 +192,7 @@ def table_2(request: Request) -> Reproduction:
     cells = []
     for row, jobs in students.items():
         beliefs = tuple(study.belief(job, s) for job, s in zip(jobs, seeds, strict=True))
-        paper = published.get(row) if request.published(study, PAIRS[2]) else None
+        paper = published.get(row) if request.published(study) else None
         cells.append(Cell(row, "mean transition error", beliefs, mean_transition_error, paper, percent=False))
         cells.append(Cell(row, "accuracy, %", tuple(jobs), accuracy))
         cells.append(Cell(row, "agreement with the teacher, %", beliefs, measured("agreement")))
@@ -236,9 +219,9 @@ def figure_4(request: Request) -> Reproduction:
 
 def figure_2(request: Request) -> Reproduction:
     """Accuracy against real images per class: no teacher, KD+AT with and without CE, zero-shot and fine-tuned."""
-    study = request.study("wrn-40-2", "wrn-16-1")
+    study = request.study(*PAIR)
     amounts = request.images_per_class or PER_CLASS
-    known = FIGURE_2[request.data] if request.published(study, PAIRS[2]) else {}
+    known = FIGURE_2[request.data] if request.published(study) else {}
     zero = AT_ZERO.get(request.data) if known else None
 
     def paper(row: str, per_class: int | None) -> str | None:
@@ -277,8 +260,8 @@ def figure_2(request: Request) -> Reproduction:
 
 def figure_3(request: Request) -> Reproduction:
     """The pseudo images of a run: both networks' confidence over the steps, class histograms, samples."""
-    study = request.study("wrn-40-2", "wrn-16-1")
-    published = request.published(study, PAIRS[2]) and request.data == "cifar10"
+    study = request.study(*PAIR)
+    published = request.published(study) and request.data == "cifar10"
     cells = []
     runs = {recipe: tuple(study.zero_shot(s, recipe) for s in request.seeds) for recipe in request.recipe or ("zskt",)}
     for recipe, jobs in runs.items():
@@ -310,7 +293,7 @@ def _last(key: str) -> Read:
 def figure_5(request: Request) -> Reproduction:
     """The classes that trained networks assign to uniform noise."""
     own = request.model or request.student or request.teacher
-    study = request.study("wrn-40-2", "wrn-16-1")
+    study = request.study(*PAIR)
     specs = [study.model, study.student] if own else ["lenet-5", "wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2"]
     networks = {
         spec: study.teachers(request.seeds)

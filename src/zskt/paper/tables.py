@@ -55,11 +55,7 @@ class Cell:
 
 def measured(key: str) -> Read:
     """A reader of one measurement of a finished job."""
-
-    def read(root: Path, job: Job) -> float | None:
-        return (job.measured(root) or {}).get(key)
-
-    return read
+    return lambda root, job: (job.measured(root) or {}).get(key)
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,6 @@ class Reproduction:
 
     @property
     def jobs(self) -> list[Job]:
-        """All jobs that its cells read."""
         return [job for cell in self.cells for job in cell.jobs]
 
 

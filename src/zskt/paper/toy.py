@@ -6,11 +6,10 @@ numbers are those of the paper's notebook (polo5/ZeroShotKnowledgeTransfer, note
 N points, K classes, G x G grid; everything runs in float32 on one CPU thread.
 """
 
-import contextlib
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from zskt.files import replacing
 from zskt.method.losses import forward_kl
 from zskt.paper.tables import markdown, provenance
 from zskt.run.plots import save_image
-from zskt.runtime import arithmetic, seeded, stream
+from zskt.runtime import arithmetic, seeded, stream, threads
 
 GAUSSIANS = (  # class, centre, standard deviations, radius of the hole around the centre
     (0, (0.0, 1.0), (0.3, 0.4), 0.3),
@@ -39,12 +38,10 @@ GAUSSIANS = (  # class, centre, standard deviations, radius of the hole around t
 )
 DRAWN, TRAINING_SHARE, EPOCHS, BATCH, RATE = 1000, 0.7, 30, 50, 1e-3
 """points per Gaussian including the hole; training split; the teacher's epochs and batch size; Adam's learning rate"""
-LARGEST = 3.0
-"""limit on the points' coordinates, on the elements of their gradient, and on the student's gradient norm"""
+LARGEST = 3.0  # limit on the points' coordinates, on the elements of their gradient, and on the student's gradient norm
 POINTS, ROUNDS, POINT_STEPS, STUDENT_STEPS = 50, 2000, 50, 10
 """the points take more steps than the student, the opposite of the experiments on images"""
-GRID, FRAMES = 151, 50
-"""grid points per side of the plane; number of intervals between recorded rounds"""
+GRID, FRAMES = 151, 50  # grid points per side of the plane; number of intervals between recorded rounds
 COLORS, PALE = ("#4477aa", "#ddaa33", "#bb5566"), ListedColormap(["#c3d3e4", "#f6e7c4", "#eccdd3"])
 """of the classes' points and regions: colour-blind safe, and distinct in greyscale"""
 
@@ -53,36 +50,24 @@ COLORS, PALE = ("#4477aa", "#ddaa33", "#bb5566"), ListedColormap(["#c3d3e4", "#f
 class Frame:
     """The record of a round."""
 
-    round: int
-    """rounds done"""
-    agreement: float
-    """share of the plane where student and teacher predict the same class"""
-    points: Tensor
-    """pseudo points (N, 2)"""
-    classes: Tensor
-    """the student's classes (G, G) over the plane, rows from the bottom"""
+    round: int  # rounds done
+    agreement: float  # share of the plane where student and teacher predict the same class
+    points: Tensor  # pseudo points (N, 2)
+    classes: Tensor  # the student's classes (G, G) over the plane, rows from the bottom
 
 
 @dataclass(frozen=True)
 class ToyResult:
     """One run of the experiment."""
 
-    teacher: nn.Sequential
-    """trained on the butterfly, frozen"""
-    student: nn.Sequential
-    """trained on pseudo points only; in eval mode, like the teacher"""
-    teacher_accuracy: float
-    """on the test points"""
-    agreement: float
-    """in the last frame"""
-    frames: list[Frame]
-    """the recorded rounds, first and last included"""
-    classes: Tensor
-    """the teacher's classes (G, G) over the plane, rows from the bottom"""
-    test: tuple[Tensor, Tensor]
-    """points (M, 2) and their labels (M,)"""
-    seconds: float
-    """wall time without drawing"""
+    teacher: nn.Sequential  # trained on the butterfly, frozen
+    student: nn.Sequential  # trained on pseudo points only; in eval mode, like the teacher
+    teacher_accuracy: float  # on the test points
+    agreement: float  # in the last frame
+    frames: list[Frame]  # the recorded rounds, first and last included
+    classes: Tensor  # the teacher's classes (G, G) over the plane, rows from the bottom
+    test: tuple[Tensor, Tensor]  # points (M, 2) and their labels (M,)
+    seconds: float  # wall time without drawing
 
 
 def butterfly(seed: int) -> tuple[Tensor, Tensor]:
@@ -162,13 +147,11 @@ class PointMatching:
 
     @torch.no_grad()
     def move_points(self) -> None:
-        """Move the points to where the student disagrees with the teacher."""
         for _ in range(POINT_STEPS):
             self.points.grad = point_gradient(self.points, *self.weights).clamp_(-LARGEST, LARGEST)  # (N, 2)
             self.point_optimizer.step()
 
     def train_student(self) -> None:
-        """Train the student to agree with the teacher on the points."""
         x = squash(self.points)  # (N, 2)
         teacher_logits = self.teacher(x)  # (N, K), constant over the updates
         for _ in range(STUDENT_STEPS):
@@ -182,7 +165,7 @@ class PointMatching:
 def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None] | None = None) -> ToyResult:
     """The experiment; about fifty evenly spaced rounds are recorded, and `callback` is called with each."""
     started = time.monotonic()
-    with arithmetic(), _one_thread():
+    with arithmetic(), threads(1):  # enough for matrices this small, and sums are the same on every machine
         points, labels = butterfly(seed)
         training = round(TRAINING_SHARE * len(points))
         teacher = train_teacher(points[:training], labels[:training], seed)
@@ -209,24 +192,13 @@ def run_toy(seed: int, *, rounds: int = ROUNDS, callback: Callable[[Frame], None
 
 def seconds_per_round() -> float:
     """Seconds of a round on this machine without drawing: the mean of 20 with untrained networks."""
-    with arithmetic(), seeded(0), _one_thread():
+    with arithmetic(), seeded(0), threads(1):
         matching = PointMatching(mlp().requires_grad_(False), mlp(), torch.randn(POINTS, 2))
         started = time.monotonic()
         for _ in range(20):
             matching.move_points()
             matching.train_student()
         return (time.monotonic() - started) / 20
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread: enough for matrices this small, and sums come out the same on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -276,15 +248,10 @@ def _render(figure: Figure, scale: float) -> Image.Image:
 
 
 def save_animation(path: Path, images: Sequence[Image.Image]) -> None:
-    """Write a looping .gif or .webp; each image is shown for 0.12 s, the last one for 2 s."""
-    kind = {".gif": "GIF", ".webp": "WEBP"}.get(path.suffix)
-    if kind is None or not images:
-        raise UsageError(
-            f"{path}: expected at least one image and the suffix .gif or .webp, found {len(images)} images"
-        )
+    """Write a looping GIF; each image is shown for 0.12 s, the last one for 2 s."""
     shown = [120] * (len(images) - 1) + [2000]
     with replacing(path) as file:
-        images[0].save(file, format=kind, save_all=True, append_images=images[1:], duration=shown, loop=0)
+        images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=shown, loop=0)
 
 
 def reproduce_toy(
@@ -326,19 +293,22 @@ def reproduce_toy(
 def toy_table(result: Mapping[str, Any]) -> str:
     """The Markdown page for what `reproduce_toy` returned, with the `circumstances` of the run."""
     stamp = f" (scale {result['scale']:g})" if "scale" in result else ""
-    lines = [f"# Toy experiment: agreement with the teacher over the plane{stamp}", ""]
     rows = [
         [str(run["seed"]), f"{run['agreement']:.3f}", f"{run['teacher_accuracy']:.3f}", f"{run['seconds']:.0f}"]
         for run in result["per_seed"]
     ]
     rows.append(["median", f"{result['agreement']:.3f}", f"{result['teacher_accuracy']:.3f}", ""])
-    lines += markdown(["seed", "agreement", "teacher accuracy", "seconds"], rows)
-    lines += [
-        "",
-        "The paper gives the teacher's accuracy, 0.968, and shows the student's regions without a number.",
-        "",
-    ]
-    lines += ["![agreement over the rounds](toy-agreement.png)", ""]
-    lines += [f"![both networks' regions](toy-seed-{result['seeds'][0]}.gif)", ""]
-    lines += provenance({**result, "threads": 1})
-    return "\n".join(lines) + "\n"
+    table = "\n".join(markdown(["seed", "agreement", "teacher accuracy", "seconds"], rows))
+    made = "\n".join(provenance({**result, "threads": 1}))
+    return f"""# Toy experiment: agreement with the teacher over the plane{stamp}
+
+{table}
+
+The paper gives the teacher's accuracy, 0.968, and shows the student's regions without a number.
+
+![agreement over the rounds](toy-agreement.png)
+
+![both networks' regions](toy-seed-{result["seeds"][0]}.gif)
+
+{made}
+"""

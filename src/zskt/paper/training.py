@@ -1,9 +1,9 @@
 """Training of teachers and baseline students on labelled images.
 
 SGD with Nesterov momentum on random crops and, where that keeps the class, horizontal flips. No label smoothing and no
-mixing of images: both are reported to make teachers worse to distil.
+mixing of images: both are reported to make worse teachers.
 
-N batch, M images in all, K classes, C x H x W images.
+N batch, M images in total, K classes, C x H x W images.
 """
 
 import copy
@@ -30,33 +30,32 @@ from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import check_teacher_folder, save_network
 from zskt.networks.observe import memory_format
 from zskt.run import checkpoint
-from zskt.run.lifecycle import Callback, Intervals, Lifecycle
+from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.runtime import arithmetic, pick_device, seeded, stream
 from zskt.settings import check_bounds
 
-Images = tuple[Tensor, Tensor]
-"""uint8 images (M, C, H, W) and their labels (M,)"""
+Images = tuple[Tensor, Tensor]  # uint8 images (M, C, H, W) and their labels (M,)
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""The loss () of a batch: normalised images (N, C, H, W) and labels (N,); it calls the network in training itself."""
+"""The loss () of a batch: normalised images (N, C, H, W) and labels (N,); it calls the trained network itself."""
 
 SCHEDULES = {"one_cycle": Schedule("one_cycle"), "step": Schedule("multistep", (0.3, 0.6, 0.8), factor=0.2)}
 Precision = Literal["fp32", "bf16"]
 
 ON_DEVICE = 2**31
-"""Training images up to so many bytes are kept on the device: a copy of each batch would make the host wait for it."""
+"""Most bytes of training images kept on the device; copying each batch would make the host wait."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is trained on labelled images. Updates are counted, not passes: fewer images, more passes."""
+    """How a network is trained on labelled images. Updates are counted, not epochs: fewer images, more epochs."""
 
     updates: int
     """optimiser updates [ZSKT scales the epochs so that these are constant over the images per class]"""
     batch_size: int = 128
-    """images per update; with fewer images in all, all of them"""
+    """images per update; all of them if there are fewer"""
     learning_rate: float = 0.1
-    """the highest one [WRN: 0.1 for batch 128]"""
+    """highest learning rate [WRN: 0.1 for batch 128]"""
     schedule: Literal["one_cycle", "step"] = "one_cycle"
     """one_cycle: up over the first fifth, then down to 0; step: divided by 5 at 30, 60 and 80 % [WRN, ZSKT]"""
     weight_decay: float = 5e-4
@@ -79,7 +78,7 @@ class Training:
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected a positive number")
         if self.batch_size < 2:
-            raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
+            raise UsageError("batch_size = 1: expected at least 2, as BatchNorm needs")
         if self.random_crop < 0 or self.weight_decay < 0 or self.seed < 0:
             raise UsageError("random_crop, weight_decay and seed: expected 0 or more")
         for name, choices in (("schedule", SCHEDULES), ("precision", get_args(Precision))):
@@ -99,7 +98,7 @@ class TrainingResult:
 
 
 class Supervised:
-    """The training of a network on labelled images, as something that is repeated: a step is one update."""
+    """Training on labelled images as a `Repeatable`: a step is one update."""
 
     def __init__(self, name: str, network: Classifier, train: Images, training: Training, objective: Objective) -> None:
         """`network`, on its device, is trained in place; `objective` calls its module itself."""
@@ -122,7 +121,6 @@ class Supervised:
         self.batches: Iterator[Images] | None = None
 
     def step(self) -> dict[str, Tensor]:
-        """One update."""
         if self.batches is None:
             self.batches = endless_batches(self.train, self.training, self.updates.done, self.device)
         self.network.module.train()
@@ -161,13 +159,13 @@ def fit(
     stop_after: str | int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
-    """Train `module` in place on `train`, normalised as `like` does, towards less of `objective`; it ends in eval mode.
+    """Train `module` in place on `train`, normalised as `like` does, to minimise `objective`; it ends in eval mode.
 
-    Measured on `test` and, beside a `teacher`, for agreement with it: every twentieth of the updates, and what is
-    reported is the last iterate. With `out` there is a checkpoint whenever it is measured, `resume` goes on from it
-    (bit for bit on a CPU of the same kind with the same number of threads), and the finished network is written as
-    `stem`.safetensors and `stem`.json. `stop_after` ("9m", or a number of updates) leaves early. Raises ZsktError where
-    images, labels, networks and folder do not fit together, or once the loss or the weights are NaN or infinite.
+    Evaluated on `test` and, given a `teacher`, for agreement with it, after every twentieth of the updates; the last
+    iterate is reported. With `out` a checkpoint is saved at every evaluation, `resume` continues from it (bit for bit
+    on a CPU of the same kind with the same number of threads), and the finished network is written as
+    `stem`.safetensors and `stem`.json. `stop_after` ("9m", or a number of updates) stops early. Raises ZsktError if
+    images, labels, networks and folder do not fit together, or if the loss or the weights become NaN or infinite.
     """
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -175,7 +173,7 @@ def fit(
     if (resume or stop_after) and folder is None:
         raise UsageError("resume and stop_after need a folder for the training: set out")
     if folder is not None and not resume and checkpoint.exists(folder / "checkpoint"):
-        raise ZsktError(f"{folder} holds an unfinished training; continue it with --resume or choose another --out")
+        raise ZsktError(f"{folder} holds an unfinished training run; continue it with --resume or choose another --out")
     checkpoint.parse_budget(stop_after)
     device = pick_device(training.device)
     for images, labels in (train, test):
@@ -204,7 +202,9 @@ def fit(
         life = Lifecycle(
             repeated,
             folder,
-            intervals=Intervals(log=every, evaluate=every, checkpoint=every),
+            log_every=every,
+            evaluate_every=every,
+            checkpoint_every=every,
             identity={
                 "settings": settings,
                 "normalisation": [like.mean.flatten().tolist(), like.std.flatten().tolist()],
@@ -214,7 +214,7 @@ def fit(
             },
             machine={"precision": machine["precision"]},
             evaluate=measure,
-            advice="lower --learning-rate",
+            advice="lower --learning-rate and start again",
         )
         if resume:
             life.restore()
@@ -233,19 +233,19 @@ def fit(
 
 
 def updates_in(epochs: int, images: int, batch_size: int) -> int:
-    """Updates in `epochs` passes over so many images; a last batch of one, which BatchNorm cannot use, is left out."""
+    """Updates in `epochs` passes over `images` images; a last batch of one, which BatchNorm cannot use, is dropped."""
     if epochs < 1 or batch_size < 2:
         raise UsageError(f"epochs = {epochs}, batch_size = {batch_size}: expected at least 1 and at least 2")
     if images < 2:
-        raise ZsktError(f"expected at least 2 training images, as BatchNorm compares them, found {images}; give more")
+        raise ZsktError(f"expected at least 2 training images, as BatchNorm needs, found {images}; give more")
     return epochs * (images // batch_size + (images % batch_size > 1))
 
 
 def endless_batches(train: Images, training: Training, first: int, device: torch.device) -> Iterator[Images]:
-    """Augmented batches (N, C, H, W) and labels (N,) on the device, for one update after another from the `first` on.
+    """Augmented batches (N, C, H, W) and labels (N,) on the device, one per update from `first` on.
 
-    Pass after pass over the images, each in an order of its own that follows from the seed and the number of the pass,
-    so that any update can be the first. Augmentation draws from torch's global random numbers.
+    Each pass over the images has its own order, determined by the seed and its number, so that any update can be the
+    first. Augmentation draws from torch's global random numbers.
     """
     in_pass = updates_in(1, len(train[0]), training.batch_size)
     images, labels = (tensor.to(device) if train[0].nbytes <= ON_DEVICE else tensor for tensor in train)
@@ -288,6 +288,6 @@ def augment(images: Tensor, padding: int, flip: bool) -> Tensor:
 
 
 def digest(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 of labels (M,) and about a thousand of the images (M, C, H, W): are these the same data?"""
+    """SHA-256 of labels (M,) and about a thousand of the images (M, C, H, W): to recognise the same data."""
     some = images[:: max(1, len(images) // 1000)].contiguous()
     return hashlib.sha256(labels.cpu().numpy().tobytes() + some.cpu().numpy().tobytes()).hexdigest()

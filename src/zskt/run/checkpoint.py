@@ -20,13 +20,13 @@ import filelock
 import torch
 from torch import Tensor
 
-from zskt.errors import UsageError, ZsktError, cannot, first_line
+from zskt.errors import UsageError, ZsktError, failing, system_errors
 from zskt.files import TEMPORARY, read_tensors, read_text, write_tensors
 from zskt.method.config import Config, read_config
+from zskt.runtime import restore_generator
 from zskt.settings import flat
 
-KEPT = 2
-"""Checkpoints kept."""
+KEPT = 2  # checkpoints kept
 
 
 class Interrupted(ZsktError):
@@ -58,15 +58,10 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
 
 
-@contextlib.contextmanager
-def restoring(folder: Path) -> Iterator[None]:
-    """Turn errors while restoring a checkpoint into a ZsktError: it does not fit."""
-    try:
-        yield
-    except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ZsktError(
-            f"the checkpoint in {folder} does not fit ({first_line(error)}); resume with the same model and settings"
-        ) from error
+def restoring(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The boundary for restoring a checkpoint: errors inside mean that it does not fit."""
+    kinds = RuntimeError, LookupError, TypeError, ValueError
+    return failing(f"the checkpoint in {folder} does not fit", "resume with the same model and settings", kinds=kinds)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,16 +76,21 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors as `PARAMETER_INDEX.key`. Learning rates are not state: they follow from the step."""
-    return {
+    state = {
         f"{index}.{key}": value
         for index, parameter in enumerate(_parameters(optimizer))
         for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
+        if value is not None
     }
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            kind = type(optimizer).__name__
+            raise ZsktError(f"expected tensors as the state of {kind}, found {name} = {value!r}; use another optimiser")
+    return state
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Restore `optimizer_state`, copied into tensors laid out like the parameters.
+    """Restore `optimizer_state`, copied into tensors laid out like the parameters where their shapes are equal.
 
     A fused optimiser reads parameter and state in memory order: a contiguous state of a channels_last parameter would
     silently be read in the wrong order.
@@ -102,49 +102,40 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tens
         if key == "step":  # a counter, which only fused and capturable optimisers keep on the parameter's device
             on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
             optimizer.state[parameter][key] = saved.to(parameter.device if on_device else "cpu")
+        elif saved.shape == parameter.shape:
+            optimizer.state[parameter][key] = torch.zeros_like(parameter, dtype=saved.dtype).copy_(saved)
         else:
-            optimizer.state[parameter][key] = torch.zeros_like(parameter).copy_(saved)
+            optimizer.state[parameter][key] = saved.to(parameter.device)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's global random generators, for the CPU and a CUDA device."""
-    cuda = {"rng/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"rng/cpu": torch.get_rng_state(), **cuda}
-
-
 def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore `random_state`."""
+    """Restore torch's global random generators; the state of a run on the CPU seeds a CUDA device."""
     torch.set_rng_state(tensors["rng/cpu"])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        restore_generator(torch.cuda.default_generators[index], tensors.get("rng/cuda", tensors["rng/cpu"]))
 
 
+@dataclass(frozen=True)
 class JsonLines:
     """An append-only file of one JSON object per line, truncated on resume."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def append(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, allow_nan=False) + "\n"
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise cannot("write", self.path, error) from error
+        with system_errors("write", self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def size(self) -> int:
         """Size in bytes, after an fsync."""
-        try:
-            with self.path.open("ab") as file:
-                os.fsync(file.fileno())
-                return os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise cannot("write", self.path, error) from error
+        with system_errors("write", self.path), self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
 
     def cut(self, size: int) -> None:
         """Truncate to `size` bytes, which drops lines newer than the checkpoint."""
@@ -152,11 +143,8 @@ class JsonLines:
             raise ZsktError(
                 f"{self.path} is shorter than its checkpoint says; restore it or start again with another --out"
             )
-        try:
-            with self.path.open("ab") as file:
-                file.truncate(size)
-        except OSError as error:
-            raise cannot("write", self.path, error) from error
+        with system_errors("write", self.path):
+            os.truncate(self.path, size)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -180,11 +168,8 @@ FREE = ("log_every", "evaluate_every", "checkpoint_every")
 
 
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Raise ZsktError unless a new run may start in `folder` or, with `resume`, this run may continue there.
-
-    A run that was stopped before its first checkpoint starts again either way.
-    """
-    try:
+    """Raise ZsktError unless a run may start in `folder`, or start again without a checkpoint, or `resume` there."""
+    with system_errors("use", folder):
         if folder.exists() and not folder.is_dir():
             raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
         begun = exists(folder / "checkpoint") or (folder / "student.json").exists()
@@ -192,12 +177,16 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
             raise ZsktError(
                 f"expected a new or empty folder at {folder}, found other things ({other[0]}); choose another --out"
             )
-    except OSError as error:
-        raise cannot("use", folder, error) from error
     if begun and not resume:
         raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
     if not begun:
+        if resume and not (folder / "config.toml").exists():
+            raise ZsktError(
+                f"expected a run to resume in {folder}, found no config.toml; check the path, or begin anew"
+            )
         return
+    if not exists(folder / "checkpoint"):
+        raise ZsktError(f"{folder} holds a finished run whose checkpoints are gone; choose another --out")
     recorded = flat(read_config(folder / "config.toml"))
     different = [
         f"{name} = {recorded[name]!r}, now {value!r}"
@@ -226,22 +215,18 @@ def exists(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def owning(folder: Path | None) -> Iterator[None]:
-    """Lock a folder, created if missing, against other processes.
-
-    If the work fails before its first checkpoint, the folder is removed: there is nothing to resume.
-    """
+    """Lock a folder, created if missing, and remove it if the work fails before there is something to resume."""
     if folder is None:
         yield
         return
-    try:
+    with system_errors("write", folder):
         fresh = not _content(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
-    except OSError as error:
-        raise cannot("write", folder, error) from error
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
     try:
         for path in folder.rglob(TEMPORARY):  # left behind by a killed process
             path.unlink(missing_ok=True)
@@ -266,18 +251,10 @@ class StopRequest:
     def reached(self) -> bool:
         return self.signum is not None or time.monotonic() >= self.deadline
 
-    def raise_if_signalled(self, what: str) -> None:
-        """Raise Interrupted after a signal, once everything is saved."""
-        if self.signum is not None:
-            raise Interrupted(self.signum, f"{what}; continue with --resume")
-
 
 @contextlib.contextmanager
 def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
-    """A request to stop after `seconds` or, with `signals`, at the first SIGINT or SIGTERM; a second one acts at once.
-
-    Outside the main thread, where Python allows no handlers, signals act as usual.
-    """
+    """A request to stop after `seconds` or, with `signals` (main thread), at SIGINT or SIGTERM; the next one acts."""
     request = StopRequest(time.monotonic() + seconds)
     if not signals or threading.current_thread() is not threading.main_thread():
         yield request

@@ -5,7 +5,6 @@ them. A graph repeats the same kernels on the same memory, so whatever changes f
 read: learning rates are copied in, random generators advance with the graph, the replay buffer's slot is on the device.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,8 +17,7 @@ from zskt.method.replay import ReplayBuffer
 from zskt.run.checkpoint import optimizer_state
 from zskt.runtime import seeded
 
-WARM_UP = 3
-"""Steps before the recording, in which libraries choose algorithms; their effect is undone."""
+WARM_UP = 3  # steps before the recording, in which libraries choose algorithms; their effect is undone
 
 Step = Callable[[], Mapping[str, Tensor]]
 Record = Callable[[Step, Sequence[torch.Generator]], Step]
@@ -66,7 +64,6 @@ class CapturedStep:
         self.repeat: Step | None = None
 
     def __call__(self) -> Mapping[str, Tensor]:
-        """One outer iteration."""
         if self.repeat is None and self.matching.replay.steady:
             self.repeat = self._recorded()
         if self.repeat is None:
@@ -90,7 +87,8 @@ class CapturedStep:
                 repeat = self.record(self._step_fed, self.generators)
             except RuntimeError as error:
                 raise ZsktError(
-                    f"this step cannot be recorded as a CUDA graph ({first_line(error)}): use --set cuda_graph=false"
+                    f"this step cannot be recorded as a CUDA graph ({first_line(error)}): use --set "
+                    "machine.cuda_graph=false"
                 ) from error
         for name, tensor in self._state().items():
             if name in before:
@@ -107,7 +105,7 @@ class CapturedStep:
         try:
             for (player, rate, done), rates in zip(kept, self.rates, strict=True):
                 if rate is not None:
-                    player.rate = functools.partial(_fed, rates, done)  # type: ignore[assignment]
+                    player.rate = lambda update, rates=rates, done=done: rates[update - done]
             return self.matching.step()
         finally:
             for player, rate, done in kept:
@@ -121,8 +119,3 @@ class CapturedStep:
             **{f"{i}": optimizer_state(player.optimizer) for i, player in enumerate(self.players)},
         }
         return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-
-
-def _fed(rates: Tensor, done: int, update: int) -> Tensor:
-    """The learning rate of an update, as a view of `rates`."""
-    return rates[update - done]

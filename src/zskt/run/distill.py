@@ -1,10 +1,11 @@
-"""A distillation run: the method's steps with evaluation, sample images and the finished student.
+"""A distillation run: training with evaluation, sample images and the finished student; later, images from its folder.
 
 Nothing here reads data: test images come in as tensors and never reach the training.
 """
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import UsageError
-from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs
-from zskt.evaluate.warnings import pseudo_image_warnings
-from zskt.files import read_json, write_tensors, write_text
-from zskt.method.build import arrange
-from zskt.method.config import Config
-from zskt.method.generator import SAMPLES
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs, pseudo_image_warnings
+from zskt.files import expanded, read_json, read_tensors, write_tensors, write_text
+from zskt.method.bank import bank_images
+from zskt.method.build import METHODS, arrange, make_generator
+from zskt.method.config import Config, read_config
+from zskt.method.generator import SAMPLES, pseudo_images
 from zskt.method.matching import BeliefMatching
-from zskt.method.protocol import Make, Method
-from zskt.method.recipe import AUTO, Plan, plan
+from zskt.method.protocol import Make, Method, check_method
+from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import save_network
@@ -29,27 +30,25 @@ from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module
 from zskt.run import checkpoint
 from zskt.run.cuda_graph import CapturedStep
-from zskt.run.lifecycle import Callback, Intervals, Lifecycle
+from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.run.plots import believed_grid, save_image
+from zskt.run.shards import saved_rows
 from zskt.runtime import arithmetic, pick_device, seeded, stream, threads
 from zskt.settings import flat, to_toml
 
 
 @dataclass
 class DistillResult:
-    """The outcome of a run. `student` is the module handed in, trained in place, in eval mode."""
+    """The outcome of a run. `student` is the given module, trained in place, in eval mode."""
 
     student: nn.Module = field(repr=False)
     teacher: Classifier = field(repr=False)
-    method: Method = field(repr=False)
-    """in its state after the last step; `method.sample(n, seed)` draws pseudo images"""
+    method: Method = field(repr=False)  # in its state after the last step; `method.sample(n, seed)` draws pseudo images
     config: Config = field(repr=False)
-    reason: str
-    """why this recipe was chosen"""
+    reason: str  # why this recipe was chosen
     step: int
     finished: bool
-    measured: dict[str, float] = field(default_factory=dict)
-    """at the last iterate, on the test images"""
+    measured: dict[str, float] = field(default_factory=dict)  # at the last iterate, on the test images
     warnings: list[str] = field(default_factory=list)
     out: Path | None = None
 
@@ -103,12 +102,16 @@ def distill(
     checkpoint.parse_budget(stop_after)
     if (stop_after or resume) and out is None:
         raise UsageError("resume and stop_after need a folder for the run: set out")
-    if not isinstance(recipe, Plan):
-        given = {"steps": steps, "seed": seed}
+    given = {"steps": steps, "seed": seed}
+    if isinstance(recipe, Plan):
+        beside = given | {"method": method, "settings": settings}
+        if named := [name for name, value in beside.items() if value is not None]:
+            raise UsageError(f"a Plan already has {' and '.join(named)}: give them to `plan`")
+    else:
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
         recipe = plan(teacher, student, recipe, changes, method)
     config = recipe.config
-    folder = Path(out) if out is not None else None
+    folder = expanded(out) if out is not None else None
     if folder is not None:
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
@@ -125,25 +128,25 @@ def distill(
         arithmetic(),
         seeded(stream(config.seed, "run"), device),
     ):
-        repeated = recipe.make(frozen, student, config)
+        repeated = check_method(recipe.make(frozen, student, config), student, config.method)
         try:
             examiner = Examiner(frozen, repeated, folder, evaluate)
             life = Lifecycle(
                 repeated,
                 folder,
-                intervals=Intervals(
-                    config.interval("log_every"), config.interval("evaluate_every"), config.interval("checkpoint_every")
-                ),
+                log_every=config.interval("log_every"),
+                evaluate_every=config.interval("evaluate_every"),
+                checkpoint_every=config.interval("checkpoint_every"),
                 identity={"method": config.method, "teacher": frozen.fingerprint()},
                 machine={name: value for name, value in flat(config.machine).items() if name != "device"},
                 evaluate=examiner.examine,
                 advance=_captured(repeated, config, device),
                 started=started,
             )
-            if folder is not None:
-                write_text(folder / "config.toml", to_toml(config))
             if resume:
                 life.restore()
+            if folder is not None:
+                write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
         finally:
             repeated.close()
@@ -172,25 +175,22 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
     if not config.machine.cuda_graph:
         return None
     if device.type != "cuda":
-        raise UsageError(f"cuda_graph = true is for CUDA devices, found {device}; leave it out or use --device cuda")
+        raise UsageError(f"machine.cuda_graph is for CUDA devices, found {device}; leave it out or use --device cuda")
     if not isinstance(method, BeliefMatching):
-        raise UsageError(f"cuda_graph = true is for belief_matching, found {config.method}; leave it out")
+        raise UsageError(f"machine.cuda_graph is for belief_matching, found {config.method}; leave it out")
     return CapturedStep(method)
 
 
+@dataclass
 class Examiner:
     """Evaluates a run's student: beliefs about pseudo images, accuracy and agreement on test images."""
 
-    def __init__(
-        self, teacher: Classifier, method: Method, folder: Path | None, images: tuple[Tensor, Tensor] | None
-    ) -> None:
-        self.teacher = teacher
-        self.method = method
-        self.folder = folder
-        self.images = images
-        self.network = teacher.like(method.student)
-        self.answers: Tensor | None = None
-        self.measured: dict[str, float] = {}
+    teacher: Classifier
+    method: Method
+    folder: Path | None
+    images: tuple[Tensor, Tensor] | None
+    answers: Tensor | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
     def examine(self, step: int) -> dict[str, Any]:
         """Both networks' beliefs about 64 pseudo images, always of the same seed, and what `measure` returns."""
@@ -199,7 +199,8 @@ class Examiner:
 
     def beliefs(self, step: int | None = None) -> dict[str, Any]:
         """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
-        x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
+        with seeded(0, next(self.method.student.parameters()).device):  # a method may seed the global generator itself
+            x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
         with evaluating(self.method.student):
             logits = {"T": self.teacher(x), "S": logits_of(self.method.student(x))}  # (64, K) each
         if step is not None and self.folder is not None:
@@ -213,7 +214,7 @@ class Examiner:
         pictures, labels = self.images
         if self.answers is None:
             self.answers = predict(self.teacher, pictures)  # (M, K)
-        self.measured = judge(predict(self.network, pictures), labels, self.answers)
+        self.measured = judge(predict(self.teacher.like(self.method.student), pictures), labels, self.answers)
         return self.measured
 
     def last(self) -> dict[str, float]:
@@ -231,6 +232,50 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
     for name, module in result.method.modules().items():
         if name != "student":
             write_tensors(folder / f"{name}.safetensors", module.state_dict())
-    if result.config.method != "belief_matching":
+    if result.config.method not in METHODS:
         write_tensors(folder / "method.safetensors", result.method.state_dict())
     save_network(folder, "student", result.network, **result.metadata(), seconds=round(seconds, 1))
+
+
+Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W), normalised
+
+
+def sampler(
+    folder: str | Path, network: Classifier, *, method: Make | None = None, teacher: Classifier | None = None
+) -> Sample:
+    """A function that draws pseudo images from the finished run in `folder`, whose student is `network`."""
+    folder = Path(folder)
+    config = read_config(folder / "config.toml")
+    if config.method == "belief_matching":
+        if config.generator.width == "auto":
+            raise ZsktError(
+                f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
+            )
+        generator = make_generator(network, config)
+        with checkpoint.restoring(folder):
+            generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
+        return functools.partial(pseudo_images, generator, generator.latent)
+    if config.method == "bank":
+        images = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
+        return functools.partial(bank_images, network, images)
+    if method is None or teacher is None:
+        raise ZsktError(
+            f"{folder} uses a custom method, {config.method}: give --teacher, --method FILE:FUNCTION and "
+            "--trust to draw its images"
+        )
+    if (given := describe_method(method)) != config.method:
+        raise ZsktError(f"expected the method of {folder}, {config.method}, found {given}; give the same one")
+    recorded = read_json(folder / "student.json").get("teacher_fingerprint")
+    if (fingerprint := teacher.fingerprint()) != recorded:
+        raise ZsktError(
+            f"expected the teacher of {folder}, {str(recorded)[:12]}, found {fingerprint[:12]}; give the same one"
+        )
+    student = network.module.requires_grad_()
+    built = check_method(method(as_teacher(teacher), student, config), student, config.method)
+    built.close()
+    with checkpoint.restoring(folder):
+        for name, part in built.modules().items():
+            part.load_state_dict(read_tensors(folder / f"{name}.safetensors")[0])
+        built.load_state_dict(read_tensors(folder / "method.safetensors")[0])
+    network.requires_grad_(False).eval()
+    return built.sample

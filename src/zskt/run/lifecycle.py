@@ -1,15 +1,18 @@
 """The training loop of all methods: log, evaluation, signals, checkpoints and exact resume."""
 
+import math
+import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zskt.errors import ZsktError
+from zskt.errors import ZsktError, short
 from zskt.method.config import FORMAT, OTHER_FORMAT
 from zskt.method.protocol import Growing, Repeatable
 from zskt.run import checkpoint
@@ -31,39 +34,28 @@ class Event:
 Callback = Callable[[Event], None]
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Steps between log lines, evaluations and checkpoints."""
-
-    log: int
-    evaluate: int
-    checkpoint: int
-
-
 @dataclass
 class Lifecycle:
     """The state of a run, and its files if it has a folder."""
 
     repeated: Repeatable
     folder: Path | None
-    intervals: Intervals
-    identity: Mapping[str, Any]
-    """JSON values that a run must share with the checkpoint it resumes from"""
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    """values that may differ on resume, at the price of bitwise equality"""
-    evaluate: Callable[[int], dict[str, Any]] = lambda step: {}
-    """returns what an evaluation adds to the log"""
-    advance: Callable[[], Mapping[str, Tensor]] | None = None
-    """replaces `repeated.step`"""
-    advice: str = "lower {name}.learning_rate or set {name}.clip"
-    """remedy for divergence of network `name`"""
+    log_every: int
+    evaluate_every: int
+    checkpoint_every: int
+    identity: Mapping[str, Any]  # JSON values that a run must share with the checkpoint it resumes from
+    machine: Mapping[str, Any] = field(default_factory=dict)  # may differ on resume, at the price of bitwise equality
+    evaluate: Callable[[int], dict[str, Any]] = lambda step: {}  # returns what an evaluation adds to the log
+    advance: Callable[[], Mapping[str, Tensor]] | None = None  # replaces `repeated.step`
+    advice: str = "lower {name}.learning_rate or set {name}.clip, and start again"  # for divergence of network `name`
     started: float = field(default_factory=time.monotonic)
     step: int = 0
     seconds_before: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    losses: Mapping[str, Tensor] = field(default_factory=dict)  # of the last step
 
     def __post_init__(self) -> None:
-        self.device = next(parameter.device for module in self._modules() for parameter in module.parameters())
+        self.device = next(p.device for module in self.repeated.modules().values() for p in module.parameters())
         self.machine = {
             **self.machine,
             "device": str(self.device),
@@ -94,28 +86,39 @@ class Lifecycle:
         seconds, count = checkpoint.parse_budget(stop_after)
         last = min(self.steps, self.step + count)
         advance = self.advance or self.repeated.step
+        if self.step == 0 and self.folder is not None:  # what a killed process left before its first checkpoint
+            self.metrics.cut(0)
+            self.timing.cut(0)
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
+            shutil.rmtree(self.shards.folder, ignore_errors=True)
         with checkpoint.stopping(seconds, signals=self.folder is not None) as request:
             while self.step < last:
-                losses = advance()
+                self.losses = losses = advance()
                 self.step += 1
                 line = self.log(losses)
                 for callback in callbacks:
                     callback(Event(self.step, self.steps, losses, line, self.repeated))
                 leaving = request.reached() or self.step == last
-                if leaving or self.step % self.intervals.checkpoint == 0:
+                if leaving or self.step % self.checkpoint_every == 0:
                     self.save()
                 if leaving:
-                    request.raise_if_signalled(f"stopped at step {self.step:,} of {self.steps:,}")
                     break
+        if request.signum is not None:  # everything is saved
+            what = f"stopped at step {self.step:,} of {self.steps:,}; continue with --resume"
+            raise checkpoint.Interrupted(request.signum, what)
 
     def log(self, losses: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Write what is due after this step; returns the log line, if any. Only this waits for losses."""
         line: dict[str, Any] = {"step": self.step}
-        if self.step in (1, self.steps) or self.step % self.intervals.log == 0:
-            line |= describe(losses)
+        if self.step in (1, self.steps) or self.step % self.log_every == 0:
             self._check_losses(losses)
-        if self.finished or self.step % self.intervals.evaluate == 0:
-            line |= self.evaluate(self.step)
+            line |= describe(losses)
+        if self.finished or self.step % self.evaluate_every == 0:
+            self._check_losses(losses)
+            line |= (measured := self.evaluate(self.step))
+            for name, value in measured.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    self._diverged(f"{name} is {value}", next(iter(self.repeated.modules())))
         if len(line) == 1:
             return None
         if self.folder is not None:
@@ -125,21 +128,21 @@ class Lifecycle:
 
     def save(self) -> None:
         """Write a checkpoint; raises ZsktError if the run has diverged."""
+        self._check_losses(self.losses)
         tensors: dict[str, Tensor] = {}
         for name, module in self.repeated.modules().items():
             tensors |= checkpoint.prefixed(name, module.state_dict())
         broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
         if broken:
-            raise ZsktError(
-                f"{broken[0]} contains NaN or infinity at step {self.step:,}: the run has diverged; "
-                + self.advice.format(name=broken[0].split("/")[0])
-            )
+            self._diverged(f"{broken[0]} contains NaN or infinity", broken[0].split("/")[0])
         if self.folder is None:
             return
         for name, optimiser in self.repeated.optimisers().items():
             tensors |= checkpoint.prefixed(f"optimiser:{name}", checkpoint.optimizer_state(optimiser))
         tensors |= checkpoint.prefixed("state", self.repeated.state_dict())
-        tensors |= checkpoint.random_state(self.device)
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         metadata = {
             "format": FORMAT,
             "identity": self.identity,
@@ -155,8 +158,6 @@ class Lifecycle:
         """Continue from the newest checkpoint, truncating the logs to it; from the start if there is none."""
         assert self.folder is not None
         if not checkpoint.exists(self.folder / "checkpoint"):
-            self.metrics.cut(0)
-            self.timing.cut(0)
             return
         tensors, metadata = checkpoint.load(self.folder / "checkpoint")
         self._check_metadata(metadata)
@@ -184,7 +185,8 @@ class Lifecycle:
             if recorded.get(name) != value
         ]
         if different:
-            raise ZsktError(f"{self.folder} differs in {'; '.join(different)}: resume it with the same")
+            words = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(different))
+            raise ZsktError(f"{self.folder} differs in {words}: resume it with the same")
         before = metadata.get("machine", {})
         changed = [
             f"{name} {value} instead of {before.get(name)}"
@@ -195,16 +197,17 @@ class Lifecycle:
             self.warnings.append(f"resumed with {', '.join(changed)}: not bit for bit equal to an uninterrupted run")
 
     def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Raise ZsktError when a loss is NaN or infinite."""
+        """Raise ZsktError when a loss is NaN or infinite, or no tensor."""
+        if not isinstance(losses, Mapping) or not all(isinstance(value, Tensor) for value in losses.values()):
+            step = f"{type(self.repeated).__name__}.step"
+            raise ZsktError(f"expected tensors by name from {step}, found {short(repr(losses))}; return its losses so")
         for name, value in losses.items():
             if not bool(value.isfinite().all()):
-                raise ZsktError(
-                    f"the loss of the {name} is {value.flatten()[-1]:g} at step {self.step:,}: the run has diverged; "
-                    + self.advice.format(name=name.split(".")[0])
-                )
+                self._diverged(f"the loss of the {name} is {value.flatten()[-1]:g}", name.split(".")[0])
 
-    def _modules(self) -> list[nn.Module]:
-        return list(self.repeated.modules().values())
+    def _diverged(self, found: str, network: str) -> NoReturn:
+        advice = self.advice.format(name=network)
+        raise ZsktError(f"{found} at step {self.step:,}: the run has diverged; {advice}")
 
 
 def describe(losses: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -215,5 +218,5 @@ def describe(losses: Mapping[str, Tensor]) -> dict[str, Any]:
         if term:
             line.setdefault(f"{network}_terms", {})[term] = value.tolist()
         else:
-            line[f"{network}_loss"] = value.tolist()
+            line[f"{network}_loss"] = value.flatten().tolist()
     return line

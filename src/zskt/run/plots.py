@@ -19,8 +19,7 @@ from zskt.files import replacing
 
 Lines = Sequence[Mapping[str, Any]]
 
-CAPTION_LINE = 12
-"""Pixels from one line of a caption to the next."""
+CAPTION_LINE = 12  # pixels from one line of a caption to the next
 
 
 def styled() -> AbstractContextManager[None]:
@@ -94,8 +93,7 @@ def series(lines: Lines, key: str, pick: int | None = None) -> tuple[list[float]
     return [step for step, _ in found], [value for _, value in found]
 
 
-LEVELS = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)))
-"""Line styles of horizontal lines."""
+LEVELS = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)))  # line styles of horizontal lines
 
 PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
     "student loss": {"last update of a step": ("student_loss", -1), "first": ("student_loss", 0)},
@@ -116,10 +114,15 @@ PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
 
 def run_curves(runs: Mapping[str, Lines]) -> bytes:
     """A PNG of losses, confidences, class entropy and accuracy over the steps of one or several runs."""
+    panels = dict(PANELS)
+    for key in sorted({key for lines in runs.values() for line in lines for key in line if key.endswith("_loss")}):
+        panels.setdefault(key.replace("_", " "), {"": (key, -1)})
+    rows = -(-len(panels) // 3)
     with styled():
-        figure = Figure(figsize=(10, 5), layout="constrained")
-        figure.subplots(2, 3)
-        for axes, (title, curves) in zip(figure.axes, PANELS.items(), strict=True):
+        figure = Figure(figsize=(10, 2.5 * rows), layout="constrained")
+        for unused in figure.subplots(rows, 3).flatten()[len(panels) :]:
+            unused.remove()
+        for axes, (title, curves) in zip(figure.axes, panels.items(), strict=True):
             measured = False
             for (label, (key, pick)), style in zip(curves.items(), ("-", ":"), strict=False):
                 for i, lines in enumerate(runs.values()):
@@ -127,8 +130,7 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
                     axes.plot(steps, values, style, color=f"C{i % 10}", linewidth=1)
                     measured |= bool(steps)
                 axes.plot([], [], style, color="black", linewidth=1, label=label)
-            axes.set_title(title)
-            axes.set_xlabel("step")
+            axes.set(title=title, xlabel="step")
             if "loss" not in title and "test" not in title:
                 axes.set_ylim(-0.03, 1.03)
             if len(curves) > 1:
@@ -156,8 +158,7 @@ def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence
                 steps = np.arange(len(mean))
                 axes.plot(steps, mean, style, label=visible(name))
                 axes.fill_between(steps, mean - error, mean + error, alpha=0.25)
-            axes.set_ylim(-0.03, 1.03)
-            axes.set_title(title)
+            axes.set(title=title, ylim=(-0.03, 1.03))
         figure.supxlabel("step k", fontsize=8)
         figure.supylabel("probability of the target class", fontsize=8)
         figure.axes[0].legend()
@@ -180,11 +181,12 @@ def single_transitions(
             target = (start + 1 + turn) % (targets + 1)
             for curves, style in zip(transitions.examples[:, i, turn], ("-", "--"), strict=True):
                 axes.plot(range(steps), curves, style)
-            axes.set_ylim(-0.03, 1.03)
             words = [class_names[k] if class_names else str(k) for k in (start, target)]
-            axes.set_title(" → ".join(words))
+            axes.set(title=" → ".join(words), ylim=(-0.03, 1.03))
             inset = axes.inset_axes((0.02, 0.66, 0.32, 0.32))
-            inset.imshow(np.asarray(image_grid(_fractions(transitions.images[i : i + 1]), columns=1)), cmap="gray")
+            image = transitions.images[i : i + 1]  # (1, C, H, W)
+            fraction = image / 255 if image.dtype == torch.uint8 else image
+            inset.imshow(np.asarray(image_grid(fraction, columns=1)), cmap="gray")
             inset.set_axis_off()
         figure.legend(panels[0].lines, [visible(name) for name in names], loc="outside lower center", ncols=2)
         figure.supylabel("probability of the target class", fontsize=8)
@@ -198,10 +200,6 @@ def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
     for unused in axes[count:]:
         unused.remove()
     return list(axes[:count])
-
-
-def _fractions(images: Tensor) -> Tensor:
-    return images / 255 if images.dtype == torch.uint8 else images
 
 
 def _png(figure: Figure) -> bytes:
@@ -228,9 +226,7 @@ def few_shot_curves(
         for i, (label, values) in enumerate(levels.items()):
             axes.axhline(100 * float(np.mean(values)), color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)])
             axes.plot([], [], color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)], label=f"{label}, all images")
-        axes.set_xlabel("real images per class, M")
-        axes.set_ylabel("test accuracy, %")
-        axes.set_title(title)
+        axes.set(title=title, xlabel="real images per class, M", ylabel="test accuracy, %")
         axes.legend()
         return _png(figure)
 
@@ -273,9 +269,7 @@ def nature_of_pseudo_data(
         beliefs, *histograms = upper.subplots(1, 3)
         for who, style in (("teacher", "-"), ("student", "--")):
             beliefs.plot(*series(lines, f"{who}_confidence"), style, label=who)
-        beliefs.set_title("mean maximum probability")
-        beliefs.set_xlabel("step")
-        beliefs.set_ylim(0, 1.03)
+        beliefs.set(title="mean maximum probability", xlabel="step", ylim=(0, 1.03))
         beliefs.legend()
         for axes, (who, counts) in zip(histograms, recent_classes(lines).items(), strict=False):
             _histogram(axes, counts, class_names)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import UsageError, ZsktError, first_line
-from zskt.files import read_json, read_text, write_text
-from zskt.method.config import Config
+from zskt.errors import UsageError, ZsktError, failing
+from zskt.files import expanded, read_json, write_text
+from zskt.method.config import read_config
 from zskt.run.checkpoint import read_lines
 from zskt.run.plots import run_classes, run_curves
-from zskt.settings import flat, from_toml
+from zskt.settings import flat
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
@@ -27,8 +27,6 @@ MEASURES = {
     "kl_teacher_student": "KL(teacher, student), nats",
     "calibration_error": "expected calibration error",
 }
-
-
 METADATA = {
     "teacher_model": "teacher",
     "model": "student",
@@ -48,30 +46,27 @@ def read_run(folder: Path) -> dict[str, Any]:
     student = folder / "student.json"
     return {
         "name": folder.resolve().name,
-        "config": flat(from_toml(Config, read_text(folder / "config.toml"), f"{folder}/config.toml")),
+        "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "metadata": read_json(student) if student.exists() else {},
         "samples": sorted((folder / "samples").glob("*.png")),
     }
 
 
-def write_report(folders: Sequence[Path], path: Path) -> dict[str, Any]:
+def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -> dict[str, Any]:
     """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std."""
-    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+    paths = [expanded(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+    if len({folder.resolve() for folder in paths}) < len(paths):
         raise UsageError("expected different runs, found one twice; give each once, as the mean counts every run")
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs = [read_run(folder) for folder in paths]
     if len({run["name"] for run in runs}) < len(runs):
-        for run, folder in zip(runs, folders, strict=True):
+        for run, folder in zip(runs, paths, strict=True):
             run["name"] = str(folder)
-    try:
+    what = f"metrics.jsonl or student.json in {', '.join(map(str, paths))} is damaged"
+    with failing(what, "restore or omit it", kinds=(LookupError, TypeError, ValueError, AttributeError)):
         page = _page(runs)
         summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        names = ", ".join(map(str, folders))
-        raise ZsktError(
-            f"metrics.jsonl or student.json in {names} is damaged ({first_line(error)}); restore or omit it"
-        ) from error
-    write_text(path, page)
+    write_text(expanded(path), page)
     return summaries
 
 

@@ -16,8 +16,7 @@ from zskt.networks.models.resnet import ResNet, resnet
 from zskt.networks.models.vgg import VGG, vgg11
 from zskt.networks.models.wide_resnet import WideResNet, wide_resnet
 
-MOST = 100_000
-"""classes, channels, or pixels on a side; more are taken for a mistake"""
+MOST = 100_000  # classes, channels, or pixels on a side; more are taken for a mistake
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
 """Examples for `build`, which also accepts any wrn-DEPTH-WIDTH and convnet-WIDTH, and -WIDTH after resnet-18, resnet-34
 and vgg-11."""
@@ -41,10 +40,7 @@ __all__ = [
 
 
 def build(spec: str, num_classes: int, input_size: Size) -> nn.Module:
-    """A network with random weights for images of `input_size` = (C, H, W).
-
-    Raises UsageError for an unknown spec or one that does not fit the size.
-    """
+    """A network with random weights for images of `input_size` (C, H, W); UsageError if `spec` is unknown or unfit."""
     if not 2 <= num_classes <= MOST or len(input_size) != 3 or not all(1 <= side <= MOST for side in input_size):
         raise UsageError(
             f"expected 2 to {MOST:,} classes and an input size C H W of 1 to {MOST:,}, found {num_classes} classes "

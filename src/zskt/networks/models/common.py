@@ -4,11 +4,9 @@ from torch import nn
 
 from zskt.errors import UsageError
 
-Size = tuple[int, int, int]
-"""(C, H, W) of an image"""
+Size = tuple[int, int, int]  # (C, H, W) of an image
 
-WIDTH = 64
-"""channels of the first stage of ResNet and VGG, as published"""
+WIDTH = 64  # channels of the first stage of ResNet and VGG, as published
 
 
 def check_width(spec: str, width: int) -> None:

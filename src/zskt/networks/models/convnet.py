@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from zskt.networks.models.common import check_width
 
-GRID = 4
-"""side of the grid that the last stage is pooled to, as global pooling would lose positions"""
+GRID = 4  # side of the grid that the last stage is pooled to, as global pooling would lose positions
 
 
 class ConvNet(nn.Module):

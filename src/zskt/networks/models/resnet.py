@@ -1,7 +1,4 @@
-"""ResNet-18 and -34 for small images (He et al. 2016, 3x3 stem without pooling), with torchvision's attribute names.
-
-Students may be narrower: resnet-18-16 is a quarter as wide.
-"""
+"""ResNet-18 and -34 for small images (He et al. 2016, 3x3 stem without pooling), with torchvision's attribute names."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

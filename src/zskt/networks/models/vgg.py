@@ -1,7 +1,4 @@
-"""VGG-11 with BatchNorm for small images (Simonyan & Zisserman 2015; one linear layer after global pooling).
-
-Students may be narrower: vgg-11-16 is a quarter as wide.
-"""
+"""VGG-11 with BatchNorm for small images (Simonyan & Zisserman 2015; one linear layer after global pooling)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
