@@ -18,7 +18,8 @@ from zskt.errors import UsageError, ZsktError
 from zskt.files import write_json
 from zskt.paper import jobs
 from zskt.paper.jobs import Job, Show, check_settings, in_order, run_jobs, time_jobs
-from zskt.run.checkpoint import Interrupted, parse_budget
+from zskt.run.checkpoint import Interrupted
+from zskt.runtime import parse_limit
 
 
 class Clock:
@@ -155,7 +156,7 @@ def test_the_remaining_time_is_passed_on(workshop: Workshop, clock: Clock) -> No
 def test_any_remaining_time_is_a_valid_budget(left: float, workshop: Workshop, clock: Clock) -> None:
     assert workshop.make(workshop.job("job"), seconds=left) == {}
     (budget,) = workshop.budgets
-    seconds, _ = parse_budget(budget)
+    seconds, _ = parse_limit(budget)
     assert seconds == pytest.approx(left, abs=1e-3)
 
 

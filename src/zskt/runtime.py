@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import hashlib
+import math
 import os
 import platform
 import re
@@ -133,3 +134,15 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         raise UsageError(f"device {name!r}: found {count} usable CUDA devices; use one of them or --device cpu")
     return device
+
+
+def parse_limit(text: str | int | None, what: str = "stop_after") -> tuple[float, int]:
+    """`90s`, `9m`, `2h` or a count -> (seconds, count), of which the other one is unlimited."""
+    if text is None:
+        return math.inf, sys.maxsize
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
+    if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
+        raise UsageError(f"{what} = {text!r}: expected a time such as 90s, 9m, 2h or a whole number")
+    if not match[2]:
+        return math.inf, int(match[1])
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], sys.maxsize

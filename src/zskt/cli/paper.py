@@ -31,9 +31,8 @@ from zskt.paper.jobs import Job, check_settings, in_order, run_jobs, time_jobs
 from zskt.paper.reproduce import NAMES, Request, reproduction
 from zskt.paper.tables import markdown_table, write_result
 from zskt.paper.toy import POINT_STEPS, ROUNDS, STUDENT_STEPS, reproduce_toy, seconds_per_round, toy_table
-from zskt.run.checkpoint import parse_budget
 from zskt.run.plots import average_transitions, single_transitions
-from zskt.runtime import circumstances, pick_device
+from zskt.runtime import circumstances, parse_limit, pick_device
 
 ASK_ABOVE = 600.0
 """Seconds of work that are started without --yes."""
@@ -199,7 +198,7 @@ def run_reproduce(
     made = reproduction(Request(name, train, test, folder, network, given, **asked))
     jobs = in_order(made.jobs)
     check_settings(jobs, folder)
-    seconds, _ = parse_budget(stop_after)
+    seconds, _ = parse_limit(stop_after)
     if stop_after is not None and math.isinf(seconds):
         raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
     estimate = state_cost(jobs, folder, seconds)

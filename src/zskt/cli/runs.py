@@ -24,6 +24,7 @@ from zskt.errors import UsageError
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import check_networks, renormalised
 from zskt.files import read_text
+from zskt.method.budget import duration, expected_seconds, measure_cost, operations
 from zskt.method.build import METHODS
 from zskt.method.config import FORMAT, Config
 from zskt.method.generator import SAMPLES
@@ -34,7 +35,7 @@ from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
-from zskt.run.distill import distill, sampler
+from zskt.run.distill import begun_config, distill, sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.runtime import pick_device
@@ -47,6 +48,8 @@ else:
     Overrides = options(Config, "from the recipe", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
     """Every setting of a run as a tyro option."""
 AS_THE_RECIPE_SAYS = Overrides()
+SIZES = ("steps", "bank.rounds", "bank.warmup")
+"""What a budget chooses."""
 
 
 def run_distill(
@@ -95,9 +98,13 @@ def run_distill(
     seed = replace(Config(), {"seed": changes.get("seed", 0)}).seed
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
-    planned = plan(network, module, base, changes, make)
+    planned = plan(network, module, base, changes, make, begun_config(out) if resume else None)
     chosen = planned.config
-    notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps")
+    notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
+    if make is None and not resume:
+        cost = measure_cost(network, module, chosen, planned.make)
+        work = operations(network, module, chosen) / 1e15
+        notice(f"this takes about {duration(expected_seconds(chosen, cost))} and {work:.2g} PFLOP")
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
@@ -151,6 +158,9 @@ def read_settings(
         if name in given or name in changes:
             raise UsageError(f"{name} is given twice; give it once")
         changes[name] = value
+    typed_sizes = given | changes
+    if "budget" in typed_sizes and (both := [name for name in SIZES if name in typed_sizes]):
+        raise UsageError(f"--budget chooses {both[0]}: give one of them")
     if config is None:
         return recipe or AUTO, given | changes
     file = changes_of(read_text(config), str(config))
@@ -167,7 +177,16 @@ def read_settings(
         raise UsageError(f"recipe {base} of {config} and --recipe {recipe}: give one of them")
     elif method not in (None, "belief_matching") and (base == AUTO or load_recipe(str(base)).method != method):
         raise UsageError(f"method {method} of {config} is not that of recipe {base}: set recipe to one that has it")
+    if "budget" in typed_sizes:
+        file = {name: value for name, value in file.items() if name not in SIZES}
     return str(base), file | given | changes
+
+
+def said_size(config: Config) -> str:
+    """The images of a bank, in words."""
+    if config.method != "bank":
+        return ""
+    return f", {config.bank.rounds:,} rounds of {config.bank.batch_size} images"
 
 
 def run_evaluate(

@@ -5,6 +5,7 @@ The defaults are the released ZSKT code's for CIFAR-10, WRN-40-2 -> WRN-16-1 (po
 unused value is an error.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import ClassVar, Literal
 from zskt.errors import UsageError, ZsktError
 from zskt.files import read_text
 from zskt.method.schedule import Schedule
+from zskt.runtime import parse_limit
 from zskt.settings import check_bounds, flat, from_toml
 
 
@@ -192,9 +194,12 @@ class Config:
     method: str = "belief_matching"
     """belief_matching, bank, or the function that builds a custom method"""
     steps: int = 80_000
-    """outer iterations N = pseudo batches in the paper's counting [paper: 80,000 for CIFAR-10, 50,000 for SVHN]"""
+    """outer iterations N = pseudo batches in the paper's counting [paper: 80,000 for CIFAR-10, 50,000 for SVHN]; bank:
+    student updates, and the generator updates of the warm-up"""
     batch_size: int = 128
-    """pseudo images per batch [code]"""
+    """pseudo images per batch [code]; bank: in a batch of the student"""
+    budget: str = ""
+    """time that steps, and the rounds of a bank, are chosen for, as in 90s, 10m, 2h; empty: as given"""
     seed: int = 0
     """for latents, initialisation and dropout"""
     log_every: int | Literal["auto"] = "auto"
@@ -227,6 +232,8 @@ class Config:
             raise UsageError(f"format = {self.format}: expected {FORMAT}, as this version writes; {OTHER_FORMAT}")
         if not 0 <= self.generator.beta1 < 1:
             raise UsageError(f"generator.beta1 = {self.generator.beta1}: expected at least 0 and below 1")
+        if self.budget and math.isinf(parse_limit(self.budget, "budget")[0]):
+            raise UsageError(f"budget = {self.budget!r}: expected a time such as 90s, 9m or 2h")
         if self.batch_size < 2:
             raise UsageError("batch_size = 1: expected at least 2, as BatchNorm compares the images of a batch")
         student, schedule, loss = self.student, self.schedule, self.generator.loss

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from zskt.errors import UsageError, ZsktError, unknown
+from zskt.method.budget import expected_seconds, fit, measure_cost
 from zskt.method.build import METHODS
 from zskt.method.config import Config
 from zskt.method.generator import choose_width
@@ -22,10 +23,11 @@ from zskt.method.stage_pairs import stage_pairs, stages_pair_up
 from zskt.networks.checks import check_pair
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import forward_flops, memory_format
-from zskt.runtime import pick_device
+from zskt.runtime import parse_limit, pick_device
 from zskt.settings import from_toml, replace
 
 AUTO = "auto"
+UNASKED = 1_800  # seconds that a run without steps or budget takes at the most
 BF16_COMPARED = ("zskt-prior", "zskt")
 """Recipes that lost less than a standard deviation over three seeds in bf16 (benchmarks/precision.py)."""
 
@@ -63,10 +65,12 @@ def plan(
     recipe: str | Config = AUTO,
     settings: Mapping[str, Any] | None = None,
     method: Make | None = None,
+    begun: Config | None = None,
 ) -> Plan:
     """Check the pair and settle every choice of a run.
 
-    `settings` changes values by dotted name. A custom `method` uses what it needs of the config.
+    `settings` changes values by dotted name. A custom `method` uses what it needs of the config. `begun` is the config
+    of the run that is to be resumed, whose sizes are kept.
     """
     if not isinstance(teacher, Classifier):
         raise UsageError(
@@ -95,7 +99,10 @@ def plan(
         reason += f"; in contiguous memory, as {problem}"
     if method is None or isinstance(recipe, Config):
         config = settle_sizes(settle_stages(config, teacher, student), teacher, student)
-    return Plan(config, reason, method or METHODS[config.method])
+    make = method or METHODS[config.method]
+    if method is None and "steps" not in settings:
+        config = settle_budget(config, teacher, student, make, begun)
+    return Plan(config, reason, make)
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -154,6 +161,22 @@ def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Con
     budget = forward_flops(teacher.module, size) + forward_flops(student, size)
     width = choose_width(config.generator.latent, size, budget)
     return replace(config, {"generator.width": width})
+
+
+def settle_budget(config: Config, teacher: Classifier, student: nn.Module, make: Make, begun: Config | None) -> Config:
+    """The config with the sizes that fit its budget, or those of the run that is resumed.
+
+    Without a budget, recipe bank stays within UNASKED seconds; all others keep their published steps.
+    """
+    if not config.budget and config.recipe != "bank":
+        return config
+    if begun is not None and begun.budget == config.budget and begun.method == config.method:
+        bank = dataclasses.replace(config.bank, rounds=begun.bank.rounds, warmup=begun.bank.warmup)
+        return dataclasses.replace(config, steps=begun.steps, bank=bank)
+    cost = measure_cost(teacher, student, config, make)
+    if config.budget:
+        return fit(config, cost, parse_limit(config.budget)[0])
+    return config if expected_seconds(config, cost) <= UNASKED else fit(config, cost, UNASKED)
 
 
 def settle_precision(config: Config, teacher: Classifier) -> Config:

@@ -31,7 +31,7 @@ from zskt.networks.folder import check_teacher_folder, save_network
 from zskt.networks.observe import memory_format
 from zskt.run import checkpoint
 from zskt.run.lifecycle import Callback, Lifecycle
-from zskt.runtime import arithmetic, pick_device, seeded, stream
+from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream
 from zskt.settings import check_bounds
 
 Images = tuple[Tensor, Tensor]  # uint8 images (M, C, H, W) and their labels (M,)
@@ -174,7 +174,7 @@ def fit(
         raise UsageError("resume and stop_after need a folder for the training: set out")
     if folder is not None and not resume and checkpoint.exists(folder / "checkpoint"):
         raise ZsktError(f"{folder} holds an unfinished training run; continue it with --resume or choose another --out")
-    checkpoint.parse_budget(stop_after)
+    parse_limit(stop_after)
     device = pick_device(training.device)
     for images, labels in (train, test):
         check_images(like, images, labels)

@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-import math
 import os
-import re
 import shutil
 import signal
-import sys
 import threading
 import time
 import types
@@ -20,7 +17,7 @@ import filelock
 import torch
 from torch import Tensor
 
-from zskt.errors import UsageError, ZsktError, failing, system_errors
+from zskt.errors import ZsktError, failing, system_errors
 from zskt.files import TEMPORARY, read_tensors, read_text, write_tensors
 from zskt.method.config import Config, read_config
 from zskt.runtime import restore_generator
@@ -275,15 +272,3 @@ def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
         yield request
     finally:
         put_back()
-
-
-def parse_budget(text: str | int | None) -> tuple[float, int]:
-    """`90s`, `9m`, `2h` or a count -> (seconds, count), of which the other one is unlimited."""
-    if text is None:
-        return math.inf, sys.maxsize
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
-    if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
-        raise UsageError(f"stop after {text!r}: expected a time such as 90s, 9m, 2h or a whole number")
-    if not match[2]:
-        return math.inf, int(match[1])
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], sys.maxsize

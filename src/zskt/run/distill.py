@@ -33,7 +33,7 @@ from zskt.run.cuda_graph import CapturedStep
 from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.shards import saved_rows
-from zskt.runtime import arithmetic, pick_device, seeded, stream, threads
+from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads
 from zskt.settings import flat, to_toml
 
 
@@ -81,6 +81,7 @@ def distill(
     *,
     method: Make | None = None,
     steps: int | None = None,
+    budget: str | None = None,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
@@ -91,25 +92,26 @@ def distill(
 ) -> DistillResult:
     """Train `student`, in place, to agree with `teacher` on pseudo images; returns it in eval mode.
 
-    `settings` changes values of the recipe by dotted name, as in {"student.learning_rate": 1e-3}; `steps` and `seed`
-    are short for two of them. `method` builds a custom method from teacher, student and config (`zskt.Method`). A
-    `Plan` as `recipe` already contains all of these. `evaluate` is (images (M, C, H, W) uint8 or [0, 1], labels (M,)),
-    for evaluation only. With `out` the run is saved to that folder; `resume` continues it, bit for bit on the same kind
-    of CPU with the same number of threads. `stop_after` ("90s", "9m", "2h" or a number of steps) stops early. The
-    teacher is left unchanged. Raises ZsktError, with one line of advice, for anything that cannot work.
+    `settings` changes values of the recipe by dotted name, as in {"student.learning_rate": 1e-3}; `steps`, `budget`
+    ("10m", "2h": as many steps as fit) and `seed` are short for three of them. `method` builds a custom method from
+    teacher, student and config (`zskt.Method`). A `Plan` as `recipe` already contains all of these. `evaluate` is
+    (images (M, C, H, W) uint8 or [0, 1], labels (M,)), for evaluation only. With `out` the run is saved to that folder;
+    `resume` continues it, bit for bit on the same kind of CPU with the same number of threads. `stop_after` ("90s",
+    "9m", "2h" or a number of steps) stops early. The teacher is left unchanged. Raises ZsktError, with one line of
+    advice, for anything that cannot work.
     """
     started = time.monotonic()
-    checkpoint.parse_budget(stop_after)
+    parse_limit(stop_after)
     if (stop_after or resume) and out is None:
         raise UsageError("resume and stop_after need a folder for the run: set out")
-    given = {"steps": steps, "seed": seed}
+    given = {"steps": steps, "budget": budget, "seed": seed}
     if isinstance(recipe, Plan):
         beside = given | {"method": method, "settings": settings}
         if named := [name for name, value in beside.items() if value is not None]:
             raise UsageError(f"a Plan already has {' and '.join(named)}: give them to `plan`")
     else:
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
-        recipe = plan(teacher, student, recipe, changes, method)
+        recipe = plan(teacher, student, recipe, changes, method, begun_config(out) if resume else None)
     config = recipe.config
     folder = expanded(out) if out is not None else None
     if folder is not None:
@@ -168,6 +170,12 @@ def distill(
             if folder is not None:
                 write_run(folder, result, life.seconds)
     return result
+
+
+def begun_config(out: str | Path | None) -> Config | None:
+    """The config of the run in a folder, if there is one."""
+    path = expanded(out or "") / "config.toml"
+    return read_config(path) if out is not None and path.exists() else None
 
 
 def _captured(method: Method, config: Config, device: torch.device) -> CapturedStep | None:

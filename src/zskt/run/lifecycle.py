@@ -17,7 +17,7 @@ from zskt.method.config import FORMAT, OTHER_FORMAT
 from zskt.method.protocol import Growing, Repeatable
 from zskt.run import checkpoint
 from zskt.run.shards import Shards
-from zskt.runtime import cpu_name, versions
+from zskt.runtime import cpu_name, parse_limit, versions
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Lifecycle:
 
     def run(self, callbacks: Sequence[Callback], stop_after: str | int | None = None) -> None:
         """Step until the end, the limit (a time or a number of steps) or a signal."""
-        seconds, count = checkpoint.parse_budget(stop_after)
+        seconds, count = parse_limit(stop_after)
         last = min(self.steps, self.step + count)
         advance = self.advance or self.repeated.step
         if self.step == 0 and self.folder is not None:  # what a killed process left before its first checkpoint

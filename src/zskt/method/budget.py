@@ -1,0 +1,127 @@
+"""How long a run takes, and how large one fits a time: a few of its updates are timed, once, before it starts.
+
+T, S, G: operations of one forward of teacher, student and generator for one image.
+"""
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from zskt.errors import UsageError
+from zskt.method.bank import BankDistillation
+from zskt.method.build import arrange, make_generator
+from zskt.method.config import Config
+from zskt.method.protocol import Make
+from zskt.networks.checks import as_teacher
+from zskt.networks.classifier import Classifier
+from zskt.networks.observe import forward_flops
+from zskt.runtime import arithmetic, pick_device, seeded, stream, synchronise, threads
+
+SYNTHESIS = 0.35
+"""Share of a budget for making images; the rest is for the student."""
+MOST_IMAGES = 51_200
+"""Images that a budget makes at the most, as in published banks; more time then goes to the student."""
+LEAST_UPDATES = 50
+SPARE = 0.95
+"""Share of a budget that is planned: evaluations and checkpoints take the rest."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the parts of a run on this machine."""
+
+    round: float = 0.0
+    """one round of synthesis, with the teacher's logits for all views; method bank only"""
+    step: float = 0.0
+    """one student update of method bank, one whole step of any other"""
+
+
+def measure_cost(teacher: Classifier, student: nn.Module, config: Config, make: Make) -> Cost:
+    """Time a few updates of the run that `config` describes, on copies of its networks."""
+    device = pick_device(config.machine.device)
+    frozen, student = as_teacher(teacher).to(device), copy.deepcopy(student).to(device)
+    arrange(frozen, config)
+    arrange(student, config)
+
+    def seconds(work: Callable[[], object], times: int) -> float:
+        """Of the fastest of several times; the first, which allocates, does not count."""
+        work()
+        taken = []
+        for _ in range(times):
+            synchronise(device)
+            start = time.perf_counter()
+            work()
+            synchronise(device)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    with threads(config.machine.threads), arithmetic(), seeded(stream(config.seed, "budget"), device):
+        method = make(frozen, student, config)
+        try:
+            if not isinstance(method, BankDistillation):
+                return Cost(step=seconds(method.step, 3))
+            update = seconds(method.synthesis.update, 2)
+            asked = time.perf_counter()
+            method.bank.add(method.synthesis.images)
+            asked = time.perf_counter() - asked
+            batch = method.bank.draw(config.batch_size)
+            return Cost(config.generator.updates * update + asked, seconds(lambda: method.student_step(batch), 3))
+        finally:
+            method.close()
+
+
+def fit(config: Config, cost: Cost, seconds: float) -> Config:
+    """The config with as many steps, and rounds of synthesis, as `seconds` hold; raises UsageError if none do."""
+    planned = SPARE * seconds
+    if config.method != "bank":
+        steps = int(planned / cost.step)
+        if steps < 1:
+            raise UsageError(f"budget = {config.budget}: expected at least {duration(cost.step)}, as one step takes")
+        return dataclasses.replace(config, steps=steps)
+    least = 2 * cost.round + LEAST_UPDATES * cost.step
+    if planned < least:
+        raise UsageError(
+            f"budget = {config.budget}: expected at least {duration(least / SPARE)}, for two rounds of synthesis of "
+            f"{duration(cost.round)} and {LEAST_UPDATES} student updates"
+        )
+    rounds = max(2, min(int(SYNTHESIS * planned / cost.round), math.ceil(MOST_IMAGES / config.bank.batch_size)))
+    updates = max(LEAST_UPDATES, int((planned - rounds * cost.round) / cost.step))
+    warmup = max(1, rounds // 5)
+    bank = dataclasses.replace(config.bank, rounds=rounds, warmup=warmup)
+    return dataclasses.replace(config, bank=bank, steps=warmup * config.generator.updates + updates)
+
+
+def expected_seconds(config: Config, cost: Cost) -> float:
+    """How long the run of a config takes."""
+    if config.method != "bank":
+        return config.steps * cost.step
+    return config.bank.rounds * cost.round + (config.steps - config.bank.warmup * config.generator.updates) * cost.step
+
+
+def operations(teacher: Classifier, student: nn.Module, config: Config) -> float:
+    """Floating-point operations of a run; a backward to inputs or to weights counts as much as a forward."""
+    size = teacher.input_size
+    t, s = forward_flops(teacher.module, size), forward_flops(student, size)
+    side, learner, bank = config.generator, config.student, config.bank
+    g = 0 if bank.pixels else forward_flops(make_generator(teacher, config), (side.latent,))
+    updated = 2 * t + 2 * s + 3 * g  # one generator update, an image
+    if config.method == "bank":
+        made = bank.rounds * bank.batch_size
+        learnt = (config.steps - bank.warmup * side.updates) * config.batch_size
+        asked = made * bank.views if bank.views else learnt
+        return made * side.updates * updated + asked * t + learnt * 3 * s
+    draws = 1 if config.replay.kind == "same" else learner.updates
+    each = side.updates * updated + draws * t + (draws if config.replay.kind == "fresh" else 1) * g
+    return config.steps * config.batch_size * (each + learner.updates * 3 * s)
+
+
+def duration(seconds: float) -> str:
+    """As in `45 s`, `12 min`, `3.1 h`."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,136 @@
+"""Runs sized by a time budget."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import zskt
+from small import make_teacher
+from zskt.errors import UsageError
+from zskt.method import recipe
+from zskt.method.budget import Cost, duration, expected_seconds, fit, measure_cost, operations
+from zskt.method.build import METHODS
+from zskt.method.config import Config
+from zskt.method.recipe import load_recipe, plan
+from zskt.networks import models
+from zskt.settings import replace
+
+SIZE = (3, 8, 8)
+TINY = {
+    "batch_size": 8,
+    "generator.width": 8,
+    "generator.latent": 12,
+    "generator.updates": 2,
+    "bank.batch_size": 8,
+    "bank.views": 2,
+}
+
+
+def bank(budget: str) -> Config:
+    return replace(load_recipe("bank"), {"budget": budget})
+
+
+def new_student() -> nn.Module:
+    torch.manual_seed(1)
+    return models.build("convnet-4", 10, SIZE)
+
+
+def test_a_bank_fills_its_budget() -> None:
+    cost = Cost(round=1.0, step=0.1)
+    config = fit(bank("100s"), cost, 100)
+    assert config.bank.rounds == 33  # 35 % of 95 s
+    assert config.bank.warmup == 6
+    assert config.steps == 6 * config.generator.updates + 620
+    assert 94 < expected_seconds(config, cost) <= 95
+
+
+def test_time_beyond_the_largest_bank_goes_to_the_student() -> None:
+    config = fit(bank("2h"), Cost(round=1.0, step=0.1), 7_200)
+    assert config.bank.rounds == 200
+    assert config.steps - config.bank.warmup * config.generator.updates == int((0.95 * 7_200 - 200) / 0.1)
+
+
+def test_other_methods_get_steps() -> None:
+    assert fit(replace(load_recipe("zskt"), {"budget": "10s"}), Cost(step=0.5), 10).steps == 19
+
+
+@pytest.mark.parametrize(
+    ("name", "cost", "words"),
+    [
+        ("bank", Cost(round=2.0, step=0.1), "expected at least 10 s, for two rounds of synthesis of 2 s"),
+        ("zskt", Cost(step=7.0), "expected at least 7 s, as one step takes"),
+    ],
+)
+def test_a_budget_for_nothing_is_refused(name: str, cost: Cost, words: str) -> None:
+    with pytest.raises(UsageError, match=f"budget = 5s: {words}"):
+        fit(replace(load_recipe(name), {"budget": "5s"}), cost, 5)
+
+
+@pytest.mark.parametrize("budget", ["300", "soon", "0s"])
+def test_a_budget_is_a_time(budget: str) -> None:
+    with pytest.raises(UsageError, match=f"budget = '{budget}'"):
+        bank(budget)
+
+
+def test_the_parts_of_a_run_are_timed_without_a_trace() -> None:
+    teacher, student = make_teacher(size=SIZE), new_student()
+    for name in ("bank", "zskt-prior"):
+        settings = {key: value for key, value in TINY.items() if name == "bank" or not key.startswith("bank.")}
+        planned = plan(teacher, student, name, settings | {"steps": 600})
+        before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
+        state = torch.get_rng_state()
+        cost = measure_cost(teacher, student, planned.config, METHODS[planned.config.method])
+        assert cost.step > 0
+        assert (cost.round > 0) == (name == "bank")
+        assert all(torch.equal(tensor, before[key]) for key, tensor in student.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_operations_are_those_of_all_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = make_teacher(size=SIZE), new_student()
+    costs = {id(teacher.module): 100, id(student): 10}
+    monkeypatch.setattr("zskt.method.budget.forward_flops", lambda module, size: costs.get(id(module), 1))
+    settings = TINY | {"steps": 30, "bank.rounds": 5, "bank.warmup": 5}
+    config = plan(teacher, student, "bank", settings).config
+    made, learnt = 5 * 8, (30 - 5 * 2) * 8
+    update = 2 * 100 + 2 * 10 + 3 * 1
+    assert operations(teacher, student, config) == made * 2 * update + made * 2 * 100 + learnt * 30
+    asked = dataclasses.replace(config, bank=dataclasses.replace(config.bank, views=0))
+    assert operations(teacher, student, asked) == made * 2 * update + learnt * 100 + learnt * 30
+    for name, teacher_forwards, draws in (("zskt", 1, 1), ("zskt-fresh", 10, 10)):
+        config = plan(teacher, student, name, {"steps": 3, "batch_size": 8}).config
+        each = update + 100 * teacher_forwards + draws * 1 + 10 * 30
+        assert operations(teacher, student, config) == 3 * 8 * each
+
+
+def test_a_resumed_run_keeps_the_sizes_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "measure_cost", lambda *_: Cost(round=0.5, step=0.02))
+    teacher, out = make_teacher(size=SIZE), tmp_path / "run"
+    first = zskt.distill(teacher, new_student(), "bank", budget="4s", settings=TINY, out=out, stop_after=20)
+    assert first.config.budget == "4s"
+    assert first.config.bank.rounds == 2
+    assert not first.finished
+    monkeypatch.setattr(recipe, "measure_cost", lambda *_: Cost(round=9.0, step=9.0))  # not asked
+    second = zskt.distill(teacher, new_student(), "bank", budget="4s", settings=TINY, out=out, resume=True)
+    assert second.finished
+    assert second.config == first.config
+    with pytest.raises(UsageError, match="expected at least"):
+        plan(teacher, new_student(), "bank", TINY | {"budget": "5s"}, begun=first.config)  # another budget is measured
+
+
+def test_without_steps_or_budget_a_bank_stays_within_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = make_teacher(size=SIZE)
+    monkeypatch.setattr(recipe, "measure_cost", lambda *_: Cost(round=1.0, step=0.01))
+    assert plan(teacher, new_student(), "bank").config.steps == load_recipe("bank").steps
+    slow = Cost(round=10.0, step=0.1)
+    monkeypatch.setattr(recipe, "measure_cost", lambda *_: slow)
+    config = plan(teacher, new_student(), "bank").config
+    assert 1_600 < expected_seconds(config, slow) <= 1_800
+    assert plan(teacher, new_student(), "fast").config.steps == load_recipe("fast").steps  # as published
+
+
+def test_durations_are_readable() -> None:
+    assert [duration(s) for s in (0.2, 45, 600, 7_200)] == ["1 s", "45 s", "10 min", "2.0 h"]
