@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import zskt
 from small import FourStages, make_teacher, refused, without_batchnorm
+from zskt.files import replacing
 from zskt.method import recipe
 from zskt.method.generator import SAMPLES
 from zskt.method.protocol import Make
@@ -504,6 +505,18 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(zskt.ZsktError, match="found other things"):
         run(tmp_path / "other")
+
+
+def test_what_a_killed_writer_left_is_swept_by_the_next_run(tmp_path: Path) -> None:
+    run(tmp_path / "run", stop_after=2)
+    with replacing(tmp_path / "run" / "checkpoint" / "half.safetensors") as file:
+        (left,) = [path for path in (tmp_path / "run").rglob("*half*") if path.name != "half.safetensors"]
+        kept = shutil.copy(left, tmp_path / left.name)
+        file.write(b"half")
+    (tmp_path / "run" / "checkpoint" / "half.safetensors").unlink()
+    shutil.copy(kept, left)  # as a kill during the writing leaves it
+    run(tmp_path / "run", resume=True)
+    assert not left.exists()
 
 
 def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
