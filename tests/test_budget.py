@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import zskt
 from small import make_teacher
 from zskt.errors import UsageError
 from zskt.method import recipe
-from zskt.method.budget import Cost, duration, expected_seconds, fit, measure_cost, operations
+from zskt.method.budget import Cost, duration, expected_seconds, fit, operations, probe, same_when_flipped
 from zskt.method.build import METHODS
 from zskt.method.config import Config
 from zskt.method.recipe import load_recipe, plan
@@ -82,11 +82,39 @@ def test_the_parts_of_a_run_are_timed_without_a_trace() -> None:
         planned = plan(teacher, student, name, settings | {"steps": 600})
         before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
         state = torch.get_rng_state()
-        cost = measure_cost(teacher, student, planned.config, METHODS[planned.config.method])
+        cost = probe(teacher, student, planned.config, METHODS[planned.config.method])
         assert cost.step > 0
         assert (cost.round > 0) == (name == "bank")
+        assert 0 <= cost.flips <= 1
         assert all(torch.equal(tensor, before[key]) for key, tensor in student.state_dict().items())
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_views_are_flipped_if_the_teacher_does_not_mind(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(40, *SIZE)
+
+    class Left(nn.Module):
+        """Tells by how much brighter the left half is than the right, or, symmetric, by the first channel."""
+
+        def __init__(self, symmetric: bool) -> None:
+            super().__init__()
+            self.symmetric = symmetric
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            side = x[..., :4].mean(dim=(1, 2, 3)) - x[..., 4:].mean(dim=(1, 2, 3))
+            score = self.weight * (x[:, 0].mean(dim=(1, 2)) if self.symmetric else side)
+            return torch.stack([score, -score], dim=1)
+
+    for symmetric, share in ((True, 1.0), (False, 0.0)):
+        teacher = zskt.Classifier(Left(symmetric), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
+        assert same_when_flipped(teacher, images) == share
+    settings = TINY | {"steps": 600}
+    for flips in (0.2, 0.9):
+        monkeypatch.setattr(recipe, "probe", lambda *_, flips=flips: Cost(1.0, 1.0, flips))
+        config = plan(make_teacher(size=SIZE), new_student(), "bank", settings).config
+        assert config.bank.horizontal_flip == (flips > 0.5)
+        assert config.steps == 600
 
 
 def test_operations_are_those_of_all_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +135,13 @@ def test_operations_are_those_of_all_forwards_and_backwards(monkeypatch: pytest.
 
 
 def test_a_resumed_run_keeps_the_sizes_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "measure_cost", lambda *_: Cost(round=0.5, step=0.02))
+    monkeypatch.setattr(recipe, "probe", lambda *_: Cost(round=0.5, step=0.02))
     teacher, out = make_teacher(size=SIZE), tmp_path / "run"
     first = zskt.distill(teacher, new_student(), "bank", budget="4s", settings=TINY, out=out, stop_after=20)
     assert first.config.budget == "4s"
     assert first.config.bank.rounds == 2
     assert not first.finished
-    monkeypatch.setattr(recipe, "measure_cost", lambda *_: Cost(round=9.0, step=9.0))  # not asked
+    monkeypatch.setattr(recipe, "probe", lambda *_: Cost(round=9.0, step=9.0))  # not asked
     second = zskt.distill(teacher, new_student(), "bank", budget="4s", settings=TINY, out=out, resume=True)
     assert second.finished
     assert second.config == first.config
@@ -123,10 +151,10 @@ def test_a_resumed_run_keeps_the_sizes_it_was_given(tmp_path: Path, monkeypatch:
 
 def test_without_steps_or_budget_a_bank_stays_within_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = make_teacher(size=SIZE)
-    monkeypatch.setattr(recipe, "measure_cost", lambda *_: Cost(round=1.0, step=0.01))
+    monkeypatch.setattr(recipe, "probe", lambda *_: Cost(round=1.0, step=0.01))
     assert plan(teacher, new_student(), "bank").config.steps == load_recipe("bank").steps
     slow = Cost(round=10.0, step=0.1)
-    monkeypatch.setattr(recipe, "measure_cost", lambda *_: slow)
+    monkeypatch.setattr(recipe, "probe", lambda *_: slow)
     config = plan(teacher, new_student(), "bank").config
     assert 1_600 < expected_seconds(config, slow) <= 1_800
     assert plan(teacher, new_student(), "fast").config.steps == load_recipe("fast").steps  # as published

@@ -24,7 +24,7 @@ from zskt.errors import UsageError
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import check_networks, renormalised
 from zskt.files import read_text
-from zskt.method.budget import duration, expected_seconds, measure_cost, operations
+from zskt.method.budget import duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
 from zskt.method.config import FORMAT, Config
 from zskt.method.generator import SAMPLES
@@ -102,7 +102,7 @@ def run_distill(
     chosen = planned.config
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
     if make is None and not resume:
-        cost = measure_cost(network, module, chosen, planned.make)
+        cost = probe(network, module, chosen, planned.make)
         work = operations(network, module, chosen) / 1e15
         notice(f"this takes about {duration(expected_seconds(chosen, cost))} and {work:.2g} PFLOP")
     if pairs := chosen.student.loss.stages:

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zskt.errors import UsageError
 from zskt.method.bank import BankDistillation
@@ -21,12 +22,17 @@ from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import forward_flops
 from zskt.runtime import arithmetic, pick_device, seeded, stream, synchronise, threads
+from zskt.settings import replace
 
 SYNTHESIS = 0.35
 """Share of a budget for making images; the rest is for the student."""
 MOST_IMAGES = 51_200
 """Images that a budget makes at the most, as in published banks; more time then goes to the student."""
 LEAST_UPDATES = 50
+PROBED = 10
+"""Generator updates of a probe."""
+FLIPS = 0.6
+"""Share of pseudo images that keep their class when flipped, from which on views are flipped too."""
 SPARE = 0.95
 """Share of a budget that is planned: evaluations and checkpoints take the rest."""
 
@@ -39,10 +45,17 @@ class Cost:
     """one round of synthesis, with the teacher's logits for all views; method bank only"""
     step: float = 0.0
     """one student update of method bank, one whole step of any other"""
+    flips: float = 0.0
+    """share of pseudo images that keep their class when flipped left to right; method bank only"""
 
 
-def measure_cost(teacher: Classifier, student: nn.Module, config: Config, make: Make) -> Cost:
-    """Time a few updates of the run that `config` describes, on copies of its networks."""
+def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -> Cost:
+    """Time a few updates of the run that `config` describes, on copies of its networks.
+
+    With method bank they are a whole round, whose images also show what the teacher makes of flipped ones.
+    """
+    if config.bank.horizontal_flip == "auto":
+        config = replace(config, {"bank.horizontal_flip": False})
     device = pick_device(config.machine.device)
     frozen, student = as_teacher(teacher).to(device), copy.deepcopy(student).to(device)
     arrange(frozen, config)
@@ -65,14 +78,26 @@ def measure_cost(teacher: Classifier, student: nn.Module, config: Config, make: 
         try:
             if not isinstance(method, BankDistillation):
                 return Cost(step=seconds(method.step, 3))
-            update = seconds(method.synthesis.update, 2)
+            count = config.generator.updates
+            update = seconds(method.synthesis.update, min(count, PROBED) - 1)
+            images = method.synthesis.images
             asked = time.perf_counter()
-            method.bank.add(method.synthesis.images)
+            method.bank.add(images)
             asked = time.perf_counter() - asked
             batch = method.bank.draw(config.batch_size)
-            return Cost(config.generator.updates * update + asked, seconds(lambda: method.student_step(batch), 3))
+            step = seconds(lambda: method.student_step(batch), 3)
+            return Cost(count * update + asked, step, same_when_flipped(frozen, images))
         finally:
             method.close()
+
+
+@torch.no_grad()
+def same_when_flipped(teacher: Classifier, images: Tensor) -> float:
+    """The share of the images (N, C, H, W) that the teacher is sure of whose class stays when they are flipped."""
+    confidence, classes = teacher(images).softmax(dim=1).max(dim=1)  # (N,) each
+    same = teacher(images.flip(3)).argmax(dim=1) == classes
+    sure = confidence >= confidence.median()
+    return float(same[sure].double().mean())
 
 
 def fit(config: Config, cost: Cost, seconds: float) -> Config:

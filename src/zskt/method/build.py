@@ -92,6 +92,7 @@ def bank(teacher: Classifier, student: nn.Module, config: Config) -> BankDistill
     _check_batchnorm(teacher, config)
     like = next(p for p in student.parameters() if p.requires_grad)
     assert isinstance(box.random_crop, int), "settle_sizes first"
+    assert isinstance(box.horizontal_flip, bool), "settle_by_probe first"
     augmentation = Augmentation(box.random_crop, box.horizontal_flip)
     generator: nn.Module = FreePixels(teacher.mean, teacher.std) if box.pixels else make_generator(teacher, config)
     generator.to(like.device, like.dtype)

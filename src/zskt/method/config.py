@@ -154,8 +154,9 @@ class Bank:
     update"""
     random_crop: int | Literal["auto"] = "auto"
     """pixels of padding that random crops are taken from, 0 = none; auto: an eighth of the shorter side"""
-    horizontal_flip: bool = False
-    """whether half of the views are flipped left to right"""
+    horizontal_flip: bool | Literal["auto"] = False
+    """whether half of the views are flipped left to right; auto: if the teacher takes most flipped pseudo images
+    for the same class"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zskt.errors import UsageError, ZsktError, unknown
-from zskt.method.budget import expected_seconds, fit, measure_cost
+from zskt.method.budget import FLIPS, expected_seconds, fit, probe
 from zskt.method.build import METHODS
 from zskt.method.config import Config
 from zskt.method.generator import choose_width
@@ -24,7 +24,7 @@ from zskt.networks.checks import check_pair
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import forward_flops, memory_format
 from zskt.runtime import parse_limit, pick_device
-from zskt.settings import from_toml, replace
+from zskt.settings import flat, from_toml, replace
 
 AUTO = "auto"
 UNASKED = 1_800  # seconds that a run without steps or budget takes at the most
@@ -100,8 +100,8 @@ def plan(
     if method is None or isinstance(recipe, Config):
         config = settle_sizes(settle_stages(config, teacher, student), teacher, student)
     make = method or METHODS[config.method]
-    if method is None and "steps" not in settings:
-        config = settle_budget(config, teacher, student, make, begun)
+    if method is None:
+        config = settle_by_probe(config, teacher, student, make, begun, "steps" in settings)
     return Plan(config, reason, make)
 
 
@@ -163,20 +163,26 @@ def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Con
     return replace(config, {"generator.width": width})
 
 
-def settle_budget(config: Config, teacher: Classifier, student: nn.Module, make: Make, begun: Config | None) -> Config:
-    """The config with the sizes that fit its budget, or those of the run that is resumed.
+def settle_by_probe(
+    config: Config, teacher: Classifier, student: nn.Module, make: Make, begun: Config | None, steps_given: bool
+) -> Config:
+    """The config with flips, and sizes that fit its budget, as a short probe shows, or as in the run that is resumed.
 
-    Without a budget, recipe bank stays within UNASKED seconds; all others keep their published steps.
+    Without steps or budget, recipe bank stays within UNASKED seconds; all others keep their published steps.
     """
-    if not config.budget and config.recipe != "bank":
+    sized = not steps_given and (config.budget or config.recipe == "bank")
+    flips = config.bank.horizontal_flip == "auto"
+    if not sized and not flips:
         return config
     if begun is not None and begun.budget == config.budget and begun.method == config.method:
-        bank = dataclasses.replace(config.bank, rounds=begun.bank.rounds, warmup=begun.bank.warmup)
-        return dataclasses.replace(config, steps=begun.steps, bank=bank)
-    cost = measure_cost(teacher, student, config, make)
-    if config.budget:
-        return fit(config, cost, parse_limit(config.budget)[0])
-    return config if expected_seconds(config, cost) <= UNASKED else fit(config, cost, UNASKED)
+        kept = ("bank.horizontal_flip", *(("steps", "bank.rounds", "bank.warmup") if sized else ()))
+        return replace(config, {name: flat(begun)[name] for name in kept})
+    found = probe(teacher, student, config, make)
+    if flips:
+        config = replace(config, {"bank.horizontal_flip": found.flips >= FLIPS})
+    if sized and config.budget:
+        return fit(config, found, parse_limit(config.budget)[0])
+    return fit(config, found, UNASKED) if sized and expected_seconds(config, found) > UNASKED else config
 
 
 def settle_precision(config: Config, teacher: Classifier) -> Config:
