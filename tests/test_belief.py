@@ -18,6 +18,7 @@ from zskt.evaluate.measures import (
     calibration_error,
     disagreements,
     measure,
+    new_warnings,
     noise_classes,
     predict,
     pseudo_beliefs,
@@ -168,14 +169,28 @@ def test_normalised_class_entropy_is_one_for_uniform_and_zero_for_one_class() ->
         (lambda t, s: (t, s), []),
         (lambda t, s: (t[:1].expand(70, K), s[:1].expand(70, K)), [f"collapse: the teacher predicts 1 of {K} classes"]),
         (lambda t, s: (t / 1000, s / 1000), ["recognises nothing"]),
-        (lambda t, s: (t, s.roll(1, dims=1)), ["disagrees"]),
+        (lambda t, s: (t, torch.cat([s[:28], s[28:].roll(1, dims=1)])), ["disagrees"]),
+        (lambda t, s: (t, s.roll(1, dims=1)), ["no more than by chance"]),
     ],
-    ids=["fine", "collapse", "unsure", "disagreement"],
+    ids=["fine", "collapse", "unsure", "disagreement", "chance"],
 )
 def test_warnings(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], words: list[str]) -> None:
     confident = 5 * torch.eye(K).repeat(10, 1)
-    found = pseudo_image_warnings(pseudo_beliefs(*change(confident, confident)))
-    assert all(word in line for word, line in zip(words, found, strict=True))
+    beliefs = pseudo_beliefs(*change(confident, confident))
+    found = pseudo_image_warnings(beliefs)
+    assert all(word in line for word, line in zip(words, found.values(), strict=True))
+    if "chance" in found:
+        assert pseudo_image_warnings(beliefs, progress=0.1) == {}  # as every student begins
+
+
+def test_a_warning_is_given_once_and_only_if_it_holds_twice() -> None:
+    fine = pseudo_beliefs(5 * torch.eye(K), 5 * torch.eye(K)) | {"pseudo_variation": 0.2}
+    dead = fine | {"pseudo_variation": 0.001}
+    assert new_warnings([], dead, 0.1) == []
+    assert new_warnings([fine], dead, 0.1) == []
+    (line,) = new_warnings([fine, dead], dead, 0.1)
+    assert line.startswith("dead generator: ")
+    assert new_warnings([dead, dead | {"warnings": [line]}, fine, dead], dead, 0.5) == []
 
 
 def test_bootstrap_intervals_have_their_coverage() -> None:

@@ -507,6 +507,27 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "other")
 
 
+def stuck(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> zskt.Method:
+    method = zskt.belief_matching(teacher, student, config)
+    method.sample = lambda n, seed: torch.zeros(n, 3, 16, 16)  # type: ignore[method-assign]
+    return method
+
+
+def test_a_run_warns_while_it_goes_on_and_alike_when_resumed(tmp_path: Path) -> None:
+    often = KEEP | {"evaluate_every": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = run(whole, None, "auto", method=stuck, settings=TINY | often)
+    given = [(line["step"], line.get("warnings", [])) for line in read_lines(whole / "metrics.jsonl")]
+    assert given[0] == (1, [])
+    assert {"collapse", "dead generator"} <= {text.split(":")[0] for text in given[1][1]}
+    assert not any("dead generator" in text for _, texts in given[2:] for text in texts)
+    assert sum("dead generator" in text for text in result.warnings) == 1
+    run(parts, None, "auto", method=stuck, settings=TINY | often, stop_after=1)
+    again = run(parts, None, "auto", method=stuck, settings=TINY | often, resume=True)
+    assert again.warnings == result.warnings
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+
+
 def test_what_a_killed_writer_left_is_swept_by_the_next_run(tmp_path: Path) -> None:
     run(tmp_path / "run", stop_after=2)
     with replacing(tmp_path / "run" / "checkpoint" / "half.safetensors") as file:

@@ -1,7 +1,7 @@
 """Live progress on stderr: a bar and a line of key figures."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -37,8 +37,8 @@ class _TwoLines(Progress):
 
 
 @contextlib.contextmanager
-def bar(phase: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar; call it with (done, total, key figures)."""
+def bar(phase: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar; call it with (done, total, key figures, lines to keep above it)."""
     progress = _TwoLines(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=15),
@@ -51,7 +51,9 @@ def bar(phase: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     with progress:
         task = progress.add_task(phase, total=None)
 
-        def show(done: int, total: int, beside: str = "") -> None:
+        def show(done: int, total: int, beside: str = "", lines: Sequence[str] = ()) -> None:
+            for line in lines:
+                progress.console.print(line, markup=False, highlight=False)
             progress.beside = beside or progress.beside
             progress.update(task, completed=done, total=total)
 
@@ -75,7 +77,8 @@ def distilling() -> Iterator[Callable[[Event], None]]:
                 shown["classes"] = f"class entropy {line['class_entropy']:.2f}"
             if "accuracy" in line:
                 shown["accuracy"] = f"test {100 * line['accuracy']:.2f} %"
-            show(event.step, event.steps, "  ".join(shown.values()))
+            warnings = [f"warning at step {event.step:,}: {text}" for text in line.get("warnings", [])]
+            show(event.step, event.steps, "  ".join(shown.values()), warnings)
 
         yield callback
 

@@ -5,7 +5,7 @@ decision boundaries are in `transitions.py`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,20 +168,47 @@ def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, 
     return found
 
 
-def pseudo_image_warnings(beliefs: dict[str, Any]) -> list[str]:
-    """Warnings from what `pseudo_beliefs` returns; none of them estimates the accuracy."""
+def pseudo_image_warnings(beliefs: Mapping[str, Any], progress: float = 1.0) -> dict[str, str]:
+    """Warnings, by their kind, from an evaluation's `pseudo_beliefs` and `pseudo_variation`; none estimates accuracy.
+
+    `progress` is the fraction of the run that is done: what is a failure at the end is how a student begins.
+    """
     classes = len(beliefs["class_counts"])
     seen = sum(count > 0 for count in beliefs["class_counts"])
-    found = []
+    found = {}
     if beliefs["class_entropy"] < 0.5:
-        found.append(
-            f"collapse: the teacher predicts {seen} of {classes} classes on the pseudo images, most of them in very few"
+        found["collapse"] = (
+            f"collapse: the teacher predicts {seen} of {classes} classes on the pseudo images, most of them in very "
+            "few; start again with a lower generator.learning_rate or a higher generator.loss.balance"
         )
     if beliefs["teacher_confidence"] < 1.5 / classes:
-        found.append("the teacher recognises nothing in the pseudo images: its confidence is close to chance")
-    if beliefs["pseudo_agreement"] < 0.5:
-        found.append("the student disagrees with the teacher on most pseudo images: try more steps or a larger student")
+        found["unrecognised"] = (
+            "the teacher recognises nothing in the pseudo images: its confidence is close to chance; set "
+            "generator.loss.one_hot or check the normalisation"
+        )
+    if beliefs.get("pseudo_variation", 1.0) < 0.01:
+        found["dead generator"] = (
+            "dead generator: the pseudo images are nearly all the same; start again with a lower "
+            "generator.learning_rate"
+        )
+    if progress >= 0.25 and beliefs["pseudo_agreement"] < 1.5 / classes:
+        found["chance"] = (
+            "the student agrees with the teacher no more than by chance; change student.learning_rate, by a factor of 3"
+        )
+    elif progress == 1.0 and beliefs["pseudo_agreement"] < 0.5:
+        found["disagreement"] = (
+            "the student disagrees with the teacher on most pseudo images: try more steps or a larger student"
+        )
     return found
+
+
+def new_warnings(past: Sequence[Mapping[str, Any]], now: Mapping[str, Any], progress: float) -> list[str]:
+    """Warnings that hold now and at the evaluation before, as one may be chance, and that no line of `past` has."""
+    if not past:
+        return []
+    said = {text.split(":")[0] for line in past for text in line.get("warnings", [])}
+    before, found = pseudo_image_warnings(past[-1], progress), pseudo_image_warnings(now, progress)
+    return [text for kind, text in found.items() if kind in before and text.split(":")[0] not in said]
 
 
 def noise_classes(network: Classifier, count: int = 1_000, seed: int = 0) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.measures import check_images, judge, predict, pseudo_beliefs, pseudo_image_warnings
+from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
 from zskt.files import expanded, read_json, read_tensors, write_tensors, write_text
 from zskt.method.bank import bank_images
 from zskt.method.build import METHODS, arrange, make_generator
@@ -147,6 +147,7 @@ def distill(
             )
             if resume:
                 life.restore()
+                examiner.past = [line for line in checkpoint.read_lines(life.metrics.path) if "class_entropy" in line]
             if folder is not None:
                 write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
@@ -166,7 +167,8 @@ def distill(
         )
         if result.finished:
             result.measured = examiner.last()
-            result.warnings += pseudo_image_warnings(examiner.beliefs())
+            found = [*examiner.said(), *pseudo_image_warnings(examiner.beliefs()).values()]
+            result.warnings += dict.fromkeys(found)  # each once
             if folder is not None:
                 write_run(folder, result, life.seconds)
     return result
@@ -199,11 +201,20 @@ class Examiner:
     images: tuple[Tensor, Tensor] | None
     answers: Tensor | None = None
     measured: dict[str, float] = field(default_factory=dict)
+    past: list[dict[str, Any]] = field(default_factory=list)
+    """earlier evaluations of the run"""
 
     def examine(self, step: int) -> dict[str, Any]:
-        """Both networks' beliefs about 64 pseudo images, always of the same seed, and what `measure` returns."""
-        beliefs = self.beliefs(step)
-        return beliefs | (self.measure() if self.images is not None else {})
+        """Both networks' beliefs about 64 pseudo images, always of the same seed, new warnings, and `measure`."""
+        line = self.beliefs(step)
+        if warnings := new_warnings(self.past, line, step / self.method.steps):
+            line["warnings"] = warnings
+        self.past.append(line)
+        return line | (self.measure() if self.images is not None else {})
+
+    def said(self) -> list[str]:
+        """All warnings so far."""
+        return [text for line in self.past for text in line.get("warnings", [])]
 
     def beliefs(self, step: int | None = None) -> dict[str, Any]:
         """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
@@ -214,7 +225,8 @@ class Examiner:
         if step is not None and self.folder is not None:
             grid = believed_grid(self.teacher.denormalise(x), logits, self.teacher.class_names)
             save_image(self.folder / "samples" / f"{step:08d}.png", grid)
-        return pseudo_beliefs(logits["T"], logits["S"])
+        variation = float(self.teacher.denormalise(x.float()).std(dim=0).mean())  # of a pixel, over the images
+        return pseudo_beliefs(logits["T"], logits["S"]) | {"pseudo_variation": variation}
 
     def measure(self) -> dict[str, float]:
         """Accuracy and agreement now; the teacher's predictions are computed once per run."""
