@@ -23,7 +23,7 @@ from rich.progress import track
 import record
 from zskt.cli.main import main as zskt
 from zskt.data.images import read
-from zskt.export.formats import need
+from zskt.deploy.formats import need
 
 SEEDS = (0, 1, 2)
 EPOCHS, BATCH = 4, 128

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 
 import zskt
 from small import call, fails, make_teacher, refused, run
+from zskt.deploy import export as exporting
+from zskt.deploy.export import BATCHES, IMAGES, check_agreement, deviation
+from zskt.deploy.formats import feed, need, open_onnx
+from zskt.deploy.hub import write_hub
 from zskt.errors import UsageError, ZsktError
-from zskt.export.export import BATCHES, IMAGES, check_agreement, deviation
-from zskt.export.formats import feed, need, open_onnx
-from zskt.export.hub import write_hub
 from zskt.networks import models
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.factories import call_factory
 from zskt.networks.folder import load_network
-
-exporting = sys.modules["zskt.export.export"]  # the package's attribute of that name is the function
 
 TINY = {"steps": 2, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 1}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

@@ -5,9 +5,9 @@ student = zskt.models.wide_resnet(16, 1, num_classes=10)
 result = zskt.distill(teacher, student, steps=2_000, seed=0, out="runs/a")
 """
 
+from zskt.deploy.export import Exported, export
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.transitions import Comparison, Paths, compare
-from zskt.export.export import Exported, export
 from zskt.method import losses
 from zskt.method.build import belief_matching
 from zskt.method.config import Config

@@ -9,8 +9,8 @@ from rich.table import Table
 from zskt.cli.options import Text
 from zskt.cli.progress import console, notice
 from zskt.cli.teachers import FOREIGN, Network, Options, open_method, open_networks
-from zskt.export.export import TIMED, Exported, Format, as_json, export, from_folder
-from zskt.export.formats import INPUTS, Input
+from zskt.deploy.export import TIMED, Exported, Format, as_json, export, from_folder
+from zskt.deploy.formats import INPUTS, Input
 from zskt.files import expanded
 from zskt.networks.loading import is_own_folder
 

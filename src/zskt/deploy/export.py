@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from zskt.deploy.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
+from zskt.deploy.hub import write_hub
 from zskt.errors import UsageError, ZsktError, failing, first_line, unknown
 from zskt.evaluate.measures import agreement
-from zskt.export.formats import Input, feed, need, open_onnx, quantise, write_onnx, write_pt2
-from zskt.export.hub import write_hub
 from zskt.files import appearing, expanded, read_json
 from zskt.method.protocol import Make
 from zskt.networks.checks import as_teacher, bare
