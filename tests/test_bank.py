@@ -61,7 +61,7 @@ def stored(teacher: Classifier, views: int, seed: int = 3, count: int = 24) -> t
         views=views,
         augmentation=Augmentation(1, True),
         rng=torch.Generator().manual_seed(seed),
-        bytes=False,
+        as_bytes=False,
         logits=torch.float64,
     )
     images = torch.randn(count, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -307,6 +307,10 @@ def test_damaged_rows_are_noticed_and_late_ones_removed(teacher: Classifier, tmp
         ({"bank.reset": "generator"}, "bank.reset_every"),
         ({"bank.pixels": True, "bank.survives": "meta"}, "bank.pixels"),
         ({"generator.output": "batchnorm"}, "generator.output"),
+        ({"replay.kind": "fresh"}, "replay.kind has no effect"),
+        ({"student.mode_for_generator": "eval"}, "student.mode_for_generator has no effect"),
+        ({"generator.mode_for_student": "eval"}, "generator.mode_for_student has no effect"),
+        ({"generator.loss.activation": 0.1}, "generator.loss.activation has no effect"),
         ({"bank.momentum": 1.0}, "bank.momentum"),
     ],
 )

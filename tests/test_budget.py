@@ -109,6 +109,8 @@ def test_views_are_flipped_if_the_teacher_does_not_mind(monkeypatch: pytest.Monk
     for symmetric, share in ((True, 1.0), (False, 0.0)):
         teacher = zskt.Classifier(Left(symmetric), input_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
         assert same_when_flipped(teacher, images) == share
+    once = plan(make_teacher(size=SIZE), new_student(), "bank", TINY | {"steps": 600, "generator.updates": 1})
+    assert once.cost is not None  # what the command line says, without a second probe
     settings = TINY | {"steps": 600}
     for flips in (0.2, 0.9):
         monkeypatch.setattr(recipe, "probe", lambda *_, flips=flips: Cost(1.0, 1.0, flips))

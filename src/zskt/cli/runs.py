@@ -102,9 +102,11 @@ def run_distill(
     chosen = planned.config
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
     if make is None and not resume:
-        cost = probe(network, module, chosen, planned.make)
-        work = operations(network, module, chosen) / 1e15
-        notice(f"this takes about {duration(expected_seconds(chosen, cost))} and {work:.2g} PFLOP")
+        cost = planned.cost
+        if cost is None and "steps" not in changes:  # as published, which may be days
+            cost = probe(network, module, chosen, planned.make)
+        takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost))} and "
+        notice(f"this takes {takes}{operations(network, module, chosen) / 1e15:.2g} PFLOP")
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None

@@ -52,13 +52,13 @@ class Bank:
         views: int,
         augmentation: Augmentation,
         rng: torch.Generator,
-        bytes: bool = True,
+        as_bytes: bool = True,
         logits: torch.dtype = torch.float16,
     ) -> None:
         """`ask` gives the teacher's outputs for normalised images; `rng` draws views and batches, on its device."""
         self.teacher, self.ask, self.rng, self.augmentation = teacher, ask, rng, augmentation
         self.count = 0
-        kind = torch.uint8 if bytes else next(teacher.parameters()).dtype
+        kind = torch.uint8 if as_bytes else next(teacher.parameters()).dtype
         self.images = torch.empty(capacity, *teacher.input_size, dtype=kind, device=rng.device)
         self.views = torch.empty(capacity, views, 3, dtype=torch.uint8, device=rng.device)
         self.logits = torch.empty(capacity, views, teacher.num_classes, dtype=logits, device=rng.device)

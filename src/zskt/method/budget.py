@@ -79,7 +79,7 @@ def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -
             if not isinstance(method, BankDistillation):
                 return Cost(step=seconds(method.step, 3))
             count = config.generator.updates
-            update = seconds(method.synthesis.update, min(count, PROBED) - 1)
+            update = seconds(method.synthesis.update, max(1, min(count, PROBED) - 1))
             images = method.synthesis.images
             asked = time.perf_counter()
             method.bank.add(images)

@@ -281,6 +281,14 @@ class Config:
             )
         if self.student.updates != 1:
             raise UsageError(f"student.updates = {self.student.updates}: expected 1, as method is bank")
+        unused = {
+            "replay.kind": self.replay != Replay(),
+            "generator.mode_for_student": self.generator.mode_for_student != "train",
+            "student.mode_for_generator": self.student.mode_for_generator != "train",
+            "generator.loss.activation": self.generator.loss.activation != 0,
+        }
+        for name in (name for name, is_set in unused.items() if is_set):
+            raise UsageError(f"{name} has no effect with method = bank: leave it out")
         if self.student.loss.attention:
             raise UsageError(
                 "student.loss.attention needs the teacher's stages, which a bank does not hold: set it to 0"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zskt.errors import UsageError, ZsktError, unknown
-from zskt.method.budget import FLIPS, expected_seconds, fit, probe
+from zskt.method.budget import FLIPS, Cost, expected_seconds, fit, probe
 from zskt.method.build import METHODS
 from zskt.method.config import Config
 from zskt.method.generator import choose_width
@@ -57,6 +57,8 @@ class Plan:
     """why this recipe was chosen"""
     make: Make
     """builds the method"""
+    cost: Cost | None = None
+    """what its parts take on this machine, where a choice needed a probe"""
 
 
 def plan(
@@ -100,9 +102,10 @@ def plan(
     if method is None or isinstance(recipe, Config):
         config = settle_sizes(settle_stages(config, teacher, student), teacher, student)
     make = method or METHODS[config.method]
+    cost = None
     if method is None:
-        config = settle_by_probe(config, teacher, student, make, begun, "steps" in settings)
-    return Plan(config, reason, make)
+        config, cost = settle_by_probe(config, teacher, student, make, begun, "steps" in settings)
+    return Plan(config, reason, make, cost)
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -165,7 +168,7 @@ def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Con
 
 def settle_by_probe(
     config: Config, teacher: Classifier, student: nn.Module, make: Make, begun: Config | None, steps_given: bool
-) -> Config:
+) -> tuple[Config, Cost | None]:
     """The config with flips, and sizes that fit its budget, as a short probe shows, or as in the run that is resumed.
 
     Without steps or budget, recipe bank stays within UNASKED seconds; all others keep their published steps.
@@ -173,16 +176,18 @@ def settle_by_probe(
     sized = not steps_given and (config.budget or config.recipe == "bank")
     flips = config.bank.horizontal_flip == "auto"
     if not sized and not flips:
-        return config
+        return config, None
     if begun is not None and begun.budget == config.budget and begun.method == config.method:
         kept = ("bank.horizontal_flip", *(("steps", "bank.rounds", "bank.warmup") if sized else ()))
-        return replace(config, {name: flat(begun)[name] for name in kept})
+        return replace(config, {name: flat(begun)[name] for name in kept}), None
     found = probe(teacher, student, config, make)
     if flips:
         config = replace(config, {"bank.horizontal_flip": found.flips >= FLIPS})
     if sized and config.budget:
-        return fit(config, found, parse_limit(config.budget)[0])
-    return fit(config, found, UNASKED) if sized and expected_seconds(config, found) > UNASKED else config
+        config = fit(config, found, parse_limit(config.budget)[0])
+    elif sized and expected_seconds(config, found) > UNASKED:
+        config = fit(config, found, UNASKED)
+    return config, found
 
 
 def settle_precision(config: Config, teacher: Classifier) -> Config:
