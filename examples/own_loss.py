@@ -28,6 +28,8 @@ def make(teacher: zskt.Classifier, student: torch.nn.Module, config: zskt.Config
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     teacher = zskt.load_teacher(sys.argv[1])
     student = zskt.make_student("auto:0.25", teacher)
     config = zskt.load_recipe("zskt-prior", {"steps": 200, "student.learning_rate": 5e-3})

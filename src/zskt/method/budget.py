@@ -84,8 +84,7 @@ def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -
             asked = time.perf_counter()
             method.bank.add(images)
             asked = time.perf_counter() - asked
-            batch = method.bank.draw(config.batch_size)
-            step = seconds(lambda: method.student_step(batch), 3)
+            step = seconds(lambda: method.student_step(method.bank.draw(config.batch_size)), 3)
             return Cost(count * update + asked, step, same_when_flipped(frozen, images))
         finally:
             method.close()
