@@ -249,6 +249,8 @@ def test_reproduce_asks_before_it_starts_long_work(data: Path, tmp_path: Path, m
     monkeypatch.setattr(cli_paper, "time_jobs", lambda wanted, folder, seconds: {job.pace: 3600.0 for job in wanted})
     line = fails(2, *command)  # 8 updates and 2 steps, an hour each
     assert "figure-3 takes about 10.0 h on this machine; give --yes to start, --stop-after" in line
+    assert line.endswith("or --scale 0.01 to rehearse")
+    assert fails(2, *command, "--scale", "0.5").endswith("or --scale 0.005 to rehearse")
     assert not (tmp_path / "out").exists()
     assert "takes about 11 min" in fails(2, *command, "--stop-after", "11m")
     assert run(*command, "--stop-after", "9m")["finished"]  # ten minutes it is at most

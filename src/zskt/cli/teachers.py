@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from zskt.cli.options import Assignments, File, ImageSize, Reals, Text, Time, Words, options, typed
-from zskt.cli.progress import bar, console, notice, teaching
+from zskt.cli.progress import bar, console, notice, teaching, warn
 from zskt.data.images import KNOWN, Dataset, read
 from zskt.errors import UsageError, ZsktError, printable
 from zskt.evaluate.measures import measure, noise_classes
@@ -219,7 +219,7 @@ def run_teach(
             callbacks=[callback],
         )
     for line in result.warnings:
-        notice(f"warning: {line}")
+        warn(line)
     return {"finished": result.finished, "update": result.update, **result.measured, "teacher": str(out)}
 
 
