@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import zskt
-from small import coloured, fails, make_teacher, run, write_images
+from small import call, coloured, edit, fails, make_teacher, run, write_images
 from zskt.cli import demo
 from zskt.cli.main import COMMANDS, main
 from zskt.method.config import Config, read_config
@@ -138,14 +138,32 @@ def test_import(data: str, tmp_path: Path) -> None:
     command += ["--mean", 125.3, 123.0, 113.9, "--std", 51.6, 50.8, 51.3, "--num-classes", 10]
     result = run(*command, "--out", tmp_path / "a")
     assert result["renamed"] == {"convShortcut": "shortcut"}
-    assert not result["verified"]
+    assert not result["measured"]
     teacher = zskt.load_teacher(tmp_path / "a")
     assert teacher.mean.flatten().tolist() == pytest.approx([125.3 / 255, 123.0 / 255, 113.9 / 255])
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(teacher(x), module.eval()(x))
-    assert "accuracy" in run(*command, "--out", tmp_path / "b", "--data", data)
+    status, out, err = call(*command, "--out", tmp_path / "b", "--data", data)
+    assert (status, json.loads(out)["measured"]) == (0, True)
+    assert json.loads(out)["accuracy"] < 0.5  # random weights
+    assert "is implausible for a trained network, although names and shapes fit: check --mean" in err
     assert "fc.weight" in fails(1, *command[:-2], "--out", tmp_path / "c", "--num-classes", 100)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_file_is_no_recipe(teacher: str, tmp_path: Path) -> None:
+    command = ["distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", "--recipe", "mine.toml"]
+    assert "mine.toml is a file of settings: give it with --config" in fails(2, *command)
+
+
+def test_an_export_repeats_the_warnings_of_the_run(teacher: str, tmp_path: Path) -> None:
+    run("distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", "--recipe", "zskt", *TINY)
+    edit(tmp_path / "run" / "student.json", warnings=["collapse: one class"])
+    status, _, err = call("export", tmp_path / "run", "--out", tmp_path / "hub", "--format", "hub")
+    assert status == 0
+    assert "warning: of the run: collapse: one class" in err
+    assert "never measured on real images" in err
+    assert "which says nothing about the teacher" in err
 
 
 def test_recipes() -> None:

@@ -153,6 +153,7 @@ def run_reproduce(
 
     First prints the amount of work and the estimated time on this machine, from 20 seconds of measurement or more: each
     kind of work is timed at least once. Also the way to compare recipes: --recipe A B are rows, --seeds repetitions.
+    Writes the table as Markdown, LaTeX, CSV and JSON.
 
     Example: zskt reproduce table-1 --data cifar10-train.zip cifar10-test.zip --scale 0.01 --out runs/table-1
 
