@@ -76,6 +76,25 @@ def test_the_legend_takes_any_name(names: tuple[str, str]) -> None:
     assert run_curves({name: [line(1)] for name in names}).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"steps": 5}, "steps"), ({"parameters": 9}, "student parameters"), ({"teacher_fingerprint": "x"}, "teacher")],
+)
+def test_runs_that_are_no_repetitions_have_no_mean(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    same: dict[str, Any] = {"teacher_fingerprint": "y"}
+    runs = [make_run(tmp_path / "a", 0.2, **same), make_run(tmp_path / "b", 0.9, **same | change)]
+    summary = write_report(runs, tmp_path / "report.html")
+    assert summary["accuracy"] == {"values": [0.2, 0.9], "mean": None, "std": None}
+    page = (tmp_path / "report.html").read_text()
+    assert f"No mean, as the runs differ in {named}." in page
+    assert "±" not in page
+
+
+def test_of_several_runs_a_warning_names_its_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", warnings=["collapse: one class"])]
+    assert "b: collapse: one class</p>" in page_of(runs, tmp_path / "report.html")
+
+
 def test_several_runs_give_mean_and_deviation(tmp_path: Path) -> None:
     values = [0.61, 0.65, 0.72]
     runs = [make_run(tmp_path / f"run{i}", value) for i, value in enumerate(values)]

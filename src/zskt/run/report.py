@@ -27,6 +27,8 @@ MEASURES = {
     "kl_teacher_student": "KL(teacher, student), nats",
     "calibration_error": "expected calibration error",
 }
+COMPARED = {"student": "model", "student parameters": "parameters", "teacher": "teacher_fingerprint"}
+"""What runs of one mean share, beside their settings: name -> key in student.json."""
 METADATA = {
     "teacher_model": "teacher",
     "model": "student",
@@ -54,7 +56,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -> dict[str, Any]:
-    """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std."""
+    """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std.
+
+    Mean and std are None for runs that differ in more than their seed and the machine: those are not repetitions.
+    """
     paths = [expanded(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     if len({folder.resolve() for folder in paths}) < len(paths):
         raise UsageError("expected different runs, found one twice; give each once, as the mean counts every run")
@@ -65,7 +70,8 @@ def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -
     what = f"metrics.jsonl or student.json in {', '.join(map(str, paths))} is damaged"
     with failing(what, "restore or omit it", kinds=(LookupError, TypeError, ValueError, AttributeError)):
         page = _page(runs)
-        summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
+        repeated = not differences(runs)
+        summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key, repeated)) is not None}
     write_text(expanded(path), page)
     return summaries
 
@@ -77,7 +83,8 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
         unfinished = "" if run["metadata"] else f"{run['name']} has not finished: continue it with --resume"
         for warning in [*run["metadata"].get("warnings", []), unfinished]:
             if warning:
-                body.append(f'<p class="warning">{html.escape(warning)}</p>')
+                named = warning if len(runs) == 1 or warning == unfinished else f"{run['name']}: {warning}"
+                body.append(f'<p class="warning">{html.escape(named)}</p>')
     curves = run_curves({run["name"]: run["lines"] for run in runs})
     body += ["<h2>Curves</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
     for run in runs:
@@ -92,20 +99,32 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n"
 
 
-def summarise(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
-    """A measure over runs, with its sample standard deviation; None unless every run has it."""
+def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the runs differ in, by name, beside their seeds and the machine: settings, student, teacher."""
+    facts = [
+        {name: value for name, value in run["config"].items() if name != "seed" and not name.startswith("machine.")}
+        | {name: run["metadata"].get(key) for name, key in COMPARED.items() if run["metadata"]}
+        for run in runs
+    ]
+    known = dict.fromkeys(name for fact in facts for name in fact)
+    return [name for name in known if len({str(fact[name]) for fact in facts if name in fact}) > 1]
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], key: str, repeated: bool = True) -> dict[str, Any] | None:
+    """A measure over runs, with mean and sample standard deviation if `repeated`; None unless every run has it."""
     values = [run["metadata"].get("measured", {}).get(key) for run in runs]
     if None in values:
         return None
     return {
         "values": values,
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "mean": statistics.fmean(values) if repeated else None,
+        "std": statistics.stdev(values) if repeated and len(values) > 1 else None,
     }
 
 
 def _results(runs: Sequence[Mapping[str, Any]]) -> str:
-    several = len(runs) > 1
+    differing = differences(runs)
+    several = len(runs) > 1 and not differing
     rows = []
     for key, label in MEASURES.items():
         values = [run["metadata"].get("measured", {}).get(key) for run in runs]
@@ -120,7 +139,9 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
         ]
         rows.append([label, *cells, *([""] if several else [])])
     head = ["last iterate", *(run["name"] for run in runs), *(["mean ± std"] if several else [])]
-    return "<h2>Result</h2>" + _table(head, rows)
+    which = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+    note = f"<p class=note>No mean, as the runs differ in {html.escape(which)}.</p>" if differing else ""
+    return "<h2>Result</h2>" + _table(head, rows) + note
 
 
 def _samples(paths: list[Path]) -> str:
