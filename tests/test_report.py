@@ -58,7 +58,7 @@ def test_a_page_is_self_contained(tmp_path: Path) -> None:
     assert page.startswith("<!doctype html>")
     assert "charset" in text[:80]
     assert [int(step) for step in re.findall(r"step (\d+)<", text)] == [1, 5, 9, 12, 16, 20]  # first and last included
-    for words in ("0.5000", "1,234,567", "not measured", "student.loss.attention", "zskt 9.9", "&lt;one&gt; class"):
+    for words in ("0.5000", "1,234,567", "student.loss.attention", "zskt 9.9", "&lt;one&gt; class"):
         assert words in text
     assert "has not finished" not in text
     assert [p.name for p in tmp_path.iterdir() if not p.is_dir()] == ["report.html"]
@@ -88,6 +88,15 @@ def test_runs_that_are_no_repetitions_have_no_mean(change: dict[str, Any], named
     page = (tmp_path / "report.html").read_text()
     assert f"No mean, as the runs differ in {named}." in page
     assert "±" not in page
+
+
+def test_a_run_without_test_images_says_once_that_nothing_is_known(tmp_path: Path) -> None:
+    page = page_of([make_run(tmp_path / "a", None)], tmp_path / "report.html")
+    assert page.count("not measured") == 1
+    assert "This run: not measured on real images, so nobody knows how good the student is" in page
+    assert "nobody knows" not in page_of([make_run(tmp_path / "b")], tmp_path / "report.html")
+    page = page_of([make_run(tmp_path / "c"), tmp_path / "a"], tmp_path / "report.html")
+    assert '<p class="warning">a: not measured on real images' in page
 
 
 def test_of_several_runs_a_warning_names_its_own(tmp_path: Path) -> None:

@@ -16,10 +16,15 @@ from zskt.settings import flat
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{display:inline-block;margin:.5rem}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}
+.wide{overflow-x:auto}.wide img{min-width:45rem}figure{display:inline-block;margin:.5rem}
 figcaption,.note{color:#666;font-size:.85em}.samples img{width:32rem}
 .warning{background:#fff3cd;padding:.5rem 1rem}"""
 
+UNKNOWN = (
+    "nobody knows how good the student is: no number here is an accuracy, and no warning is no proof. A hundred "
+    "labelled images are enough to tell a good one from a poor one: zskt evaluate RUN --data IMAGES --teacher TEACHER."
+)
 MEASURES = {
     "teacher_accuracy": "teacher accuracy",
     "accuracy": "student accuracy",
@@ -86,7 +91,7 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
                 named = warning if len(runs) == 1 or warning == unfinished else f"{run['name']}: {warning}"
                 body.append(f'<p class="warning">{html.escape(named)}</p>')
     curves = run_curves({run["name"]: run["lines"] for run in runs})
-    body += ["<h2>Curves</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
+    body += ["<h2>Curves</h2>", f'<div class="wide"><img alt="curves over the steps" src="{_inline(curves)}"></div>']
     for run in runs:
         if histogram := run_classes(run["lines"], run["metadata"].get("class_names")):
             body += [f"<h2>Classes of the pseudo images of {html.escape(run['name'])}</h2>"]
@@ -95,8 +100,8 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     words = "The student learned from them; they need not look like the data. T, S: predictions of teacher and student."
     body.append(f'<p class="note">{words}</p>')
     body.append(_settings(runs))
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    return f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n"
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    return f"{head}<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(body)}</html>\n"
 
 
 def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -128,6 +133,8 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for key, label in MEASURES.items():
         values = [run["metadata"].get("measured", {}).get(key) for run in runs]
+        if all(value is None for value in values):
+            continue
         cells = ["not measured" if value is None else f"{value:.4f}" for value in values]
         summary = summarise(runs, key)
         mean = f"{summary['mean']:.4f} ± {summary['std']:.4f}" if several and summary else "-"
@@ -141,6 +148,11 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
     head = ["last iterate", *(run["name"] for run in runs), *(["mean ± std"] if several else [])]
     which = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
     note = f"<p class=note>No mean, as the runs differ in {html.escape(which)}.</p>" if differing else ""
+    finished = [run for run in runs if run["metadata"]]
+    unknown = [run["name"] for run in finished if run["metadata"].get("measured", {}).get("accuracy") is None]
+    if unknown:
+        names = "This run" if len(runs) == 1 else html.escape(" and ".join(unknown))
+        note += f'<p class="warning">{names}: not measured on real images, so {UNKNOWN}</p>'
     return "<h2>Result</h2>" + _table(head, rows) + note
 
 
@@ -167,7 +179,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
 
 
 def _inline(png: bytes) -> str:
