@@ -90,6 +90,15 @@ def test_runs_that_are_no_repetitions_have_no_mean(change: dict[str, Any], named
     assert "±" not in page
 
 
+def test_steps_that_a_budget_chose_do_not_keep_runs_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{steps}", 0.5, steps=steps) for steps in (4, 5)]
+    assert write_report(runs, tmp_path / "report.html")["accuracy"]["mean"] is None
+    for folder in runs:
+        text = (folder / "config.toml").read_text()
+        write_text(folder / "config.toml", text.replace('budget = ""', 'budget = "10m"'))
+    assert write_report(runs, tmp_path / "report.html")["accuracy"]["mean"] == 0.5
+
+
 def test_a_run_without_test_images_says_once_that_nothing_is_known(tmp_path: Path) -> None:
     page = page_of([make_run(tmp_path / "a", None)], tmp_path / "report.html")
     assert page.count("not measured") == 1

@@ -24,7 +24,7 @@ from zskt.errors import UsageError
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import check_networks, renormalised
 from zskt.files import read_text
-from zskt.method.budget import disk, duration, expected_seconds, operations, probe
+from zskt.method.budget import BUDGETED, disk, duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
 from zskt.method.config import FORMAT, Config
 from zskt.method.generator import SAMPLES
@@ -50,8 +50,6 @@ else:
 AS_THE_RECIPE_SAYS = Overrides()
 LONG_WORK = 3e13
 """Operations, a minute on a few cores, from which on a run is timed before it starts."""
-SIZES = ("steps", "bank.rounds", "bank.warmup")
-"""What a budget chooses."""
 
 
 def run_distill(
@@ -166,7 +164,7 @@ def read_settings(
             raise UsageError(f"{name} is given twice; give it once")
         changes[name] = value
     typed_sizes = given | changes
-    if "budget" in typed_sizes and (both := [name for name in SIZES if name in typed_sizes]):
+    if "budget" in typed_sizes and (both := [name for name in BUDGETED if name in typed_sizes]):
         raise UsageError(f"--budget chooses {both[0]}: give one of them")
     if config is None:
         return recipe or AUTO, given | changes
@@ -185,7 +183,7 @@ def read_settings(
     elif method not in (None, "belief_matching") and (base == AUTO or load_recipe(str(base)).method != method):
         raise UsageError(f"method {method} of {config} is not that of recipe {base}: set recipe to one that has it")
     if "budget" in typed_sizes:
-        file = {name: value for name, value in file.items() if name not in SIZES}
+        file = {name: value for name, value in file.items() if name not in BUDGETED}
     return str(base), file | given | changes
 
 

@@ -33,6 +33,8 @@ PROBED = 10
 """Generator updates of a probe."""
 FLIPS = 0.6
 """Share of pseudo images that keep their class when flipped, from which on views are flipped too."""
+BUDGETED = ("steps", "bank.rounds", "bank.warmup")
+"""Settings that a budget chooses."""
 SPARE = 0.95
 """Share of a budget that is planned: evaluations and checkpoints take the rest."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from zskt.errors import UsageError, ZsktError, failing
 from zskt.files import expanded, read_json, write_text
+from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
 from zskt.run.checkpoint import read_lines
 from zskt.run.plots import run_classes, run_curves
@@ -105,9 +106,13 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the runs differ in, by name, beside their seeds and the machine: settings, student, teacher."""
+    """What the runs differ in, by name, beside seeds, machine and what a budget chose: settings, student, teacher."""
     facts = [
-        {name: value for name, value in run["config"].items() if name != "seed" and not name.startswith("machine.")}
+        {
+            name: value
+            for name, value in run["config"].items()
+            if name != "seed" and not name.startswith("machine.") and not (run["config"]["budget"] and name in BUDGETED)
+        }
         | {name: run["metadata"].get(key) for name, key in COMPARED.items() if run["metadata"]}
         for run in runs
     ]
@@ -146,7 +151,7 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
         ]
         rows.append([label, *cells, *([""] if several else [])])
     head = ["last iterate", *(run["name"] for run in runs), *(["mean ± std"] if several else [])]
-    which = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+    which = ", ".join(differing[:5]) + (" and more" if len(differing) > 5 else "")
     note = f"<p class=note>No mean, as the runs differ in {html.escape(which)}.</p>" if differing else ""
     finished = [run for run in runs if run["metadata"]]
     unknown = [run["name"] for run in finished if run["metadata"].get("measured", {}).get("accuracy") is None]
