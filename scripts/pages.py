@@ -14,9 +14,11 @@ import shutil
 import sys
 import warnings
 from pathlib import Path, PurePosixPath
+from types import FunctionType, ModuleType
 
 import tyro
 
+import zskt
 from zskt.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,9 +50,15 @@ def page(target: PurePosixPath) -> str:
     if str(target) == "docs/commands.md":
         return text + "".join(command(name) for name in COMMANDS)
     if str(target) == "docs/api.md":
-        names = re.findall(r"^\| `(zskt\.\w+)`", text, re.MULTILINE)
-        return text + "".join(f"\n::: {name}\n" for name in names if name != "zskt.Make")
+        return text + "".join(f"\n::: {place}\n" for name in zskt.__all__ if (place := defined(getattr(zskt, name))))
     return text
+
+
+def defined(thing: object) -> str:
+    """Where a public name comes from, as mkdocstrings finds it; nothing for a constant or an alias."""
+    if isinstance(thing, ModuleType):
+        return thing.__name__
+    return f"{thing.__module__}.{thing.__qualname__}" if isinstance(thing, type | FunctionType) else ""
 
 
 def command(name: str) -> str:

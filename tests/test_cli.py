@@ -1,6 +1,7 @@
 """The command line: one JSON line on stdout, one line per error, exit statuses, help that helps."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,9 @@ def test_distil_evaluate_sample_report(teacher: str, data: str, tmp_path: Path) 
     report = run("report", tmp_path / "run0", tmp_path / "run1", "--out", tmp_path / "report.html")
     assert report["accuracy"]["mean"] == pytest.approx(np.mean(report["accuracy"]["values"]))
     found = run("inspect", tmp_path / "run0", "--student", "wrn-10-1")
+    assert found["steps"] == 2_000
+    assert re.fullmatch(r"[\d.]+ (s|min|h)", found["takes"])
+    assert 1e-5 < found["pflop"] < 1
     assert (found["input_size"], found["num_classes"], found["model"]) == ([3, 16, 16], 10, "wrn-10-1")
     assert sum(found["noise_classes"]) == 1000
     assert found["recipe"] == "zskt-prior"

@@ -200,6 +200,11 @@ def test_the_command_reference_has_every_option(pages: ModuleType) -> None:
     assert text.count("| `--") > len(Overrides.__dataclass_fields__)
 
 
+def test_the_python_reference_has_every_public_name(pages: ModuleType) -> None:
+    places = re.findall(r"^::: (\S+)$", pages.page(PurePosixPath("docs/api.md")), re.MULTILINE)
+    assert sorted(place.split(".")[-1] for place in places) == sorted(set(zskt.__all__) - {"__version__", "Make"})
+
+
 def test_pages_take_along_what_they_link_to(pages: ModuleType, tmp_path: Path) -> None:
     pages.write([PurePosixPath("docs/method.md")], tmp_path / "pages")
     assert "# matching.py" in (tmp_path / "pages" / "src/zskt/method/matching.py.md").read_text()

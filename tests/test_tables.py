@@ -189,11 +189,12 @@ def test_the_table_for_latex_and_one_line_for_each_seed(tmp_path: Path) -> None:
     values = finish(tmp_path, first, 0.25, 0.75)
     write(tmp_path, first, second)
     assert (tmp_path / "table-9.tex").read_text().splitlines() == [
+        "% Table 9: accuracy (%) on images",
         r"\begin{tabular}{lrr}",
         r"\toprule",
         r" & M = 0, \% & paper \\",
         r"\midrule",
-        r"a \& b $\to$ c\_1 & 50.00 $\pm$ 35.36 & 0.5 $\pm$ 0.1 \\",
+        r"a \& b -> c\_1 & 50.00 ± 35.36 & 0.5 ± 0.1 \\",
         r"d & not run &  \\",
         r"\bottomrule",
         r"\end{tabular}",

@@ -19,6 +19,7 @@ from zskt.data.images import KNOWN, Dataset, read
 from zskt.errors import UsageError, ZsktError, printable
 from zskt.evaluate.measures import measure, noise_classes
 from zskt.files import expanded
+from zskt.method.budget import duration, expected_seconds, operations, probe
 from zskt.method.protocol import Make
 from zskt.method.recipe import AUTO, choose, plan
 from zskt.networks import models
@@ -325,6 +326,8 @@ def run_inspect(
         notice(f"student {describe_student(module, network)}")
         planned = plan(network, module)
         config = planned.config
+        notice("timing a few steps")
+        cost = planned.cost or probe(network, module, config, planned.make)
         result |= {
             "reason": planned.reason,
             "student_parameters": count_parameters(module),
@@ -332,6 +335,9 @@ def run_inspect(
             "student_fraction": round(count_parameters(module) / max(1, count_parameters(network.module)), 4),
             "generator_width": config.generator.width,
             "attention_pairs": list(config.student.loss.stages),
+            "steps": config.steps,
+            "takes": duration(expected_seconds(config, cost)),
+            "pflop": float(f"{operations(network, module, config) / 1e15:.2g}"),
         }
     table = Table("", "found", title=escape(printable(teacher)))
     for name, value in result.items():

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def write_result(
     lines += ["Work per job: " + "; ".join(work) + ".", ""]
     lines += provenance(circumstances)
     write_text(root / f"{made.name}.md", "\n".join(lines) + "\n")
-    write_text(root / f"{made.name}.tex", latex(*texts_of(made.cells, root, failed)))
+    write_text(root / f"{made.name}.tex", latex(*texts_of(made.cells, root, failed), note=made.title + stamp))
     write_text(root / f"{made.name}.csv", comma_separated(made.cells, root))
     return result
 
@@ -158,20 +157,6 @@ def texts_of(
     return head, lines
 
 
-def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A LaTeX table; needs the package booktabs."""
-
-    def line(cells: Sequence[str]) -> str:
-        plain = (re.sub(r"([&%$#_{}])", r"\\\1", cell).replace("±", "$\\pm$") for cell in cells)
-        return " & ".join(plain).replace("->", "$\\to$") + " \\\\"
-
-    columns = "l" + "r" * (len(head) - 1)
-    body = "\n".join(map(line, rows))
-    return (
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(head)}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
-    )
-
-
 def comma_separated(cells: Sequence[Cell], root: Path) -> str:
     """One line for each seed of each cell, fractions as in the JSON."""
     out = io.StringIO()
@@ -186,3 +171,19 @@ def comma_separated(cells: Sequence[Cell], root: Path) -> str:
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def latex(head: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> str:
+    """A LaTeX tabular for the package booktabs; `note` becomes a comment above it."""
+    lines = [f"% {' '.join(note.split())}"] if note else []
+    lines += [r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}", r"\toprule"]
+    lines += [" & ".join(map(escaped, head)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escaped, row)) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text as LaTeX shows it unchanged."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in text)
