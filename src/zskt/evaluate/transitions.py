@@ -6,7 +6,7 @@ other class; how far apart are the two networks' probabilities of that class alo
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -160,7 +160,7 @@ class Comparison:
     """How close two networks' beliefs are: on images, and on the paths from them to other classes."""
 
     measured: dict[str, Any]  # all numbers, ready for JSON
-    transitions: Transitions = field(repr=False)
+    transitions: Transitions
 
     @property
     def mean_transition_error(self) -> float:
