@@ -84,7 +84,7 @@ def distilling(teacher: str, out: Path, until: str, *more: str) -> tuple[list[st
     """A `zskt distill` in a process of its own, once it has written something at `until` (a pattern below `out`)."""
     command = [sys.executable, "-m", "zskt", "distill", teacher, "--student", "wrn-10-1", "--out", str(out)]
     command += ["--recipe", "zskt", "--batch-size", "8", *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in out.glob(until)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -95,8 +95,11 @@ def distilling(teacher: str, out: Path, until: str, *more: str) -> tuple[list[st
 def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int, teacher: str, tmp_path: Path) -> None:
     _, process = distilling(teacher, tmp_path / "run", "metrics.jsonl")
     process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
+    result = json.loads(out)
+    assert not result["finished"]
+    assert "continue with --resume" in result["reason"]
     assert "continue with --resume" in err
     assert "Traceback" not in err
     assert len(list((tmp_path / "run" / "checkpoint").glob("*.safetensors"))) == 1

@@ -10,6 +10,7 @@ import torch
 import zskt
 from small import call, make_teacher, run
 from zskt.cli import progress
+from zskt.cli.main import main
 from zskt.cli.runs import LONG_WORK
 from zskt.method.budget import disk
 from zskt.method.recipe import plan
@@ -80,6 +81,15 @@ def test_quiet_leaves_warnings_errors_and_the_result(tmp_path: Path) -> None:
     assert status == 0
     assert "not bit for bit" in err
     assert [line for line in err.splitlines() if not line.startswith("warning")] == []
+
+
+def test_a_shell_can_complete_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--tyro-print-completion", "bash"])
+    assert not end.value.code
+    script = capsys.readouterr().out
+    for word in ("distill", "--student", "--least-agreement"):
+        assert word in script
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,7 @@ def _run(arguments: list[str]) -> int:
         print(json.dumps(result, allow_nan=False), flush=True)
     except Interrupted as error:
         to_stderr(f"zskt: {short(error, 2_000)}")
+        print(json.dumps({"finished": False, "reason": short(error, 2_000)}), flush=True)
         return error.status
     except ZsktError as error:
         to_stderr(f"zskt: {short(error, 2_000)}")
