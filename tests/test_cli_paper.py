@@ -178,7 +178,8 @@ def test_reproduce_makes_a_table(data: Path, tmp_path: Path) -> None:
     for key in ("date", "command", "versions", "hardware", "threads", "seconds", "precision"):
         assert found[key] is not None
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"figure-4.json", "figure-4.md", "figure-4.png", "parts"}
+    kinds = ("csv", "json", "md", "png", "tex")
+    assert sorted(path.name for path in out.iterdir()) == [*(f"figure-4.{kind}" for kind in kinds), "parts"]
     kept = json.loads((out / "figure-4.json").read_text())
     assert kept == {key: value for key, value in found.items() if key != "out"} | {"parts": kept["parts"]}
     assert kept["parts"]["convnet-4-on-all-seed-0"] == {"units": 8, "unit": "updates"}
@@ -249,6 +250,8 @@ def test_reproduce_asks_before_it_starts_long_work(data: Path, tmp_path: Path, m
     monkeypatch.setattr(cli_paper, "time_jobs", lambda wanted, folder, seconds: {job.pace: 3600.0 for job in wanted})
     line = fails(2, *command)  # 8 updates and 2 steps, an hour each
     assert "figure-3 takes about 10.0 h on this machine; give --yes to start, --stop-after" in line
+    assert line.endswith("or --scale 0.01 to rehearse")
+    assert fails(2, *command, "--scale", "0.5").endswith("or --scale 0.005 to rehearse")
     assert not (tmp_path / "out").exists()
     assert "takes about 11 min" in fails(2, *command, "--stop-after", "11m")
     assert run(*command, "--stop-after", "9m")["finished"]  # ten minutes it is at most

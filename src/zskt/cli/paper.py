@@ -26,6 +26,7 @@ from zskt.cli.teachers import (
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.evaluate.transitions import Comparison, Paths, average_curves, check_networks, compare
 from zskt.files import fresh_folder, replacing, write_json, write_text
+from zskt.method.budget import duration
 from zskt.paper.experiments import Budget
 from zskt.paper.jobs import Job, check_settings, in_order, run_jobs, time_jobs
 from zskt.paper.reproduce import NAMES, Request, reproduction
@@ -150,7 +151,9 @@ def run_reproduce(
 ) -> Result:
     """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
 
-    First prints the amount of work and the estimated time on this machine, from 20 seconds of measurement.
+    First prints the amount of work and the estimated time on this machine, from 20 seconds of measurement or more: each
+    kind of work is timed at least once. Also the way to compare recipes: --recipe A B are rows, --seeds repetitions.
+    Writes the table as Markdown, LaTeX, CSV and JSON.
 
     Example: zskt reproduce table-1 --data cifar10-train.zip cifar10-test.zip --scale 0.01 --out runs/table-1
 
@@ -202,7 +205,7 @@ def run_reproduce(
     if stop_after is not None and math.isinf(seconds):
         raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
     estimate = state_cost(jobs, folder, seconds)
-    refuse_long_work(name, min(estimate, seconds), yes)
+    refuse_long_work(name, min(estimate, seconds), yes, scale)
     failed = run_jobs(jobs, folder, seconds - (time.monotonic() - begun), job_bar)
     facts = circumstances() | {
         "data": train.name,
@@ -226,7 +229,7 @@ def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: boo
         raise ZsktError(f"{folder} already holds the toy experiment; choose another --out")
     rounds = max(1, round(ROUNDS * scale))
     notice("measuring the speed of this machine, a few seconds")
-    refuse_long_work("toy", len(seeds) * rounds * seconds_per_round(), yes)
+    refuse_long_work("toy", len(seeds) * rounds * seconds_per_round(), yes, scale)
     work = f"each {POINT_STEPS} updates of the points and {STUDENT_STEPS} of the student"
     notice(f"{len(seeds)} seeds of {rounds:,} rounds, {work}")
     with bar("toy", "rounds") as show:
@@ -237,13 +240,13 @@ def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: boo
     return result | {"out": str(folder)}
 
 
-def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
+def refuse_long_work(name: str, seconds: float, yes: bool, scale: float) -> None:
     """Raise UsageError above ten minutes, unless `yes` is given."""
     some = "" if name == "toy" else ", --stop-after 9m to do part of it"
     if seconds > ASK_ABOVE and not yes:
         raise UsageError(
-            f"{name} takes about {duration(seconds)} on this machine; give --yes to start{some}, or --scale 0.01 to "
-            "rehearse"
+            f"{name} takes about {duration(seconds)} on this machine; give --yes to start{some}, or --scale "
+            f"{scale / 100:g} to rehearse"
         )
     if seconds:
         notice(f"this takes about {duration(seconds)}")
@@ -261,7 +264,7 @@ def state_cost(jobs: Sequence[Job], folder: Path, budget: float) -> float:
     if not missing:
         return 0.0
     measuring = min(20.0, budget / 10)  # or a short --stop-after would be spent on it
-    notice(f"measuring the speed of this machine, about {measuring:.0f} seconds")
+    notice(f"measuring the speed of this machine, about {measuring:.0f} seconds; slow networks take longer")
     seconds = time_jobs(missing, folder, measuring)
     table = Table("work", "jobs", "amount", "takes about")
     total = 0.0
@@ -273,12 +276,3 @@ def state_cost(jobs: Sequence[Job], folder: Path, budget: float) -> float:
     table.add_row("total, without evaluations", str(len(missing)), "", duration(total))
     console().print(table)
     return total
-
-
-def duration(seconds: float) -> str:
-    """A duration in seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from zskt.cli.options import Assignments, File, Text, Time, options, typed
-from zskt.cli.progress import distilling, notice
+from zskt.cli.progress import distilling, notice, say_if_busy, warn
 from zskt.cli.teachers import (
     FOREIGN,
     Data,
@@ -24,7 +24,7 @@ from zskt.errors import UsageError
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import check_networks, renormalised
 from zskt.files import read_text
-from zskt.method.budget import duration, expected_seconds, operations, probe
+from zskt.method.budget import BUDGETED, disk, duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
 from zskt.method.config import FORMAT, Config
 from zskt.method.generator import SAMPLES
@@ -48,8 +48,8 @@ else:
     Overrides = options(Config, "from the recipe", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
     """Every setting of a run as a tyro option."""
 AS_THE_RECIPE_SAYS = Overrides()
-SIZES = ("steps", "bank.rounds", "bank.warmup")
-"""What a budget chooses."""
+LONG_WORK = 3e13
+"""Operations, a minute on a few cores, from which on a run is timed before it starts."""
 
 
 def run_distill(
@@ -102,12 +102,15 @@ def run_distill(
     planned = plan(network, module, base, changes, make, begun_config(out) if resume else None)
     chosen = planned.config
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
+    say_if_busy(chosen.machine.threads)
     if make is None and not resume:
-        cost = planned.cost
-        if cost is None and "steps" not in changes:  # as published, which may be days
+        cost, work = planned.cost, operations(network, module, chosen)
+        if cost is None and work > LONG_WORK:
+            notice("timing a few steps")
             cost = probe(network, module, chosen, planned.make)
-        takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost))} and "
-        notice(f"this takes {takes}{operations(network, module, chosen) / 1e15:.2g} PFLOP")
+        takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost))}, "
+        space = disk(network, module, chosen) / 1e6
+        notice(f"this takes {takes}{work / 1e15:.2g} PFLOP and about {max(1, space):,.0f} MB in {out}")
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
@@ -123,7 +126,7 @@ def run_distill(
             resume=resume,
         )
     for line in result.warnings:
-        notice(f"warning: {line}")
+        warn(line)
     if result.finished:
         write_report([out], out / "report.html")
         notice(f"report: {out / 'report.html'}")
@@ -162,7 +165,7 @@ def read_settings(
             raise UsageError(f"{name} is given twice; give it once")
         changes[name] = value
     typed_sizes = given | changes
-    if "budget" in typed_sizes and (both := [name for name in SIZES if name in typed_sizes]):
+    if "budget" in typed_sizes and (both := [name for name in BUDGETED if name in typed_sizes]):
         raise UsageError(f"--budget chooses {both[0]}: give one of them")
     if config is None:
         return recipe or AUTO, given | changes
@@ -181,7 +184,7 @@ def read_settings(
     elif method not in (None, "belief_matching") and (base == AUTO or load_recipe(str(base)).method != method):
         raise UsageError(f"method {method} of {config} is not that of recipe {base}: set recipe to one that has it")
     if "budget" in typed_sizes:
-        file = {name: value for name, value in file.items() if name not in SIZES}
+        file = {name: value for name, value in file.items() if name not in BUDGETED}
     return str(base), file | given | changes
 
 

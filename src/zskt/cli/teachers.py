@@ -14,11 +14,12 @@ from rich.table import Table
 from torch import Tensor
 
 from zskt.cli.options import Assignments, File, ImageSize, Reals, Text, Time, Words, options, typed
-from zskt.cli.progress import bar, console, notice, teaching
+from zskt.cli.progress import bar, console, notice, teaching, warn
 from zskt.data.images import KNOWN, Dataset, read
 from zskt.errors import UsageError, ZsktError, printable
 from zskt.evaluate.measures import measure, noise_classes
 from zskt.files import expanded
+from zskt.method.budget import duration, expected_seconds, operations, probe
 from zskt.method.protocol import Make
 from zskt.method.recipe import AUTO, choose, plan
 from zskt.networks import models
@@ -29,7 +30,7 @@ from zskt.networks.loading import Loaded, is_own_folder, load
 from zskt.networks.models import Size
 from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.networks.students import describe_student, make_student
-from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames
+from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
@@ -40,6 +41,8 @@ Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...", help_behavior
 
 Network = Annotated[str, tyro.conf.arg(metavar="NETWORK")]
 
+PLAUSIBLE = 0.5
+"""Accuracy below which an import is doubted."""
 NOISE_FLOPS = 200_000_000_000
 """FLOPs that `zskt inspect` spends on noise images."""
 
@@ -219,7 +222,7 @@ def run_teach(
             callbacks=[callback],
         )
     for line in result.warnings:
-        notice(f"warning: {line}")
+        warn(line)
     return {"finished": result.finished, "update": result.update, **result.measured, "teacher": str(out)}
 
 
@@ -250,7 +253,7 @@ def run_import(
         std: standard deviation per channel, on the same scale as the mean.
         out: output folder.
         rename: FOREIGN=OURS name components, if no unique renaming fits; FOREIGN= drops one, FOREIGN=- its tensors.
-        data: labelled test images to verify the import with.
+        data: labelled test images to measure the import with: the only check of padding, activations and normalisation.
     """
     check_teacher_folder(out)
     teacher, report = import_weights(weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename))
@@ -260,10 +263,15 @@ def run_import(
     if data:
         measured = measure(teacher, *test_images(data, teacher))
         notice(f"accuracy {measured['accuracy']:.4f}")
+        if measured["accuracy"] < PLAUSIBLE:
+            warn(
+                f"accuracy {measured['accuracy']:.4f} is implausible for a trained network, although names and shapes "
+                "fit: check --mean and --std, the order of classes, and whether --model computes what the original does"
+            )
     else:
-        notice(NOT_VERIFIED)
+        notice(NOT_MEASURED)
     save_teacher(out, teacher, **report.metadata, measured=measured)
-    return {"teacher": str(out), "renamed": report.metadata["renamed"], "verified": bool(data), **measured}
+    return {"teacher": str(out), "renamed": report.metadata["renamed"], "measured": bool(data), **measured}
 
 
 def run_inspect(
@@ -318,6 +326,8 @@ def run_inspect(
         notice(f"student {describe_student(module, network)}")
         planned = plan(network, module)
         config = planned.config
+        notice("timing a few steps")
+        cost = planned.cost or probe(network, module, config, planned.make)
         result |= {
             "reason": planned.reason,
             "student_parameters": count_parameters(module),
@@ -325,6 +335,9 @@ def run_inspect(
             "student_fraction": round(count_parameters(module) / max(1, count_parameters(network.module)), 4),
             "generator_width": config.generator.width,
             "attention_pairs": list(config.student.loss.stages),
+            "steps": config.steps,
+            "takes": duration(expected_seconds(config, cost)),
+            "pflop": float(f"{operations(network, module, config) / 1e15:.2g}"),
         }
     table = Table("", "found", title=escape(printable(teacher)))
     for name, value in result.items():

@@ -44,6 +44,8 @@ def recipe_texts() -> dict[str, str]:
 def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Config:
     """A recipe by name, with values changed by dotted name; raises UsageError with close matches."""
     texts = recipe_texts()
+    if name.endswith(".toml"):
+        raise UsageError(f"{name} is a file of settings: give it with --config")
     if name not in texts:
         raise unknown("recipe", name, [AUTO, *texts])
     _check_settings(settings or {})
