@@ -21,8 +21,8 @@ from zskt.cli.teachers import (
     test_images,
 )
 from zskt.errors import UsageError
-from zskt.evaluate.measures import measure
-from zskt.evaluate.transitions import check_networks, renormalised
+from zskt.evaluate.measures import check_networks, measure
+from zskt.evaluate.transitions import renormalised
 from zskt.files import read_text
 from zskt.method.budget import duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
