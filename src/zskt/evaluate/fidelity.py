@@ -29,6 +29,8 @@ from zskt.evaluate.transitions import Paths, Progress, Transitions, transition_c
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 
+IMAGES = 1_000
+"""At most so many images for the alignment of stages and for corruptions: a small part of the work of the paths."""
 MOSTLY = 0.5
 """Agreement below which the mean transition error describes the minority of images on which the networks agree."""
 
@@ -63,8 +65,8 @@ def compare(
 
     Each network is a `Classifier`; one of them may be a bare module, which then uses the other's normalisation.
     Agreement and divergences (nats) are over all images; transition curves, as set by `paths`, over some of those on
-    which both agree, or all if there are fewer and `fewer` is set. Intervals are 95 % bootstrap intervals over images.
-    Raises ZsktError if the networks do not fit together or agree on too few images.
+    which both agree, or with `fewer` over all if there are not so many. Intervals are 95 % bootstrap intervals over
+    images. Raises ZsktError if the networks do not fit together or agree on too few images.
     """
     first, second = read_pair(student, teacher)
     check_networks(first, second)
@@ -76,14 +78,14 @@ def compare(
     labels = None if labels is None else labels.cpu()
     predictions = logits.argmax(dim=1)  # (M,)
     agreeing = (predictions == answers.argmax(dim=1)).nonzero().squeeze(1)
-    if fewer:
-        how = dataclasses.replace(how, images=max(1, min(how.images, len(agreeing))))
+    if fewer and len(agreeing):
+        how = dataclasses.replace(how, images=min(how.images, len(agreeing)))
     if len(agreeing) < how.images:
         raise ZsktError(
             f"expected {how.images:,} images on which both networks agree, found {len(agreeing):,} of {len(images):,}; "
             "ask for fewer or give more images"
         )
-    chosen = agreeing[_drawn(len(agreeing), how)]  # (images,)
+    chosen = agreeing[_drawn(len(agreeing), how.images, how.seed)]  # (images,)
     starts = predictions if how.start == "prediction" or labels is None else labels
     transitions = transition_curves(first, second, images[chosen], starts[chosen], how, progress=progress)
     values = per_image(logits, answers, labels) | {"jensen_shannon": jensen_shannon(logits, answers)}
@@ -123,19 +125,21 @@ def fidelity(
 ) -> Comparison:
     """`compare`, and whether the networks are also alike inside, under corruptions, attacks and against controls.
 
-    Alignment of stages and corruptions are over as many of all images as paths follow, attacks over the images that the
-    paths start from. Each of `controls`, by name, is compared with the teacher as the student is, from as many paths as
-    there are images on which it agrees; `p_values` say how often one is as close as the student, see
-    `controls.p_value`. `progress` is called with what is being done, and how much of how much of it.
+    Alignment of stages and corruptions are over up to 1,000 of the images, attacks over those that the paths start
+    from. Each of `controls`, by name, is compared with the teacher as the student is, from fewer images if it agrees on
+    fewer; `p_values` say how often one is as close as the student, see `controls.p_value`. `progress` is called with
+    what is being done, and how much of how much of it.
     """
     first, second = read_pair(student, teacher)
     how = paths or Paths()
+    for name, control in (controls or {}).items():
+        _check_control(name, control, second, images)
 
     def said(what: str) -> Progress:
         return lambda done, total: progress(what, done, total)
 
     found = compare(first, second, images, labels, how, progress=said("paths"))
-    some = _drawn(len(images), how)
+    some = _drawn(len(images), IMAGES, how.seed)
     some_labels = None if labels is None else labels[some]
     measured = found.measured | {
         "alignment": [pair._asdict() for pair in stage_alignment(first, second, images[some])],
@@ -182,9 +186,17 @@ def against_controls(found: Comparison, controls: Mapping[str, Comparison], seed
     return {"controls": measured, "p_values": p_values}
 
 
-def _drawn(count: int, how: Paths) -> Tensor:
-    """As many indices below `count` as paths follow, or all there are, drawn by the seed."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(how.seed))[: how.images]
+def _check_control(name: str, control: nn.Module, teacher: Classifier, images: Tensor) -> None:
+    """Raise ZsktError unless a control can be compared with the teacher: before the work begins, not after hours."""
+    first, second = read_pair(control, teacher)
+    check_networks(first, second)
+    if not bool((predict(first, images).argmax(dim=1) == predict(second, images).argmax(dim=1)).any()):
+        raise ZsktError(f"expected a control that agrees with the teacher on some image, found none of {name}; omit it")
+
+
+def _drawn(count: int, most: int, seed: int) -> Tensor:
+    """Indices below `count`, at most so many, drawn by the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
 
 
 def _warnings(agreement: float) -> list[str]:
