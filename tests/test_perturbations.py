@@ -160,5 +160,8 @@ def test_attacks_transfer_to_an_equal_network_and_not_to_one_that_looks_elsewher
     assert calls[-1] == (55, 55)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert transfer(red, blue, x, classes)["pgd"] == {"fooled": 1, "transferred": 0, "agreement": 0}
-    x[:, 0] += 0.3  # too far for an attack
+    x[:3, 0] += 0.3  # too far for an attack
+    some = {"fooled": pytest.approx(0.4), "transferred": 1, "agreement": 1}
+    assert transfer(red, red, x, classes) == {name: some for name in ATTACKS}
+    x[3:, 0] += 0.3
     assert transfer(red, blue, x, classes)["fgsm"] == {"fooled": 0, "transferred": None, "agreement": 1}
