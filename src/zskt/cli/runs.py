@@ -38,6 +38,7 @@ from zskt.networks.students import describe_student, make_student
 from zskt.run.distill import begun_config, distill, sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
+from zskt.run.without_data import inspect_run, told
 from zskt.runtime import pick_device
 from zskt.settings import changes_of, from_text, replace
 
@@ -124,7 +125,11 @@ def run_distill(
         )
     for line in result.warnings:
         notice(f"warning: {line}")
+    found = {}
     if result.finished:
+        found = inspect_run(out, result.network.cpu(), network.cpu())
+        for line in told(found):
+            notice(line)
         write_report([out], out / "report.html")
         notice(f"report: {out / 'report.html'}")
     else:
@@ -137,6 +142,7 @@ def run_distill(
         "student_parameters": count_parameters(module),
         "teacher_parameters": count_parameters(network.module),
         **result.measured,
+        **({"disagreements": found["disagreements"]["teacher"]} if found else {}),
         "warnings": result.warnings,
     }
 
