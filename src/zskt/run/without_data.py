@@ -127,9 +127,9 @@ def _tracked(kind: str) -> str:
     if not TRACKING.exists():
         return ""
     measured = read_json(TRACKING)
-    if kind not in measured["rank_correlations"]:
+    worth = measured["rank_correlations"].get(kind)
+    if worth is None:
         return ""
-    worth = measured["rank_correlations"][kind]
     return f"; over {measured['runs']} runs few of these went with a high accuracy, rank correlation {worth:.2f}"
 
 
