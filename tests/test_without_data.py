@@ -146,7 +146,7 @@ def test_disagreements_are_counted_with_each_networks_normalisation() -> None:
     assert disagreements(first, same, probes)["noise"]["per_100"] == 0
     differ = ((pixels[:, 0].mean(dim=(1, 2)) > 0.5) != (pixels[:, 1].mean(dim=(1, 2)) > 0.4)).sum()
     low, high = wilson(int(differ), 150)
-    expected = {"per_100": 100 * int(differ) / 150, "low": 100 * low, "high": 100 * high}
+    expected = {"per_100": 100 * int(differ) / 150, "low": 100 * low, "high": 100 * high, "images": 150}
     assert disagreements(first, other, probes)["noise"] == pytest.approx(expected)
     assert 10 < expected["per_100"] < 90
 
@@ -157,15 +157,17 @@ def test_what_a_run_is_found_to_be(made: tuple[Path, Classifier], teacher: Class
     other = student.like(student_for(teacher)).eval()
     found = inspect_run(folder, student, teacher, {"other": other})
     assert json.loads((folder / FILE).read_text()) == found
-    assert found["images"] == 100
-    assert list(found["disagreements"]) == ["teacher", "other"]
+    assert list(found["students"]) == ["other"]
     probes = draw_probes(folder, student, 100)
     with torch.no_grad():
         x = probes["earlier"]
         count = (student(x).argmax(1) != teacher(renormalised(x, student, teacher)).argmax(1)).sum()
-    assert found["disagreements"]["teacher"]["earlier"]["per_100"] == int(count)
+    assert found["teacher"]["earlier"]["per_100"] == int(count)
+    assert all(each["images"] == 100 for each in found["teacher"].values())
     itself = inspect_run(folder, student, others={"copy": student})
-    assert {kind: each["per_100"] for kind, each in itself["disagreements"]["copy"].items()} == dict.fromkeys(KINDS, 0)
+    assert {kind: each["per_100"] for kind, each in itself["students"]["copy"].items()} == dict.fromkeys(KINDS, 0)
+    kept = json.loads((folder / FILE).read_text())  # what was found before stays
+    assert kept == {"students": found["students"] | itself["students"], "teacher": found["teacher"]}
 
 
 def test_another_teacher_is_refused(made: tuple[Path, Classifier], teacher: Classifier) -> None:
@@ -183,14 +185,11 @@ def test_large_networks_are_asked_less(monkeypatch: pytest.MonkeyPatch, teacher:
 
 
 RESULT = {
-    "images": 200,
-    "disagreements": {
-        "teacher": {
-            "pseudo": {"per_100": 7.5, "low": 4.6, "high": 12.0},
-            "noise": {"per_100": 40, "low": 33, "high": 47},
-        },
-        "runs/b": {"noise": {"per_100": 0.0, "low": 0.0, "high": 1.9}},
+    "teacher": {
+        "pseudo": {"per_100": 7.5, "low": 4.6, "high": 12.0},
+        "noise": {"per_100": 40.0, "low": 33.4, "high": 46.9},
     },
+    "students": {"runs/b": {"noise": {"per_100": 0.0, "low": 0.0, "high": 1.9}}},
 }
 
 
@@ -233,7 +232,7 @@ def made_up(root: Path, number: int, accuracy: float | None, teacher: str = "abc
     measured = {} if accuracy is None else {"accuracy": accuracy}
     (folder / "student.json").write_text(json.dumps({"measured": measured, "teacher_fingerprint": teacher}))
     kinds = {kind: {"per_100": value} for kind, value in per_100.items()}
-    (folder / FILE).write_text(json.dumps({"disagreements": {"teacher": kinds}}))
+    (folder / FILE).write_text(json.dumps({"teacher": kinds, "students": {}}))
     return folder
 
 
@@ -278,7 +277,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, name in enumerate("ab"):
             command = ["distill", root / "teacher", "--student", "wrn-10-1", "--out", root / name, "--recipe", "zskt"]
             found = run(*command, "--steps", 3, "--seed", seed, *words)
-            assert found["disagreements"] == json.loads((root / name / FILE).read_text())["disagreements"]["teacher"]
+            assert found["disagreements"] == json.loads((root / name / FILE).read_text())["teacher"]
     return root
 
 
@@ -286,9 +285,9 @@ def test_inspect_counts_disagreements(runs: Path, tmp_path: Path) -> None:
     first, second = (shutil.copytree(runs / name, tmp_path / name) for name in "ab")
     status, out, err = call("inspect", first, "--teacher", runs / "teacher", "--other", second)
     assert status == 0, err
-    found = json.loads(out)
-    assert list(found["disagreements"]) == ["teacher", str(second)]
-    assert list(found["disagreements"]["teacher"]) == list(KINDS)
+    found = json.loads(out)["disagreements"]
+    assert list(found["teacher"]) == list(KINDS)
+    assert list(found["students"]) == [str(second)]
     assert all(line in err for line in told(found))
     page = tmp_path / "page.html"
     (second / FILE).unlink()

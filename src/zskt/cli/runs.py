@@ -142,7 +142,7 @@ def run_distill(
         "student_parameters": count_parameters(module),
         "teacher_parameters": count_parameters(network.module),
         **result.measured,
-        **({"disagreements": found["disagreements"]["teacher"]} if found else {}),
+        **({"disagreements": found["teacher"]} if found else {}),
         "warnings": result.warnings,
     }
 

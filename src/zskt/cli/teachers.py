@@ -346,7 +346,7 @@ def run_inspect(
         found = inspect_run(expanded(what), network, first, others)
         for line in told(found):
             notice(line)
-        result |= found
+        result["disagreements"] = found
     return result
 
 

@@ -43,23 +43,27 @@ def inspect_run(
 ) -> dict[str, Any]:
     """Disagreements of a finished run's student with its teacher and with other runs' students, by name.
 
-    Each is, by kind of image, a number per 100 images with its 95 % interval. Also writes them to the run's folder.
-    Raises ZsktError for networks that do not fit together or a teacher that is not the run's.
+    By network, "teacher" and the names of `others` under "students", and kind of image: a number per 100 images with
+    its 95 % interval, and how many images were asked about. The file in the run's folder keeps what was found before of
+    other networks. Raises ZsktError for networks that do not fit together or a teacher that is not the run's.
     """
-    networks = {**({} if teacher is None else {"teacher": teacher}), **(others or {})}
+    students = dict(others or {})
     recorded = read_json(folder / "student.json").get("teacher_fingerprint")
     if teacher is not None and (found := teacher.fingerprint()) != recorded:
         raise ZsktError(
             f"expected the teacher of {folder}, {str(recorded)[:12]}, found {found[:12]}; give the same one"
         )
-    for network in networks.values():
+    networks = [*([] if teacher is None else [teacher]), *students.values()]
+    for network in networks:
         check_networks(student, network)
-    probes = draw_probes(folder, student, probe_count(student, *networks.values()))
-    result = {
-        "images": len(probes["noise"]),
-        "disagreements": {name: disagreements(student, network, probes) for name, network in networks.items()},
+    probes = draw_probes(folder, student, probe_count(student, *networks))
+    result: dict[str, Any] = {
+        "students": {name: disagreements(student, each, probes) for name, each in students.items()}
     }
-    write_json(folder / FILE, result)
+    if teacher is not None:
+        result["teacher"] = disagreements(student, teacher, probes)
+    before = read_json(folder / FILE) if (folder / FILE).exists() else {"students": {}}
+    write_json(folder / FILE, before | result | {"students": before["students"] | result["students"]})
     return result
 
 
@@ -106,15 +110,21 @@ def disagreements(student: Classifier, other: Classifier, probes: Mapping[str, T
             ]
             count = int(torch.cat(differ).sum())
             low, high = wilson(count, len(images))
-            found[kind] = {"per_100": 100 * count / len(images), "low": 100 * low, "high": 100 * high}
+            found[kind] = {
+                "per_100": 100 * count / len(images),
+                "low": 100 * low,
+                "high": 100 * high,
+                "images": len(images),
+            }
     return found
 
 
 def told(result: Mapping[str, Any]) -> list[str]:
     """The result in plain sentences, and what is known of their worth."""
     lines = []
-    for name, kinds in result["disagreements"].items():
-        whom = "its teacher" if name == "teacher" else f"that of {name}"
+    pairs = {"its teacher": result.get("teacher", {})}
+    pairs |= {f"that of {name}": kinds for name, kinds in result["students"].items()}
+    for whom, kinds in pairs.items():
         for kind, found in kinds.items():
             number, low, high = (f"{found[key]:.1f}" for key in ("per_100", "low", "high"))
             seen = f"the student and {whom} disagree on {number} ({low} to {high})"
@@ -151,7 +161,7 @@ def rank_correlations(folders: Sequence[str | Path]) -> dict[str, Any]:
             )
         accuracies.append(facts["measured"]["accuracy"])
         teachers.add(facts.get("teacher_fingerprint"))
-        found.append(read_json(folder / FILE)["disagreements"].get("teacher", {}))
+        found.append(read_json(folder / FILE).get("teacher", {}))
     if len(teachers) > 1:
         raise ZsktError(f"expected runs of one teacher, found {len(teachers)}; correlate those of each teacher alone")
     kinds = [kind for kind in KINDS if all(kind in each for each in found)]
