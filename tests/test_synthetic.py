@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import zskt
 from small import call, coloured, fails, make_teacher, refused, without_batchnorm
 from zskt.errors import UsageError
 from zskt.method import losses
+from zskt.method.recipe import Plan, plan
 from zskt.method.views import view
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
@@ -76,6 +77,21 @@ def test_several_batches_make_the_number_asked_for(teacher: Classifier, monkeypa
     assert torch.equal(again.targets, found.targets)
     assert not torch.equal(other.images, found.images)
     assert len(synthesise(teacher, 1, updates=1).images) == 1
+
+
+def test_the_stand_in_for_a_student_is_never_asked(teacher: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    def planning(teacher: Classifier, student: nn.Module, *settings: Any) -> Plan:
+        planned = plan(teacher, student, *settings)
+
+        def refuse(*inputs: object) -> None:
+            raise AssertionError("asked")
+
+        student.register_forward_pre_hook(refuse)
+        return planned
+
+    monkeypatch.setattr(synthetic, "BATCH", 4)
+    monkeypatch.setattr(synthetic, "plan", planning)
+    synthesise(teacher, 12, updates=2)
 
 
 def test_beliefs_are_the_teachers_about_each_view(teacher: Classifier) -> None:
