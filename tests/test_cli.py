@@ -19,7 +19,7 @@ from zskt.cli.main import COMMANDS, main
 from zskt.method.config import Config, read_config
 from zskt.settings import flat
 
-TINY = ["--steps", "4", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=2"]
+TINY = ["--steps", "4", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=1"]
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_distil_evaluate_sample_report(teacher: str, data: str, tmp_path: Path) 
     found = run("inspect", tmp_path / "run0", "--student", "wrn-10-1")
     assert (found["input_size"], found["num_classes"], found["model"]) == ([3, 16, 16], 10, "wrn-10-1")
     assert sum(found["noise_classes"]) == 1000
-    assert found["recipe"] == "zskt-prior"
+    assert found["recipe"] == "bank"
 
 
 def test_stop_and_resume(teacher: str, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_demo(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for key in ("teacher_accuracy", "student_accuracy", "agreement", "seconds"):
         assert result[key] >= 0
     assert result["student_parameters"] <= result["teacher_parameters"] / 4
-    assert result["recipe"] == ("zskt-prior" if recipe == "auto" else "zskt")
+    assert result["recipe"] == ("bank" if recipe == "auto" else "zskt")
 
 
 @pytest.mark.slow

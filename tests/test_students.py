@@ -237,7 +237,7 @@ def test_auto_scales_a_hugging_face_config(kind: str, tmp_path: Path) -> None:
     assert count_parameters(student) / count_parameters(teacher.module) == pytest.approx(0.25, rel=0.4)
     result = distill(teacher, student, settings=TINY, out=tmp_path / "run")
     assert result.finished
-    assert result.config.recipe == ("zskt-prior" if teacher.has_batchnorm else "zskt-fresh")
+    assert result.config.recipe == ("bank" if teacher.has_batchnorm else "bank-adversary")
     facts = json.loads((tmp_path / "run" / "student.json").read_text())
     assert facts["model"] is None
     assert facts["rebuild"]["transformers"] == type(student).__name__
