@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zskt.method.stage_pairs import stage_pairs, stages_pair_up
+from zskt.method.stage_pairs import match
 from zskt.networks.classifier import Classifier
-from zskt.networks.observe import Observer, at_least_float32, evaluating
+from zskt.networks.observe import Observer, at_least_float32, evaluating, find_stages, stage_resolutions
 
 MINIBATCH = 250
 """Images whose features are compared with one another at a time, which bounds the memory."""
@@ -33,8 +33,13 @@ def stage_alignment(first: Classifier, second: Classifier, images: Tensor) -> li
 
     Images (M, C, H, W) are uint8 or in [0, 1]; stages pair up as for attention transfer.
     """
-    paired = stages_pair_up(second, first.module)
-    theirs, ours = stage_pairs(second, first.module) if paired else ((), ())
+    stages = [find_stages(network.module, network.input_size) for network in (first, second)]
+    sizes = [
+        stage_resolutions(network.module, names, network.input_size)
+        for network, names in zip((first, second), stages, strict=True)
+    ]
+    pairs = [(stages[0][i], stages[1][j]) for i, j in match(*sizes)]
+    ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     grams: list[list[tuple[Tensor, Tensor]]] = [[] for _ in (*ours, "logits")]
     even = -(-len(images) // -(-len(images) // MINIBATCH))  # as many minibatches as needed, of nearly equal size
     with contextlib.ExitStack() as stack:
@@ -53,8 +58,8 @@ def stage_alignment(first: Classifier, second: Classifier, images: Tensor) -> li
                 sides.append([gram(features) for features in (*seen.stages, seen.logits)])  # (N, N) each
             for entry, pair in zip(grams, zip(*sides, strict=True), strict=True):
                 entry.append(pair)
-    names = [*zip(ours, theirs, strict=True), ("logits", "logits")]
-    return [Alignment(*pair, cka(entry)) for pair, entry in zip(names, grams, strict=True)]
+    named = [*pairs, ("logits", "logits")]
+    return [Alignment(*pair, cka(entry)) for pair, entry in zip(named, grams, strict=True)]
 
 
 def gram(features: Tensor) -> Tensor:
