@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from small import FourStages, make_teacher, refused
 from zskt.errors import UsageError, ZsktError
-from zskt.method.stage_pairs import describe_pairs, likeness, match, stage_pairs
+from zskt.method.stage_pairs import describe_pairs, likeness, match, stage_pairs, stages_pair_up
 from zskt.networks import models
 
 MLP = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
@@ -118,5 +118,6 @@ def test_submodules_that_show_no_maps_are_refused() -> None:
 
 
 def test_without_stages_nothing_pairs_up() -> None:
+    assert not stages_pair_up(make_teacher(), MLP)
     with pytest.raises(ZsktError, match=r"found 16 x 16, 8 x 8, 4 x 4 in the teacher and none in the student; use"):
         stage_pairs(make_teacher(), MLP)

@@ -68,7 +68,9 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / '<b onload="x">&amp;', finished=False), make_run(tmp_path / "plain")]
     text = re.sub(r'"data:[^"]*"', '""', page_of(runs, tmp_path / "report.html"))
     assert "<b" not in text
-    assert text.count("&lt;b onload=&quot;x&quot;&gt;&amp;amp;") == 6  # title, heading, two tables, warning, samples
+    assert (
+        text.count("&lt;b onload=&quot;x&quot;&gt;&amp;amp;") == 7
+    )  # title, two headings, two tables, warning, samples
 
 
 @pytest.mark.parametrize("names", [("a$\\frac$", "b"), ("_a", "_b")])

@@ -16,6 +16,7 @@ from zskt.paper.training import Training, updates_in
 from zskt.run.checkpoint import Interrupted
 from zskt.run.distill import distill
 from zskt.run.report import write_report
+from zskt.run.without_data import inspect_run, told
 from zskt.runtime import seeded
 
 TEACHER, STUDENT = "convnet-32", "convnet-8"
@@ -74,6 +75,8 @@ def _run(recipe: str, seed: int, split_seed: int, folder: Path) -> dict[str, Any
             evaluate=(test.images, test.labels),
             callbacks=[progress],
         )
+    for line in told(inspect_run(folder / "run", result.network, teacher)):
+        notice(line)
     report = folder / "report.html"
     write_report([folder / "run"], report)
     notice(f"report: {report}")

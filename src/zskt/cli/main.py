@@ -25,7 +25,7 @@ from zskt.cli.export import run_export
 from zskt.cli.options import File
 from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, notice, silence
-from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_report, run_sample
+from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_images, run_report, run_sample
 from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
 from zskt.errors import UsageError, ZsktError, cannot, first_line, short, to_stderr
 from zskt.method.config import Config
@@ -137,6 +137,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "belief": run_belief,
     "reproduce": run_reproduce,
     "sample": run_sample,
+    "images": run_images,
     "report": run_report,
     "export": run_export,
     "recipes": run_recipes,

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from zskt.cli.options import Assignments, File, Text, Time, options, typed
-from zskt.cli.progress import distilling, notice, say_if_busy, warn
+from zskt.cli.progress import bar, distilling, notice, say_if_busy, warn
 from zskt.cli.teachers import (
     FOREIGN,
     Data,
@@ -20,9 +20,9 @@ from zskt.cli.teachers import (
     open_networks,
     test_images,
 )
-from zskt.errors import UsageError
-from zskt.evaluate.measures import measure
-from zskt.evaluate.transitions import check_networks, renormalised
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.measures import check_networks, measure
+from zskt.evaluate.transitions import renormalised
 from zskt.files import read_text
 from zskt.method.budget import BUDGETED, disk, duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
@@ -38,6 +38,8 @@ from zskt.networks.students import describe_student, make_student
 from zskt.run.distill import begun_config, distill, sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
+from zskt.run.synthetic import UPDATES, synthesise, write_synthetic
+from zskt.run.without_data import inspect_run, told
 from zskt.runtime import pick_device
 from zskt.settings import changes_of, from_text, replace
 
@@ -127,7 +129,11 @@ def run_distill(
         )
     for line in result.warnings:
         warn(line)
+    found = {}
     if result.finished:
+        found = inspect_run(out, result.network.cpu(), network.cpu())
+        for line in told(found):
+            notice(line)
         write_report([out], out / "report.html")
         notice(f"report: {out / 'report.html'}")
     else:
@@ -140,6 +146,7 @@ def run_distill(
         "student_parameters": count_parameters(module),
         "teacher_parameters": count_parameters(network.module),
         **result.measured,
+        **({"disagreements": found["teacher"]} if found else {}),
         "warnings": result.warnings,
     }
 
@@ -255,6 +262,61 @@ def run_sample(
         beliefs = {"T": network(renormalised(x, student, network))} | beliefs
     save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
     return {"images": len(x), "out": str(out)}
+
+
+def run_images(
+    teacher: tyro.conf.Positional[Network],
+    /,
+    *,
+    out: Path,
+    count: int = 1024,
+    views: int = 1,
+    updates: int = UPDATES,
+    seed: int = 0,
+    device: str = "auto",
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Make images that a network recognises, without data: to calibrate a quantiser or to fine-tune a pruned network.
+
+    Writes images.npz (images in [0, 1] and the network's probabilities, one row per view) and the same images as PNGs.
+    They are no real images: measure what was made with them on real ones.
+
+    Example: zskt images teacher --out images --count 1024 --views 8
+
+    Args:
+        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        out: the folder to write.
+        count: images, about as many of each class.
+        views: rows per image: itself, then random crops and flips, each with the network's own probabilities.
+        updates: optimisation steps of each batch of 256 images; time is in proportion.
+        seed: for everything random.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if out.exists():
+        raise ZsktError(f"{out} already exists; choose another --out or remove it")
+    network = open_network(teacher, foreign).teacher
+    with bar("synthesising", "updates") as show:
+        found = synthesise(
+            network,
+            count,
+            views=views,
+            updates=updates,
+            seed=seed,
+            device=device,
+            progress=lambda done, total: show(done, total, ""),
+            notice=notice,
+        )
+    write_synthetic(out, found, network, updates=updates, seed=seed)
+    sure = f"the network recognises {100 * found.recognised:.0f} of 100 as the class they were made for"
+    notice(f"{count:,} images, {views} views of each: {sure}, mean confidence {found.confidence:.2f}")
+    return {
+        "images": count,
+        "views": views,
+        "recognised": found.recognised,
+        "teacher_confidence": found.confidence,
+        "out": str(out),
+    }
 
 
 def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = None) -> Result:

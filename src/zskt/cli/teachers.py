@@ -34,6 +34,7 @@ from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
+from zskt.run.without_data import inspect_run, told
 from zskt.runtime import seeded
 
 Result = dict[str, Any]
@@ -275,24 +276,33 @@ def run_import(
 
 
 def run_inspect(
-    teacher: tyro.conf.Positional[Network],
+    what: tyro.conf.Positional[Network],
     /,
     *,
     student: Text = None,
     student_args: Assignments = (),
+    teacher: Text = None,
+    other: Words = (),
     foreign: Options = FOREIGN,
 ) -> Result:
-    """Show what zskt finds in a network, and what distilling it would do.
+    """Show what zskt finds in a network, what distilling it would do, and how good a student is without data.
 
-    Example: zskt inspect teacher --student wrn-10-1
+    For a run's student, --teacher and --other count disagreements with its teacher and with other students: on fresh
+    pseudo images, on those of the generator half-way through the run, on mixed ones and on noise.
+
+    Example: zskt inspect runs/a --teacher teacher --other runs/b
 
     Args:
-        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+        what: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
         student: also show what distilling into this network, specified as in zskt distill, would do.
         student_args: arguments for the student's factory.
+        teacher: of a run folder: also count the student's disagreements with this network, its teacher.
+        other: of a run folder: also count its disagreements with these runs' students, of other seeds, say.
     """
-    loaded = open_network(teacher, foreign)
+    if (teacher or other) and not (expanded(what) / "student.json").exists():
+        raise UsageError(f"--teacher and --other are for a finished run, found {printable(what)}; give its folder")
+    loaded, *compared = (each for each in open_networks([what, teacher, *other], foreign) if each is not None)
     network = loaded.teacher
     stages = find_stages(network.module, network.input_size)
     config, reason = choose(AUTO, network)
@@ -339,10 +349,17 @@ def run_inspect(
             "takes": duration(expected_seconds(config, cost)),
             "pflop": float(f"{operations(network, module, config) / 1e15:.2g}"),
         }
-    table = Table("", "found", title=escape(printable(teacher)))
+    table = Table("", "found", title=escape(printable(what)))
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(printable(value)))
     console().print(table)
+    if compared:
+        first = compared.pop(0).teacher if teacher is not None else None
+        others = {name: each.teacher for name, each in zip(other, compared, strict=True)}
+        found = inspect_run(expanded(what), network, first, others)
+        for line in told(found):
+            notice(line)
+        result["disagreements"] = found
     return result
 
 

@@ -42,6 +42,15 @@ def stage_pairs(teacher: Classifier, student: nn.Module, named: Sequence[str] = 
     return tuple(found[0][i] for i, _ in pairs), tuple(found[1][j] for _, j in pairs)
 
 
+def stages_pair_up(teacher: Classifier, student: nn.Module) -> bool:
+    """Whether attention transfer can compare the two networks."""
+    try:
+        stage_pairs(teacher, student)
+    except ZsktError:
+        return False
+    return True
+
+
 def likeness(a: Resolution, b: Resolution) -> float:
     """How similar two resolutions are: 1 if equal, 1/2 at twice the side, 0 if one is a single pixel."""
     if math.prod(a) == 1 or math.prod(b) == 1:  # a map of one pixel is always the unit vector

@@ -13,6 +13,7 @@ from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
 from zskt.run.checkpoint import read_lines
 from zskt.run.plots import run_classes, run_curves
+from zskt.run.without_data import FILE, told
 from zskt.settings import flat
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -57,6 +58,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "metadata": read_json(student) if student.exists() else {},
+        "without_data": read_json(examined) if (examined := folder / FILE).exists() else None,
         "samples": sorted((folder / "samples").glob("*.png")),
     }
 
@@ -84,7 +86,7 @@ def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
-    body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
+    body = [f"<h1>{html.escape(title)}</h1>", _results(runs), _without_data(runs)]
     for run in runs:
         unfinished = "" if run["metadata"] else f"{run['name']} has not finished: continue it with --resume"
         for warning in [*run["metadata"].get("warnings", []), unfinished]:
@@ -159,6 +161,18 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
         names = "This run" if len(runs) == 1 else html.escape(" and ".join(unknown))
         note += f'<p class="warning">{names}: not measured on real images, so {UNKNOWN}</p>'
     return "<h2>Result</h2>" + _table(head, rows) + note
+
+
+def _without_data(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What is known of the students where there are no data, in the words of `zskt inspect`."""
+    body = ["<h2>How good is the student, without data?</h2>"]
+    for run in runs:
+        body.append(f"<h3>{html.escape(run['name'])}</h3>" if len(runs) > 1 else "")
+        lines = ["not measured: give zskt inspect RUN --teacher TEACHER"]
+        if run["without_data"] is not None:
+            lines = told(run["without_data"])
+        body.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>")
+    return "".join(body)
 
 
 def _samples(paths: list[Path]) -> str:
