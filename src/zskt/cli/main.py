@@ -37,10 +37,10 @@ from zskt.settings import flat, to_toml
 # The subcommands. Their docstrings are the help texts.
 
 
-def run_demo(*, recipe: str = AUTO, seed: int = 0, out: File = None) -> Result:
+def run_demo(*, recipe: str = demo.RECIPE, seed: int = 0, out: File = None) -> Result:
     """Everything in a minute: train a teacher on handwritten digits, drop the data, distil, measure.
 
-    Example: zskt demo --recipe zskt-prior --seed 1
+    Example: zskt demo --recipe bank --seed 1
 
     Args:
         recipe: a name from `zskt recipes`, or auto.
@@ -118,7 +118,7 @@ def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
         for line in (*header, "", *to_toml(config).splitlines()):
             notice(line)
         return flat(config)
-    summaries = {AUTO: "the default: zskt-prior if the teacher has BatchNorm, else zskt-fresh"}
+    summaries = {AUTO: "the default: bank if the teacher has BatchNorm, else bank-adversary"}
     summaries |= {recipe: text.splitlines()[0].removeprefix("# ") for recipe, text in texts.items()}
     table = Table("recipe", "description")
     for recipe, summary in summaries.items():
