@@ -4,13 +4,16 @@ The last line on stdout is one JSON object; everything else goes to stderr. Exit
 2 bad usage, 130 or 143 interrupted with a checkpoint written.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +151,24 @@ RENAMED |= {name: shortcut for shortcut, name in SHORTCUTS.items()}
 """Names of earlier versions and those that have a shortcut -> names of the options now."""
 
 
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of libraries as single lines, since they may quote what a file holds."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, category, *_: notice(f"{category.__name__}: {message}")
+        yield
+
+
+@plain_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        for argument in arguments:
+            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in argument):
+                raise UsageError(
+                    f"argument {short(argument)!r} has control characters or is not UTF-8; rename what it stands for"
+                )
         options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
         for option in options:
             if new := RENAMED.get(option.removeprefix("--").replace("-", "_")):

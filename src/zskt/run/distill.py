@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
-from zskt.files import expanded, read_json, read_tensors, write_tensors, write_text
+from zskt.files import expanded, read_json, read_tensors, tensor_shapes, write_tensors, write_text
 from zskt.method.bank import bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
@@ -27,7 +27,7 @@ from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import save_network
 from zskt.networks.observe import evaluating, logits_of
-from zskt.networks.rebuild import describe_module
+from zskt.networks.rebuild import describe_module, unallocated
 from zskt.run import checkpoint
 from zskt.run.cuda_graph import CapturedStep
 from zskt.run.lifecycle import Callback, Lifecycle
@@ -271,9 +271,14 @@ def sampler(
             raise ZsktError(
                 f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
             )
-        generator = make_generator(network, config)
+        weights = folder / "generator.safetensors"
         with checkpoint.restoring(folder):
-            generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
+            with unallocated():  # a short file can describe a generator too large for memory
+                twin = make_generator(network, config).state_dict()
+            if {name: tuple(tensor.shape) for name, tensor in twin.items()} != tensor_shapes(weights):
+                raise ZsktError(f"{weights} does not fit the generator in {folder / 'config.toml'}; restore both")
+            generator = make_generator(network, config)
+            generator.load_state_dict(read_tensors(weights)[0])
         return functools.partial(pseudo_images, generator, generator.latent)
     if config.method == "bank":
         images = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
