@@ -29,7 +29,7 @@ from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, notice
 from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_report, run_sample
 from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
-from zskt.errors import UsageError, ZsktError, cannot, first_line, short
+from zskt.errors import UsageError, ZsktError, cannot, first_line, out_of_memory, short
 from zskt.method.config import Config
 from zskt.method.recipe import AUTO, load_recipe, recipe_texts
 from zskt.run.checkpoint import Interrupted
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        if re.search(r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{what} {error}"):
+        if out_of_memory(error):
             notice("zskt: out of memory; use a smaller --batch-size, network or generator.width")
         elif os.environ.get("ZSKT_TRACEBACK"):
             raise

@@ -3,6 +3,7 @@
 Nothing here reads data: test images come in as tensors and never reach the training.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
 from zskt.method.generator import SAMPLES, pseudo_images
 from zskt.method.matching import BeliefMatching
+from zskt.method.memory import naming_batch_that_fits
 from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks.checks import as_teacher
@@ -126,6 +128,7 @@ def distill(
 
     with (
         checkpoint.owning(folder),
+        naming_batch_that_fits(teacher, student, config) if config.method in METHODS else contextlib.nullcontext(),
         threads(config.machine.threads),
         arithmetic(),
         seeded(stream(config.seed, "run"), device),
