@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import signal
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,18 +33,15 @@ from zskt.run.plots import class_histograms
 from zskt.run.report import write_report
 from zskt.settings import replace
 
-TINY = [
-    "--steps",
-    "3",
-    "--batch-size",
-    "8",
-    "--generator.width",
-    "8",
-    "--generator.latent",
-    "8",
-    "--student.updates",
-    "2",
-]
+SIZES = {"steps": 3, "batch-size": 8, "generator.width": 8, "generator.latent": 8, "student.updates": 2}
+TINY = [word for name, value in SIZES.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of decoded images."""
+    monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -70,56 +67,50 @@ def finished(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "run", tmp_path / "run"))
 
 
-@pytest.fixture
-def five_seconds() -> Iterator[None]:
-    """The test fails if it takes longer: what it opens may have no end."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise AssertionError("still reading after five seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(5)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 # Reads without end or bound
 
-
-def to_pipe(path: Path) -> Path:
-    """A pipe that nobody writes to, in the place of a file."""
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-    return path
+Pipe = Callable[[Path], Path]
 
 
-@pytest.mark.usefixtures("five_seconds")
+@pytest.fixture
+def to_pipe() -> Iterator[Pipe]:
+    """Puts a pipe in the place of a file; whoever opens it waits for two seconds."""
+    writers: list[subprocess.Popen[bytes]] = []
+
+    def make(path: Path) -> Path:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        writers.append(subprocess.Popen(["sh", "-c", 'while sleep 2; do : >> "$0"; done', str(path)]))
+        return path
+
+    yield make
+    for writer in writers:
+        writer.kill()
+        writer.wait()
+
+
 @pytest.mark.parametrize("name", ["teacher.json", "teacher.safetensors"])
-def test_a_pipe_is_no_part_of_a_teacher(name: str, teacher: Path) -> None:
+def test_a_pipe_is_no_part_of_a_teacher(name: str, teacher: Path, to_pipe: Pipe) -> None:
     to_pipe(teacher / name)
     assert f"expected a file at {teacher / name}, found a device, pipe or socket" in fails(1, "inspect", teacher)
 
 
-@pytest.mark.usefixtures("five_seconds")
 @pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "student.json"])
-def test_a_pipe_is_no_part_of_a_run(name: str, finished: Path) -> None:
+def test_a_pipe_is_no_part_of_a_run(name: str, finished: Path, to_pipe: Pipe) -> None:
     to_pipe(finished / name)
     assert "found a device, pipe or socket" in fails(1, "report", finished)
 
 
-@pytest.mark.usefixtures("five_seconds")
 @pytest.mark.parametrize("name", ["generator.safetensors", "student.safetensors"])
-def test_a_pipe_holds_no_tensors(name: str, finished: Path, tmp_path: Path) -> None:
+def test_a_pipe_holds_no_tensors(name: str, finished: Path, tmp_path: Path, to_pipe: Pipe) -> None:
     to_pipe(finished / name)
     assert "found a device, pipe or socket" in fails(1, "sample", finished, "--out", tmp_path / "x.png")
 
 
-@pytest.mark.usefixtures("five_seconds")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pt2", ""])
-def test_a_pipe_holds_no_network_weights_settings_or_images(suffix: str, made: Path, tmp_path: Path) -> None:
+def test_a_pipe_holds_no_network_weights_settings_or_images(
+    suffix: str, made: Path, tmp_path: Path, to_pipe: Pipe
+) -> None:
     pipe = to_pipe(tmp_path / f"x{suffix}")
     preparation = ["--num-classes", 10, "--input-size", 1, 28, 28, "--mean", 0.5, "--std", 0.5]
     commands: list[list[object]] = [
@@ -133,7 +124,6 @@ def test_a_pipe_holds_no_network_weights_settings_or_images(suffix: str, made: P
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("five_seconds")
 def test_a_device_is_no_file_however_it_is_reached(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/zero")
     for path in (Path("/dev/zero"), tmp_path / "link"):
@@ -260,13 +250,10 @@ def test_images_of_too_many_pixels_are_refused_by_their_header(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", ["objects", "float", "no array"])
-def test_what_is_no_array_of_bytes_in_the_cache_is_decoded_again(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ZSKT_CACHE", str(tmp_path / "cache"))
+def test_what_is_no_array_of_bytes_in_the_cache_is_decoded_again(kind: str, tmp_path: Path, cache: Path) -> None:
     source = str(write_images(tmp_path / "x", test=coloured(6, size=(1, 8, 8))))
     first = read([source], "test").images.clone()
-    (entry,), (about,) = ((tmp_path / "cache").glob(f"*.{end}") for end in ("npy", "json"))
+    (entry,), (about,) = (cache.glob(f"*.{end}") for end in ("npy", "json"))
     entry.unlink()
     values = {"objects": np.array([{}, []], dtype=object), "float": np.zeros(first.shape)}
     entry.write_bytes(b"no array")
