@@ -215,7 +215,10 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         raise ZsktError(f"{folder} was started with other settings ({'; '.join(different)}); resume it with the same")
 
 
-_OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows"}
+DIVERGED = "diverged.safetensors"
+"""The networks and optimisers of a run as they were when it was found to have diverged."""
+
+_OURS = {DIVERGED, "config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows"}
 """What a run may have written before its first checkpoint is complete."""
 
 
@@ -233,7 +236,7 @@ def exists(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def owning(folder: Path | None) -> Iterator[None]:
-    """Lock a folder, created if missing, and remove it if the work fails before there is something to resume."""
+    """Lock a folder, created if missing, and remove it if the work fails before there is something to keep."""
     if folder is None:
         yield
         return
@@ -250,7 +253,7 @@ def owning(folder: Path | None) -> Iterator[None]:
             path.unlink(missing_ok=True)
         yield
     except BaseException:
-        if fresh and not exists(folder / "checkpoint"):
+        if fresh and not exists(folder / "checkpoint") and not (folder / DIVERGED).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
