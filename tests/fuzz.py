@@ -55,7 +55,7 @@ class Outcome:
     status: int  # negative: the signal that killed it
     out: bytes
     err: bytes
-    memory: int  # bytes beyond this process
+    memory: int  # bytes beyond those it began with
     started: bytes  # processes, connections and modules of others, one a line
 
     def problem(self) -> str:
@@ -80,7 +80,6 @@ WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Pop
 
 def forked(arguments: Sequence[object]) -> Outcome:
     """A command in a fork of this process, which has everything imported."""
-    before = _resident()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as events:
         pid = os.fork()
         if pid == 0:
@@ -90,7 +89,9 @@ def forked(arguments: Sequence[object]) -> Outcome:
         for file in (out, err, events):
             file.seek(0)
             texts.append(file.read())
-    return Outcome(os.waitstatus_to_exitcode(status), texts[0], texts[1], used.ru_maxrss * 1024 - before, texts[2])
+    before, _, started = texts[2].partition(b"\n")
+    memory = used.ru_maxrss * 1024 - int(before)
+    return Outcome(os.waitstatus_to_exitcode(status), texts[0], texts[1], memory, started)
 
 
 def _resident() -> int:
@@ -103,6 +104,7 @@ def _child(arguments: list[str], out: int, err: int, events: int) -> None:
             os.write(events, event.encode() + b"\n")
 
     status = 99
+    os.write(events, b"%d\n" % _resident())
     try:
         os.dup2(out, 1)
         os.dup2(err, 2)
@@ -340,7 +342,7 @@ def _torch(module: torch.nn.Module, zipped: bool, folder: Path) -> None:
 
 
 def _payload(canary: Path, folder: Path) -> None:
-    (folder / "w").write_bytes(pickle.dumps({"state_dict": Payload(canary)}))
+    torch.save({"state_dict": Payload(canary)}, folder / "w", _use_new_zipfile_serialization=False)
 
 
 def _exported(module: torch.nn.Module, folder: Path) -> None:
