@@ -1,6 +1,7 @@
 """Short forms of `make fuzz`; and properties of what settings and command lines may hold."""
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -49,15 +50,13 @@ def test_every_format_is_read_before_it_is_mutated(fuzzer: fuzz.Fuzzer, tmp_path
         folder.mkdir(parents=True)
         form.make(folder)
         assert list(folder.glob(form.mutable)), name
-        words = [
-            word.replace("{}", str(folder)).replace("{out}", str(tmp_path / name / "out")) for word in form.command
-        ]
-        outcome = fuzz.forked(words)
+        out = str(tmp_path / name / "out")
+        outcome = fuzz.forked([word.replace("{}", str(folder)).replace("{out}", out) for word in form.command])
         assert outcome.problem() == "", (name, outcome)
-        refused = {"payload": b"wants to run", "exported": b"--trust", "svhn": b"10 classes", "cifar": b"10 classes"}
+        refused = {"payload": b"wants to run", "exported": b"--trust", "svhn": b"3 classes", "cifar": b"3 classes"}
         expected = next((text for part, text in refused.items() if name.startswith(part)), b"")
         assert bool(outcome.status) == bool(expected), (name, outcome.err)
-        assert expected.replace(b"10", b"3") in outcome.err, (name, outcome.err)
+        assert expected in outcome.err, (name, outcome.err)
 
 
 def crash(arguments: Sequence[str]) -> int:
@@ -70,7 +69,7 @@ def hang(arguments: Sequence[str]) -> int:
 
 
 def grow(arguments: Sequence[str]) -> int:
-    return len(bytearray(fuzz.MEMORY + 2**26)) * 0
+    return 0 * len(b"x" * (fuzz.MEMORY + 2**24))
 
 
 def escape(arguments: Sequence[str]) -> int:
@@ -90,15 +89,13 @@ def spawn(arguments: Sequence[str]) -> int:
 
 @pytest.mark.parametrize(
     ("command", "problem"),
-    [(crash, "exit 99"), (hang, "SIGXCPU|SIGKILL"), (grow, "MiB"), (escape, "control"), (babble, "beside"), (spawn, "Popen"),
-     (lambda arguments: 3, "exit 3"), (lambda arguments: 1, "not one line"), (lambda arguments: 0, "^$")],
+    [(crash, "exit 99"), (hang, "SIGXCPU|SIGKILL"), (grow, "MiB"), (escape, "control"), (babble, "beside"),
+     (spawn, "Popen"), (lambda words: 3, "exit 3"), (lambda words: 1, "not one line"), (lambda words: 0, "^$")],
 )  # fmt: skip
 def test_the_fuzzer_sees_what_it_looks_for(command: Any, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "main", command)
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     monkeypatch.setattr(fuzz, "MEMORY", 2**27)
-    import re
-
     assert re.search(problem, fuzz.forked([]).problem())
 
 
