@@ -8,6 +8,7 @@ first rounds. The last line on stdout is JSON.
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -27,9 +28,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from torch import nn
 
 import zskt
-from small import make_teacher, student_for
+from small import make_teacher
+from zskt.networks import models
+from zskt.networks.folder import save_teacher
+from zskt.run.distill import sampler
 from zskt.run.report import write_report
 
 SIZE = (3, 8, 8)
@@ -40,29 +45,42 @@ BANK = {"bank.rounds": 3, "bank.warmup": 1, "bank.batch_size": 8, "generator.upd
 BANK |= TINY | {"steps": 8, "bank.horizontal_flip": False}
 
 
+def new_student() -> nn.Module:
+    """A student with random weights of its own, which leaves the global random numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        return models.build("convnet-2", 10, SIZE)
+
+
 def round_of_runs(folder: Path, teacher: zskt.Classifier) -> None:
     """What one process may be asked to do, a few times a second."""
     images = torch.randint(0, 256, (12, *SIZE), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.arange(12) % teacher.num_classes
-    student = student_for(teacher)
-    zskt.distill(teacher, student, "zskt-prior", settings=TINY, out=folder / "a", stop_after=2)
-    zskt.distill(
-        teacher, student, "zskt-prior", settings=TINY, out=folder / "a", resume=True, evaluate=(images, labels)
-    )
-    zskt.distill(teacher, student_for(teacher), "bank", settings=BANK, out=folder / "b")
-    result = zskt.distill(teacher, student_for(teacher), "zskt-fresh", settings=TINY, evaluate=(images, labels))
+    begun: dict[str, Any] = {"settings": TINY, "out": folder / "a"}
+    test = (images, labels)
+    zskt.distill(teacher, new_student(), "zskt-prior", **begun, stop_after=2)
+    zskt.distill(teacher, new_student(), "zskt-prior", **begun, resume=True, evaluate=test)
+    zskt.distill(teacher, new_student(), "bank", settings=BANK, out=folder / "b")
+    zskt.distill(teacher, new_student(), "zskt-fresh", settings=TINY, evaluate=test)
     write_report([folder / "a", folder / "b"], folder / "report.html")
-    zskt.compare(result.student, teacher, images[:2], labels[:2], zskt.Paths(steps=3))
-    try:
-        zskt.distill(teacher, student_for(teacher), "zskt", settings=TINY | {"student.loss.kl": -1.0})
-    except zskt.ZsktError:
-        return
-    raise AssertionError("a wrong sign was accepted")
+    student = zskt.load_student(folder / "a")
+    sampler(folder / "b", zskt.load_student(folder / "b"))(8, 0)
+    save_teacher(folder / "c", student)
+    zskt.load_teacher(folder / "c", notice=lambda line: None)
+    zskt.compare(teacher, teacher, images[:2], labels[:2], zskt.Paths(images=2, steps=3))
+    for wrong in ({"student.loss.kl": -1.0}, {"generator.learning_rate": 1e30, "generator.clip": 0.0}):
+        try:
+            zskt.distill(teacher, new_student(), "zskt", settings=TINY | wrong)
+        except zskt.ZsktError:
+            continue
+        raise AssertionError(f"{wrong} was accepted")
+
+
+GLOBAL_HOOKS = [name for name in vars(nn.modules.module) if name.startswith("_global_") and name.endswith("_hooks")]
 
 
 def global_state(teacher: zskt.Classifier) -> dict[str, object]:
     """What belongs to the process or the caller, in comparable form."""
-    hooks = torch.nn.modules.module
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     return {
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
@@ -70,15 +88,15 @@ def global_state(teacher: zskt.Classifier) -> dict[str, object]:
         "gradients": torch.is_grad_enabled(),
         "anomaly": torch.is_anomaly_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark),
+        "tf32": (*tf32, torch.backends.cudnn.benchmark),
         "denormals": float(torch.tensor(1e-310, dtype=torch.float64) * 1) > 0,
         "random": (hash(torch.get_rng_state().numpy().tobytes()), hash(random.getstate())),
-        "random of numpy": hash(np.random.get_state()[1].tobytes()),
+        "random of numpy": str(np.random.get_state()),
         "warnings": (list(warnings.filters), warnings.showwarning),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
         "matplotlib": (matplotlib.get_backend(), dict(matplotlib.rcParams)),
-        "global hooks": [len(value) for name, value in vars(hooks).items() if name.startswith("_global_") and name.endswith("hooks")],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in teacher.modules()],
+        "global hooks": [len(getattr(torch.nn.modules.module, name)) for name in GLOBAL_HOOKS],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()],
         "teacher": (teacher.training, teacher.fingerprint(), [p.requires_grad for p in teacher.parameters()]),
         "environment": dict(os.environ),
         "path": list(sys.path),
@@ -96,10 +114,8 @@ def _umask() -> int:
 def sizes() -> dict[str, float]:
     """What may grow."""
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError):  # of the C libraries that have it
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        pass
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
@@ -110,9 +126,7 @@ def sizes() -> dict[str, float]:
 
 def soak(folder: Path, seconds: float, rounds: int = sys.maxsize) -> dict[str, Any]:
     """Rounds for so long, or so many; what they left changed and how far they grew."""
-    teacher = make_teacher(student_for(make_teacher(size=SIZE)), size=SIZE)
-    teacher.module.append(torch.nn.BatchNorm1d(teacher.num_classes))  # statistics for the prior
-    teacher = make_teacher(teacher.module, size=SIZE)
+    teacher = make_teacher(models.build("convnet-4", 10, SIZE), size=SIZE)
     started, changed = time.monotonic(), set[str]()
     history: list[dict[str, float]] = []
     while len(history) < rounds and time.monotonic() - started < seconds:
@@ -124,10 +138,11 @@ def soak(folder: Path, seconds: float, rounds: int = sys.maxsize) -> dict[str, A
         history.append(sizes())
     warm = history[WARM_UP:]
     quarter = max(1, len(warm) // 4)
-    grown = {
-        name: round(statistics.median(h[name] for h in warm[-quarter:]) - statistics.median(h[name] for h in warm[:quarter]), 2)
-        for name in warm[0]
-    }
+    early, late = (
+        {name: statistics.median(h[name] for h in part) for name in part[0]}
+        for part in (warm[:quarter], warm[-quarter:])
+    )
+    grown = {name: round(late[name] - early[name], 2) for name in late}
     return {
         "rounds": len(history),
         "seconds": round(time.monotonic() - started, 1),

@@ -65,13 +65,12 @@ def kept_bytes(module: nn.Module, inputs: Tensor) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # not the tensor, which a graph that holds itself would never let go
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         outputs = module(inputs)
     del outputs
     return sum(storage.nbytes() for storage in kept.values()) // len(inputs)

@@ -64,6 +64,7 @@ def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: 
     return load_network(folder, module=module, trust=trust, stem="student")
 
 
+@torch.random.fork_rng(devices=[])  # networks are built with random weights first
 def load_network(
     folder: str | Path, *, module: nn.Module | None = None, trust: bool = False, stem: str | None = None
 ) -> Classifier:

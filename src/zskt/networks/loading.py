@@ -84,6 +84,7 @@ def load_pretrained(what: str | Path, *, trust: bool, revision: str | None) -> C
     return load_teacher(folder, trust=trust)
 
 
+@torch.random.fork_rng(devices=[])  # networks are built with random weights first
 def load(
     what: str | Path,
     weights: str | Path | None = None,

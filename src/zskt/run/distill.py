@@ -263,6 +263,7 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
 Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W), normalised
 
 
+@torch.random.fork_rng(devices=[])  # networks are built with random weights first
 def sampler(
     folder: str | Path, network: Classifier, *, method: Make | None = None, teacher: Classifier | None = None
 ) -> Sample:
