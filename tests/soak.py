@@ -38,7 +38,7 @@ from zskt.run.distill import sampler
 from zskt.run.report import write_report
 
 SIZE = (3, 8, 8)
-WARM_UP = 3  # rounds after which nothing grows any more
+WARM_UP = 2  # rounds after which nothing grows any more
 ROOM = 8  # MiB that memory may differ by: fragments, and caches of libraries
 TINY = {"steps": 4, "batch_size": 8, "generator.width": 8, "generator.latent": 8, "log_every": 1}
 BANK = {"bank.rounds": 3, "bank.warmup": 1, "bank.batch_size": 8, "generator.updates": 2, "bank.random_crop": 1}
@@ -134,15 +134,17 @@ def soak(folder: Path, seconds: float, rounds: int = sys.maxsize) -> dict[str, A
         round_of_runs(folder / "run", teacher)
         after = global_state(teacher)
         shutil.rmtree(folder / "run")
-        changed |= {name for name in before if before[name] != after[name]}
+        if history:  # what a library sets when it is first imported is its own
+            changed |= {name for name in before if before[name] != after[name]}
         history.append(sizes())
     warm = history[WARM_UP:]
     quarter = max(1, len(warm) // 4)
-    early, late = (
-        {name: statistics.median(h[name] for h in part) for name in part[0]}
-        for part in (warm[:quarter], warm[-quarter:])
-    )
-    grown = {name: round(late[name] - early[name], 2) for name in late}
+
+    def grown_by(name: str) -> float:
+        early, late = (statistics.median(sizes[name] for sizes in part) for part in (warm[:quarter], warm[-quarter:]))
+        return round(late - early, 2)
+
+    grown = {name: grown_by(name) for name in warm[0]}
     return {
         "rounds": len(history),
         "seconds": round(time.monotonic() - started, 1),

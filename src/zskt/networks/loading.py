@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
