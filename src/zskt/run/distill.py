@@ -100,7 +100,7 @@ def distill(
     (images (M, C, H, W) uint8 or [0, 1], labels (M,)), for evaluation only. With `out` the run is saved to that folder;
     `resume` continues it, bit for bit on the same kind of CPU with the same number of threads. `stop_after` ("90s",
     "9m", "2h" or a number of steps) stops early. The teacher is left unchanged. Raises ZsktError, with one line of
-    advice, for anything that cannot work. One run at a time in a process: torch's seed, threads and arithmetic are shared.
+    advice, for anything that cannot work. One run at a time in a process: torch's seed and threads are shared.
     """
     started = time.monotonic()
     parse_limit(stop_after)
