@@ -151,7 +151,7 @@ def soak(folder: Path, seconds: float, rounds: int = sys.maxsize) -> dict[str, A
         "changed": sorted(changed),
         "grown": grown,
         "MiB": round(history[-1]["MiB"]),
-        "flat": not changed and grown.pop("MiB") <= ROOM and not any(value > 0 for value in grown.values()),
+        "flat": not changed and all(by <= (ROOM if name == "MiB" else 0) for name, by in grown.items()),
     }
 
 
