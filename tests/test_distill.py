@@ -290,7 +290,7 @@ def test_a_pair_is_checked_once_and_no_evaluation_copies_the_student(monkeypatch
     before = len(copies)
     distill(teacher, student, planned, evaluate=images())
     assert done == ["check"]
-    assert before == 3  # the student to try training mode, both networks to try channels_last
+    assert before == 5  # the student to try training mode, both networks to try channels_last and for their memory
     assert len(copies) == before + 1  # the private copy of the teacher, of the same class
 
 
