@@ -173,8 +173,10 @@ def write_images(folder: Path, **splits: "Dataset") -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change entries of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change entries of a JSON file, as one who means it: without its checksum."""
+    document = json.loads(path.read_text())
+    document.pop("checksum", None)
+    path.write_text(json.dumps(document | changes))
 
 
 class Payload:

@@ -61,9 +61,10 @@ def life(folder: Path | None, **options: Any) -> Lifecycle:
     return Lifecycle(Walk(), folder, **settings | options)
 
 
-def outcome(folder: Path) -> tuple[bytes, bytes]:
-    (newest,) = sorted((folder / "checkpoint").iterdir())[-1:]
-    return newest.read_bytes(), (folder / "metrics.jsonl").read_bytes()
+def outcome(folder: Path) -> tuple[dict[str, list[Any]], dict[str, Any], bytes]:
+    tensors, metadata, problems = checkpoint.load(folder / "checkpoint")
+    assert not problems
+    return {name: t.tolist() for name, t in tensors.items()}, metadata, (folder / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("stops", [["1"], ["3"], ["4", "4"], ["0.0001s", "5"]])
@@ -116,7 +117,7 @@ def test_another_identity_is_refused_and_another_machine_is_said(
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     life(tmp_path / "run").run([], 2)
-    tensors, metadata = checkpoint.load(tmp_path / "run" / "checkpoint")
+    tensors, metadata, _ = checkpoint.load(tmp_path / "run" / "checkpoint")
     checkpoint.save(tmp_path / "run" / "checkpoint", 2, tensors, metadata | {"format": 1})
     with pytest.raises(zskt.ZsktError, match="expected a checkpoint of format 2"):
         life(tmp_path / "run").restore()

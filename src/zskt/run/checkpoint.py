@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,10 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, failing, system_errors
-from zskt.files import TEMPORARY, read_tensors, read_text, write_tensors
+from zskt.files import TEMPORARY, digest, make_folder, read_tensors, read_text, write_tensors
 from zskt.method.config import Config, read_config
 from zskt.runtime import restore_generator
 from zskt.settings import flat
-
-KEPT = 2  # checkpoints kept
-
 
 class Interrupted(ZsktError):
     """A signal stopped the run after a checkpoint. `status` is the exit status, 128 + signal."""
@@ -34,25 +31,41 @@ class Interrupted(ZsktError):
         self.status = 128 + signum
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a checkpoint as one file, complete or absent, and delete all but the newest KEPT."""
-    write_tensors(folder / f"{step:08d}.safetensors", tensors, {"metadata": json.dumps({"step": step, **metadata})})
-    for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
-        old.unlink(missing_ok=True)
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], previous: int | None = None
+) -> None:
+    """Write a checkpoint as one file, complete or absent; then all others but that of step `previous` are deleted."""
+    write_tensors(_path(folder, step), tensors, {"metadata": json.dumps({"step": step, **metadata})})
+    for other in folder.glob("*.safetensors"):
+        if other not in (_path(folder, step), None if previous is None else _path(folder, previous)):
+            other.unlink(missing_ok=True)
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of the newest readable checkpoint; raises ZsktError if there is none."""
-    problem: ZsktError | None = None
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}.safetensors"
+
+
+def load(
+    folder: Path, verify: Callable[[Mapping[str, Any]], None] = lambda metadata: None
+) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Tensors and metadata of the newest checkpoint that is whole, and what is wrong with newer ones.
+
+    `verify` raises ZsktError if a file that the metadata speak of is damaged. Raises ZsktError if no checkpoint is whole.
+    """
+    problems: list[ZsktError] = []
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
-            tensors, metadata = read_tensors(path)
-            return tensors, json.loads(metadata["metadata"])
+            tensors, texts = read_tensors(path)
+            metadata = json.loads(texts["metadata"])
+            verify(metadata)
+            return tensors, metadata, [str(problem).split("; ")[0] for problem in problems]
         except ZsktError as error:
-            problem = problem or error
-        except (KeyError, ValueError):
-            problem = problem or ZsktError(f"{path} is not a checkpoint of this version; remove it and resume")
-    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
+            problems.append(error)
+        except (LookupError, TypeError, ValueError):
+            problems.append(ZsktError(f"{path} is of another version of zskt; finish that run with the version that began it"))
+    if problems:
+        raise problems[0]
+    raise ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
 
 
 def restoring(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -134,14 +147,21 @@ class JsonLines:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 
-    def cut(self, size: int) -> None:
-        """Truncate to `size` bytes, which drops lines newer than the checkpoint."""
+    def check(self, size: int, sha256: str | None) -> None:
+        """Raise ZsktError unless its first `size` bytes are those of a checkpoint, where that has their `sha256`."""
         if self.size() < size:
             raise ZsktError(
                 f"{self.path} is shorter than its checkpoint says; restore it or start again with another --out"
             )
-        with system_errors("write", self.path):
-            os.truncate(self.path, size)
+        if sha256 is not None and digest(self.path, size) != sha256:
+            raise ZsktError(
+                f"{self.path} is not as its checkpoint recorded it; restore it or start again with another --out"
+            )
+
+    def cut(self, size: int) -> None:
+        """Truncate to `size` bytes, which drops lines newer than the checkpoint."""
+        with system_errors("write", self.path), self.path.open("ab") as file:
+            file.truncate(size)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -164,6 +184,13 @@ FREE = ("log_every", "evaluate_every", "checkpoint_every")
 """Settings, beside those of the machine, that may differ on resume."""
 
 
+def binding(config: Config) -> dict[str, Any]:
+    """The settings, as JSON values, that may not differ on resume."""
+    settings = {name: value for name, value in flat(config).items() if name not in FREE}
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return {name: value for name, value in found.items() if not name.startswith("machine.")}
+
+
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raise ZsktError unless a run may start in `folder`, or start again without a checkpoint, or `resume` there."""
     with system_errors("use", folder):
@@ -184,12 +211,8 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         return
     if not exists(folder / "checkpoint"):
         raise ZsktError(f"{folder} holds a finished run whose checkpoints are gone; choose another --out")
-    recorded = flat(read_config(folder / "config.toml"))
-    different = [
-        f"{name} = {recorded[name]!r}, now {value!r}"
-        for name, value in flat(config).items()
-        if recorded[name] != value and name not in FREE and not name.startswith("machine.")
-    ]
+    recorded, now = binding(read_config(folder / "config.toml")), binding(config)
+    different = [f"{name} = {recorded[name]!r}, now {now[name]!r}" for name in now if recorded[name] != now[name]]
     if different:
         raise ZsktError(f"{folder} was started with other settings ({'; '.join(different)}); resume it with the same")
 
@@ -218,7 +241,7 @@ def owning(folder: Path | None) -> Iterator[None]:
         return
     with system_errors("write", folder):
         fresh = not _content(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         try:
             lock.acquire()
