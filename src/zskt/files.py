@@ -151,13 +151,6 @@ def digest(path: Path, size: int | None = None) -> str:
         return hashlib.sha256(file.read(size)).hexdigest()
 
 
-def check_digests(folder: Path, recorded: Mapping[str, str]) -> None:
-    """Raise ZsktError unless files of a folder have the SHA-256 recorded for their names."""
-    for name, sha256 in recorded.items():
-        if digest(folder / name) != sha256:
-            raise ZsktError(f"{folder / name} is not as the finished run left it; restore it, or resume the run")
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of any device and memory format as one safetensors file, in C order, with a checksum."""
     plain = {
@@ -202,7 +195,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = file.metadata() or {}
     recorded = metadata.get(TENSORS_CHECKSUM)
     if recorded is not None and recorded != _tensors_digest(tensors, metadata):
-        raise ZsktError(f"{path} is damaged: it does not match its checksum; restore it or write it again")
+        raise ZsktError(f"{path} is damaged: it does not match its checksum; restore it from a copy")
     return tensors, {name: text for name, text in metadata.items() if name != TENSORS_CHECKSUM}
 
 

@@ -168,12 +168,15 @@ def fit(
     images, labels, networks and folder do not fit together, or if the loss or the weights become NaN or infinite.
     """
     folder = Path(out) if out is not None else None
-    if folder is not None:
+    begun = folder is not None and checkpoint.exists(folder / "checkpoint")
+    if folder is not None and not (begun and resume):  # what was killed after it had finished is finished again
         check_teacher_folder(folder)
     if (resume or stop_after) and folder is None:
         raise UsageError("resume and stop_after need a folder for the training: set out")
-    if folder is not None and not resume and checkpoint.exists(folder / "checkpoint"):
+    if begun and not resume:
         raise ZsktError(f"{folder} holds an unfinished training run; continue it with --resume or choose another --out")
+    if folder is not None and not begun:
+        checkpoint.check_unused(folder)
     parse_limit(stop_after)
     device = pick_device(training.device)
     for images, labels in (train, test):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, failing, system_errors
-from zskt.files import TEMPORARY, digest, make_folder, read_tensors, read_text, write_tensors
+from zskt.files import TEMPORARY, digest, make_folder, read_sealed, read_tensors, read_text, write_tensors
 from zskt.method.config import Config, read_config
 from zskt.runtime import restore_generator
 from zskt.settings import flat
@@ -64,7 +64,7 @@ def load(
         except (LookupError, TypeError, ValueError):
             problems.append(ZsktError(f"{path} is of another version of zskt; finish that run with the version that began it"))
     if problems:
-        raise problems[0]
+        raise ZsktError(f"{problems[0]}, or start again with another --out")
     raise ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
 
 
@@ -151,11 +151,11 @@ class JsonLines:
         """Raise ZsktError unless its first `size` bytes are those of a checkpoint, where that has their `sha256`."""
         if self.size() < size:
             raise ZsktError(
-                f"{self.path} is shorter than its checkpoint says; restore it or start again with another --out"
+                f"{self.path} is shorter than its checkpoint says; restore it"
             )
         if sha256 is not None and digest(self.path, size) != sha256:
             raise ZsktError(
-                f"{self.path} is not as its checkpoint recorded it; restore it or start again with another --out"
+                f"{self.path} is not as its checkpoint recorded it; restore it"
             )
 
     def cut(self, size: int) -> None:
@@ -194,17 +194,13 @@ def binding(config: Config) -> dict[str, Any]:
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raise ZsktError unless a run may start in `folder`, or start again without a checkpoint, or `resume` there."""
     with system_errors("use", folder):
-        if folder.exists() and not folder.is_dir():
-            raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
         begun = exists(folder / "checkpoint") or (folder / "student.json").exists()
-        if not begun and (other := [path.name for path in _content(folder) if path.name not in _OURS]):
-            raise ZsktError(
-                f"expected a new or empty folder at {folder}, found other things ({other[0]}); choose another --out"
-            )
+        if not begun:
+            check_unused(folder)
     if begun and not resume:
         raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
     if not begun:
-        if resume and not (folder / "config.toml").exists():
+        if resume and not any((folder / name).exists() for name in ("config.toml", ".lock")):  # left by a killed run
             raise ZsktError(
                 f"expected a run to resume in {folder}, found no config.toml; check the path, or begin anew"
             )
@@ -217,6 +213,17 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         raise ZsktError(f"{folder} was started with other settings ({'; '.join(different)}); resume it with the same")
 
 
+def check_unused(folder: Path) -> None:
+    """Raise ZsktError if a folder holds anything but what a run leaves that is killed before its first checkpoint."""
+    with system_errors("use", folder):
+        if folder.exists() and not folder.is_dir():
+            raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
+        if other := [path.name for path in _content(folder) if path.name not in _OURS]:
+            raise ZsktError(
+                f"expected a new or empty folder at {folder}, found other things ({other[0]}); choose another --out"
+            )
+
+
 _OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows"}
 """What a run may have written before its first checkpoint is complete."""
 
@@ -226,6 +233,22 @@ def _content(folder: Path) -> list[Path]:
     if not folder.exists():
         return []
     return [path for path in folder.iterdir() if path.name != ".lock" and not path.match(TEMPORARY)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that a finished run's samples and report rely on, for its student.json."""
+    return {name: digest(folder / name) for name in ("config.toml", "metrics.jsonl")}
+
+
+def read_finished(folder: Path) -> Any:
+    """The student.json of a finished run; raises ZsktError if the files named by `digests` have changed since."""
+    facts = read_sealed(folder / "student.json")
+    recorded = facts.get("files") if isinstance(facts, dict) else None
+    if recorded is not None:  # early 0.1.0 recorded none
+        for name, found in digests(folder).items():
+            if not isinstance(recorded, dict) or recorded.get(name) != found:
+                raise ZsktError(f"{folder / name} is not as the finished run left it; restore it, or resume the run")
+    return facts
 
 
 def exists(folder: Path) -> bool:

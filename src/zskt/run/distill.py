@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
-from zskt.files import check_digests, digest, expanded, read_sealed, read_tensors, write_tensors, write_text
+from zskt.files import expanded, read_sealed, read_tensors, write_tensors, write_text
 from zskt.method.bank import bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
@@ -259,8 +259,8 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
             write_tensors(folder / f"{name}.safetensors", module.state_dict())
     if result.config.method not in METHODS:
         write_tensors(folder / "method.safetensors", result.method.state_dict())
-    files = {name: digest(folder / name) for name in ("config.toml", "metrics.jsonl")}
-    save_network(folder, "student", result.network, **result.metadata(), seconds=round(seconds, 1), files=files)
+    facts = result.metadata() | {"seconds": round(seconds, 1), "files": checkpoint.digests(folder)}
+    save_network(folder, "student", result.network, **facts)
 
 
 Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W), normalised
@@ -271,8 +271,7 @@ def sampler(
 ) -> Sample:
     """A function that draws pseudo images from the finished run in `folder`, whose student is `network`."""
     folder = Path(folder)
-    facts = read_sealed(folder / "student.json")
-    check_digests(folder, facts.get("files", {}))
+    facts = checkpoint.read_finished(folder)
     config = read_config(folder / "config.toml")
     if config.method == "belief_matching":
         if config.generator.width == "auto":

@@ -111,6 +111,7 @@ class Lifecycle:
     def log(self, losses: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Write what is due after this step; returns the log line, if any. Only this waits for losses."""
         line: dict[str, Any] = {"step": self.step}
+        self._check_folder()
         if self.step in (1, self.steps) or self.step % self.log_every == 0:
             self._check_losses(losses)
             line |= describe(losses)
@@ -138,6 +139,7 @@ class Lifecycle:
             self._diverged(f"{broken[0]} contains NaN or infinity", broken[0].split("/")[0])
         if self.folder is None:
             return
+        self._check_folder()
         for name, optimiser in self.repeated.optimisers().items():
             tensors |= checkpoint.prefixed(f"optimiser:{name}", checkpoint.optimizer_state(optimiser))
         tensors |= checkpoint.prefixed("state", self.repeated.state_dict())
@@ -177,7 +179,12 @@ class Lifecycle:
             for name, log in self.logs.items():
                 log.cut(metadata[f"{name}_bytes"])
         self.saved = self.step
-        self.warnings += [f"{problem}: resumed from step {self.step:,}" for problem in problems]
+        self.warnings += [f"{problem}; resumed from step {self.step:,} instead" for problem in problems]
+
+    def _check_folder(self) -> None:
+        """Raise ZsktError if somebody took the folder away: writing would make another, with half of a run."""
+        if self.folder is not None and not self.folder.is_dir():
+            raise ZsktError(f"{self.folder} is gone; put it back and resume, or start again")
 
     def _check_files(self, metadata: Mapping[str, Any]) -> None:
         """Raise ZsktError unless logs and rows are as a checkpoint recorded them."""
@@ -222,9 +229,12 @@ class Lifecycle:
 
 
 def describe(losses: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Losses as plain numbers: `network` -> network_loss, one entry per update; `network.term` -> in network_terms."""
+    """Losses as plain numbers: `network` -> network_loss, one entry per update; `network.term` -> in network_terms.
+
+    In the order of their names: losses that come from a checkpoint have lost their own.
+    """
     line: dict[str, Any] = {}
-    for name, value in losses.items():
+    for name, value in sorted(losses.items()):
         network, _, term = name.partition(".")
         if term:
             line.setdefault(f"{network}_terms", {})[term] = value.tolist()

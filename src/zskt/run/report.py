@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from zskt.errors import UsageError, ZsktError, failing
-from zskt.files import check_digests, expanded, read_sealed, write_text
+from zskt.files import expanded, write_text
 from zskt.method.config import read_config
-from zskt.run.checkpoint import read_lines
+from zskt.run.checkpoint import read_finished, read_lines
 from zskt.run.plots import run_classes, run_curves
 from zskt.settings import flat
 
@@ -44,13 +44,11 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"expected a run folder at {folder}, found no metrics.jsonl and config.toml; give the --out of zskt distill"
         )
     student = folder / "student.json"
-    facts = read_sealed(student) if student.exists() else {}
-    check_digests(folder, facts.get("files", {}))
     return {
         "name": folder.resolve().name,
         "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
-        "metadata": facts,
+        "metadata": read_finished(folder) if student.exists() else {},
         "samples": sorted((folder / "samples").glob("*.png")),
     }
 

@@ -42,9 +42,9 @@ class Shards:
     def check(self, known: Sequence[Shard]) -> None:
         """Raise ZsktError if a file that a checkpoint names is damaged or missing."""
         for shard in known:
-            path = self.folder / shard["file"]
+            path = self.folder / Path(shard["file"]).name
             if digest(path) != shard["sha256"]:
-                raise ZsktError(f"{path} is not as the checkpoint recorded it; restore it or start again")
+                raise ZsktError(f"{path} is not as the checkpoint recorded it; restore it")
 
     def read(self, known: Sequence[Shard]) -> Iterator[dict[str, Tensor]]:
         """The rows of each file that a checkpoint names, in order; others, written after it, are removed."""
@@ -54,7 +54,7 @@ class Shards:
             if path.name not in names:
                 path.unlink()
         for shard in known:
-            yield read_tensors(self.folder / shard["file"])[0]
+            yield read_tensors(self.folder / Path(shard["file"]).name)[0]
 
 
 def saved_rows(folder: Path) -> Iterator[dict[str, Tensor]]:
