@@ -98,6 +98,17 @@ def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int
     assert len(list((tmp_path / "run" / "checkpoint").glob("*.safetensors"))) == 1
 
 
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2])
+def test_an_interrupt_while_torch_is_loaded_is_one_line(seconds: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zskt", "recipes"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "zskt: interrupted\n"
+    assert process.returncode == 130
+
+
 def test_killed_run_resumes(teacher: str, tmp_path: Path) -> None:
     """SIGKILL at any moment leaves whole files only, and the run goes on from them."""
     settings = ("--set", "checkpoint_every=1", "log_every=1")

@@ -1,11 +1,11 @@
 """Runs that are killed, stopped, starved and refused, at random moments and at every write: nothing may be lost.
 
-python tests/torture.py --kills 200     (the last line is JSON: how many kills, and how many runs ended as if there were none)
+python tests/torture.py --kills 200     (the last line is JSON: kills, and how many runs ended as if there were none)
 """
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,23 @@ from zskt.run.lifecycle import Event
 SIZE = (1, 8, 8)
 OFTEN = {"log_every": 1, "evaluate_every": 3, "checkpoint_every": 2}
 SMALL = {"batch_size": 8, "generator.width": 8, "generator.latent": 4}
-BELIEF = {"steps": 6, "student.updates": 2, "student.loss.attention": 0.0, "replay.kind": "buffer", "replay.capacity": 3}
+BELIEF = {
+    "steps": 6,
+    "student.updates": 2,
+    "student.loss.attention": 0.0,
+    "replay.kind": "buffer",
+    "replay.capacity": 3,
+}
 BANK = {"steps": 9, "generator.updates": 2, "student.loss.temperature": 2.0, "bank.rounds": 3, "bank.warmup": 1}
 BANK |= {"bank.batch_size": 8, "bank.views": 2, "bank.random_crop": 1, "bank.horizontal_flip": False}
 
 
-def distil(recipe: str, settings: Mapping[str, object], out: Path, **options: Any) -> zskt.DistillResult:
+def distil(recipe: str, settings: dict[str, Any], out: Path, **options: Any) -> zskt.DistillResult:
     """A run of a few milliseconds a step."""
     torch.manual_seed(1)
     teacher = make_teacher(models.convnet(4, num_classes=3, channels=1), size=SIZE)
     student = models.convnet(2, num_classes=3, channels=1)
-    settings = SMALL | OFTEN | settings
+    settings = {**SMALL, **OFTEN, **settings}
     return zskt.distill(teacher, student, recipe, settings=settings, out=out, callbacks=[remember(out)], **options)
 
 
@@ -59,7 +65,7 @@ def remember(out: Path) -> Callable[[Event], None]:
     def callback(event: Event) -> None:
         if event.step < event.steps:
             return
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, module in event.repeated.modules().items():
             tensors |= checkpoint.prefixed(name, module.state_dict())
         for name, optimiser in event.repeated.optimisers().items():
@@ -75,5 +81,10 @@ def remember(out: Path) -> Callable[[Event], None]:
 
 def outcome(out: Path) -> dict[str, str]:
     """What must be the same however often a run was interrupted: weights, rows, log, images, and the last state."""
-    files = [path for pattern in ("*.safetensors", "rows/*", "samples/*", "metrics.jsonl") for path in out.glob(pattern)]
-    return {str(path.relative_to(out)) if path.is_relative_to(out) else "state": digest(path) for path in (*files, out.with_suffix(".state"))}
+    files = [
+        path for pattern in ("*.safetensors", "rows/*", "samples/*", "metrics.jsonl") for path in out.glob(pattern)
+    ]
+    return {
+        str(path.relative_to(out)) if path.is_relative_to(out) else "state": digest(path)
+        for path in (*files, out.with_suffix(".state"))
+    }

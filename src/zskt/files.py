@@ -172,7 +172,7 @@ def _tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     described = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
     found = hashlib.sha256(json.dumps([entries, described], sort_keys=True).encode())
     for name in sorted(tensors):
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -32,10 +32,10 @@ def run(recipe: str = "auto", *, seed: int = 0, split_seed: int = 0, out: Path |
     if recipe != AUTO:
         load_recipe(recipe)  # reject an unknown name before training anything
     folder = fresh_folder(Path("runs"), "demo") if out is None else expanded(out)
-    for part in (folder / "teacher", folder / "run"):  # an interrupted demo removes them
-        check_unused(part)
-        if exists(part / "checkpoint"):
-            raise ZsktError(f"{part} holds an unfinished run; choose another --out or remove it")
+    for place in (folder / "teacher", folder / "run"):  # an interrupted demo removes them
+        check_unused(place)
+        if exists(place / "checkpoint"):
+            raise ZsktError(f"{place} holds an unfinished run; choose another --out or remove it")
     try:
         return _run(recipe, seed, split_seed, folder)
     except Interrupted as error:

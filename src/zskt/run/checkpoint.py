@@ -23,6 +23,7 @@ from zskt.method.config import Config, read_config
 from zskt.runtime import restore_generator
 from zskt.settings import flat
 
+
 class Interrupted(ZsktError):
     """A signal stopped the run after a checkpoint. `status` is the exit status, 128 + signal."""
 
@@ -50,7 +51,7 @@ def load(
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """Tensors and metadata of the newest checkpoint that is whole, and what is wrong with newer ones.
 
-    `verify` raises ZsktError if a file that the metadata speak of is damaged. Raises ZsktError if no checkpoint is whole.
+    `verify` raises ZsktError if a file that the metadata speak of is damaged. Raises ZsktError if none is whole.
     """
     problems: list[ZsktError] = []
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
@@ -62,7 +63,9 @@ def load(
         except ZsktError as error:
             problems.append(error)
         except (LookupError, TypeError, ValueError):
-            problems.append(ZsktError(f"{path} is of another version of zskt; finish that run with the version that began it"))
+            problems.append(
+                ZsktError(f"{path} is of another version of zskt; finish that run with the version that began it")
+            )
     if problems:
         raise ZsktError(f"{problems[0]}, or start again with another --out")
     raise ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
@@ -150,13 +153,9 @@ class JsonLines:
     def check(self, size: int, sha256: str | None) -> None:
         """Raise ZsktError unless its first `size` bytes are those of a checkpoint, where that has their `sha256`."""
         if self.size() < size:
-            raise ZsktError(
-                f"{self.path} is shorter than its checkpoint says; restore it"
-            )
+            raise ZsktError(f"{self.path} is shorter than its checkpoint says; restore it")
         if sha256 is not None and digest(self.path, size) != sha256:
-            raise ZsktError(
-                f"{self.path} is not as its checkpoint recorded it; restore it"
-            )
+            raise ZsktError(f"{self.path} is not as its checkpoint recorded it; restore it")
 
     def cut(self, size: int) -> None:
         """Truncate to `size` bytes, which drops lines newer than the checkpoint."""

@@ -160,7 +160,7 @@ class Lifecycle:
         self.saved = self.step
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint that is whole, truncating the logs to it; from the start if there is none."""
+        """Continue from the newest whole checkpoint, truncating the logs to it; from the start if there is none."""
         assert self.folder is not None
         if not checkpoint.exists(self.folder / "checkpoint"):
             return
