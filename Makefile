@@ -1,14 +1,15 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   distil a student without data, in about a minute
 #   make test   lint, types and tests
-# and a third what it costs: make bench [DEVICE=cuda]
+# a third what it costs, and a fourth what interruptions do to a run: make bench [DEVICE=cuda], make torture [KILLS=200]
 # Set-up goes to stderr, so that the last line on stdout is the demo's JSON.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEVICE ?= auto
+KILLS ?= 200
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench torture clean
 
 demo: .venv/installed
 	@$(BIN)/python -m zskt demo
@@ -19,6 +20,9 @@ test: .venv/installed
 
 bench: .venv/installed
 	@$(BIN)/python benchmarks/step_time.py --device $(DEVICE)
+
+torture: .venv/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills $(KILLS)
 
 check: .venv/installed
 	@scripts/check

@@ -457,6 +457,24 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    "left", [[".lock"], [".lock", "config.toml", "metrics.jsonl"], ["rows", ".config.toml.x7.tmp"]]
+)
+def test_what_a_run_leaves_that_is_killed_at_once_does_not_stand_in_its_way(
+    left: list[str], resume: bool, tmp_path: Path
+) -> None:
+    if resume and ".lock" not in left:
+        pytest.skip("nothing says that a run was begun")
+    for name in left:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).mkdir() if name == "rows" else (tmp_path / "run" / name).touch()
+    run(tmp_path / "whole")
+    run(tmp_path / "run", resume=resume)
+    assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "run"))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".") or path.name == "rows"]
+
+
 def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
     distill(make_teacher(), new_student(), "zskt", **arguments)

@@ -99,6 +99,22 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(resume: b
     assert [line["step"] for line in lines] == list(range(1, 11))
 
 
+def test_a_folder_that_is_taken_away_is_said_and_not_made_again(tmp_path: Path) -> None:
+    def take(event: lifecycle.Event) -> None:
+        if event.step == 5:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    life(tmp_path / "whole").run([])
+    with pytest.raises(zskt.ZsktError, match=r"run is gone; put it back and resume"):
+        life(tmp_path / "run").run([take])
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    again = life(tmp_path / "run")
+    again.restore()
+    again.run([])
+    assert outcome(tmp_path / "run")[::2] == outcome(tmp_path / "whole")[::2]
+
+
 def test_another_identity_is_refused_and_another_machine_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,7 +182,7 @@ def begun(out: Path) -> bool:
 
 
 def complete(out: Path) -> bool:
-    """Whether a training has nothing left to do: it deletes its checkpoints at the end, and may be killed after that."""
+    """Whether a training has nothing left to do: killed after it has deleted its checkpoints."""
     return (out / "teacher.json").exists() and not begun(out)
 
 

@@ -92,6 +92,15 @@ def appearing(path: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that it holds, if it is there."""
+    with system_errors("remove", path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, completely or not at all."""
     with replacing(path) as file:

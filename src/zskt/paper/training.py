@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.evaluate.measures import check_images, judge, predict
+from zskt.files import remove
 from zskt.method.schedule import Schedule, learning_rate
 from zskt.method.updates import Updates
 from zskt.networks.classifier import Classifier, count_parameters
@@ -231,7 +231,7 @@ def fit(
                 how["teacher_model"] = getattr(teacher.module, "spec", None)
                 how["teacher_parameters"] = count_parameters(teacher.module)
             save_network(folder, stem, network, **how, measured=result.measured)
-            shutil.rmtree(folder / "checkpoint")
+            remove(folder / "checkpoint")
     return result
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, failing, system_errors
-from zskt.files import TEMPORARY, digest, make_folder, read_sealed, read_tensors, read_text, write_tensors
+from zskt.files import TEMPORARY, digest, make_folder, read_sealed, read_tensors, read_text, remove, write_tensors
 from zskt.method.config import Config, read_config
 from zskt.runtime import restore_generator
 from zskt.settings import flat
@@ -39,7 +39,7 @@ def save(
     write_tensors(_path(folder, step), tensors, {"metadata": json.dumps({"step": step, **metadata})})
     for other in folder.glob("*.safetensors"):
         if other not in (_path(folder, step), None if previous is None else _path(folder, previous)):
-            other.unlink(missing_ok=True)
+            remove(other)
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -271,7 +271,7 @@ def owning(folder: Path | None) -> Iterator[None]:
             raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
     try:
         for path in folder.rglob(TEMPORARY):  # left behind by a killed process
-            path.unlink(missing_ok=True)
+            remove(path)
         yield
     except BaseException:
         if fresh and not exists(folder / "checkpoint"):

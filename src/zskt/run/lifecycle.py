@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, short
-from zskt.files import digest
+from zskt.files import digest, remove
 from zskt.method.config import FORMAT, OTHER_FORMAT
 from zskt.method.protocol import Growing, Repeatable
 from zskt.run import checkpoint
@@ -90,8 +89,8 @@ class Lifecycle:
         if self.step == 0 and self.folder is not None:  # what a killed process left before its first checkpoint
             for log in self.logs.values():
                 log.cut(0)
-            shutil.rmtree(self.folder / "samples", ignore_errors=True)
-            shutil.rmtree(self.shards.folder, ignore_errors=True)
+            remove(self.folder / "samples")
+            remove(self.shards.folder)
         with checkpoint.stopping(seconds, signals=self.folder is not None) as request:
             while self.step < last:
                 self.losses = losses = advance()

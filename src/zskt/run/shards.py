@@ -11,7 +11,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from zskt.errors import ZsktError
-from zskt.files import digest, read_tensors, write_tensors
+from zskt.files import digest, read_tensors, remove, write_tensors
 
 
 class Shard(TypedDict):
@@ -52,7 +52,7 @@ class Shards:
         names = {shard["file"] for shard in known}
         for path in self.folder.glob("*.safetensors"):
             if path.name not in names:
-                path.unlink()
+                remove(path)
         for shard in known:
             yield read_tensors(self.folder / Path(shard["file"]).name)[0]
 
