@@ -155,7 +155,7 @@ def work(kind: str, out: Path, hindrance: Hindrance, said: Path) -> int:
     if hindrance.fault is not None:
         arm(out, hindrance.fault)
     try:
-        RUNS[kind](out, resume=begun(out))
+        RUNS[kind](out, resume=begun(out) or may_resume(out))
         status, words = 0, ""
     except checkpoint.Interrupted as error:
         status, words = error.status, str(error)
@@ -177,8 +177,13 @@ def arm(out: Path, fault: Fault) -> None:
 
 
 def begun(out: Path) -> bool:
-    """Whether a user would add --resume: only where there is a checkpoint."""
+    """Whether there is a checkpoint, so that --resume must be given."""
     return checkpoint.exists(out / "checkpoint")
+
+
+def may_resume(out: Path) -> bool:
+    """Whether a run was begun, so that --resume may be given: half of the time it is."""
+    return (out / ".lock").exists() and out.name[-1] in "02468"
 
 
 def complete(out: Path) -> bool:

@@ -151,9 +151,9 @@ def distill(
             )
             if resume:
                 life.restore()
-                examiner.past = [
-                    line for line in checkpoint.read_lines(life.logs["metrics"].path) if "class_entropy" in line
-                ]
+            if life.step:
+                lines = checkpoint.read_lines(life.logs["metrics"].path)
+                examiner.past = [line for line in lines if "class_entropy" in line]
             if folder is not None:
                 write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
