@@ -200,6 +200,18 @@ def test_an_option_given_twice_is_refused(teacher: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_demo_leaves_what_others_made_alone(tmp_path: Path) -> None:
+    """An interrupted one removes its folders."""
+    kept = tmp_path / "run" / "checkpoint" / "00000001.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert "holds an unfinished run" in fails(1, "demo", "--out", tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "notes").touch()
+    assert "found other things (notes)" in fails(1, "demo", "--out", tmp_path)
+    assert kept.exists()
+
+
 def test_a_demo_with_an_unknown_recipe_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "did you mean zskt" in fails(2, "demo", "--recipe", "zskd")

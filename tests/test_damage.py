@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import zskt
 from small import refused
 from torture import RUNS, outcome
-from zskt.files import read_tensors, write_tensors
+from zskt.files import CHECKSUM, read_tensors, write_tensors
 from zskt.networks.folder import load_network
 from zskt.run.distill import begun_config, sampler
 from zskt.run.report import read_run
@@ -158,7 +158,7 @@ def test_what_was_written_without_checksums_is_read(tmp_path: Path) -> None:
     for name in ("student", "generator"):
         save_file(load_file(tmp_path / "run" / f"{name}.safetensors"), tmp_path / "run" / f"{name}.safetensors")
     facts = json.loads((tmp_path / "run" / "student.json").read_text())
-    del facts["checksum"], facts["files"]
+    del facts[CHECKSUM], facts["files"]
     (tmp_path / "run" / "student.json").write_text(json.dumps(facts))
     assert same(use(tmp_path / "run")[:4], whole[:4])
 
@@ -168,8 +168,8 @@ def test_an_edited_description_says_how_it_is_meant(tmp_path: Path) -> None:
     path = tmp_path / "teacher" / "teacher.json"
     path.write_text(path.read_text().replace("0.2", "0.25"))
     assert "not as it was written" in (words := refused(lambda: load_network(tmp_path / "teacher")))
-    assert words.endswith('delete its line "checksum"')
-    path.write_text("\n".join(line for line in path.read_text().splitlines() if '"checksum"' not in line))
+    assert words.endswith(f'delete its line "{CHECKSUM}"')
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if CHECKSUM not in line))
     assert load_network(tmp_path / "teacher").mean.item() == 0.25
 
 

@@ -1,5 +1,6 @@
 """What is repeated is logged, stopped, kept and resumed, whatever it is."""
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def test_a_folder_that_is_taken_away_is_said_and_not_made_again(tmp_path: Path) 
     again.restore()
     again.run([])
     assert outcome(tmp_path / "run")[::2] == outcome(tmp_path / "whole")[::2]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(zskt.ZsktError, match=r"cannot remove .*00000003\.safetensors: Input/output error"):
+            life(tmp_path / "run").run([])
+    again = life(tmp_path / "run")
+    again.restore()
+    assert again.step == 9
+    again.run([])
+    assert [int(path.stem) for path in sorted((tmp_path / "run" / "checkpoint").iterdir())] == [9, 10]
 
 
 def test_another_identity_is_refused_and_another_machine_is_said(

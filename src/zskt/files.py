@@ -129,6 +129,10 @@ def read_json(path: Path) -> Any:
         raise ZsktError(f"{path} is not valid JSON ({error}); save or fetch it again") from error
 
 
+CHECKSUM = "zskt.sha256"
+"""Entry of a JSON object, or of a safetensors file's metadata: the SHA-256 of all the rest."""
+
+
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of its entries, which `read_sealed` verifies; first, so that its line can go."""
     return {CHECKSUM: _entries_digest(document), **document}
@@ -142,9 +146,6 @@ def read_sealed(path: Path) -> Any:
             f'{path} is not as it was written; restore it or, if the change is meant, delete its line "{CHECKSUM}"'
         )
     return document
-
-
-CHECKSUM = "checksum"
 
 
 def _entries_digest(document: Mapping[str, Any]) -> str:
@@ -166,18 +167,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     metadata = dict(metadata or {})
-    metadata[TENSORS_CHECKSUM] = _tensors_digest(plain, metadata)
+    metadata[CHECKSUM] = _tensors_digest(plain, metadata)
     with replacing(path) as file:
         file.write(safetensors.torch.save(plain, metadata))
 
 
-TENSORS_CHECKSUM = "zskt.sha256"
-"""Entry in a safetensors file's metadata: the SHA-256 of its tensors and of its other entries."""
-
-
 def _tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 of all that a reader sees: names, dtypes, shapes and bytes of tensors on the CPU, and metadata."""
-    entries = {name: text for name, text in metadata.items() if name != TENSORS_CHECKSUM}
+    entries = {name: text for name, text in metadata.items() if name != CHECKSUM}
     described = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
     found = hashlib.sha256(json.dumps([entries, described], sort_keys=True).encode())
     for name in sorted(tensors):
@@ -202,10 +199,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with _open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
-    recorded = metadata.get(TENSORS_CHECKSUM)
+    recorded = metadata.get(CHECKSUM)
     if recorded is not None and recorded != _tensors_digest(tensors, metadata):
         raise ZsktError(f"{path} is damaged: it does not match its checksum; restore it from a copy")
-    return tensors, {name: text for name, text in metadata.items() if name != TENSORS_CHECKSUM}
+    return tensors, {name: text for name, text in metadata.items() if name != CHECKSUM}
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -152,7 +152,7 @@ class JsonLines:
 
     def check(self, size: int, sha256: str | None) -> None:
         """Raise ZsktError unless its first `size` bytes are those of a checkpoint, where that has their `sha256`."""
-        if self.size() < size:
+        if not self.path.exists() or self.path.stat().st_size < size:
             raise ZsktError(f"{self.path} is shorter than its checkpoint says; restore it")
         if sha256 is not None and digest(self.path, size) != sha256:
             raise ZsktError(f"{self.path} is not as its checkpoint recorded it; restore it")
