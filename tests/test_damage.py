@@ -18,7 +18,7 @@ from torture import RUNS, outcome
 from zskt.files import CHECKSUM, read_tensors, write_tensors
 from zskt.networks.folder import load_network
 from zskt.run.distill import begun_config, sampler
-from zskt.run.report import read_run
+from zskt.run.report import METADATA, read_run
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -42,7 +42,8 @@ def use(folder: Path) -> list[Any]:
     found: list[Any] = [list(network.state_dict().items()), network.class_names, network.input_size]
     if (folder / "student.json").exists():
         run = read_run(folder)
-        found += [sampler(folder, network)(4, 0), run["config"], run["lines"], run["metadata"]]
+        shown = [run["metadata"].get(name) for name in (*METADATA, "measured", "warnings", "class_names")]
+        found += [sampler(folder, network)(4, 0), run["config"], run["lines"], shown]
     return found
 
 
