@@ -1,4 +1,4 @@
-"""The short form of torture.py: a few runs are killed and hindered, and all end as if nothing had happened."""
+"""The short form of `make torture`: a few runs are killed and hindered, and all end as if nothing had happened."""
 
 import json
 import subprocess
@@ -11,13 +11,10 @@ SCRIPT = Path(__file__).with_name("torture.py")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
-@pytest.mark.parametrize(
-    ("kills", "others"), [(6, 9), pytest.param(200, 100, marks=pytest.mark.slow)], ids=["short", "long"]
-)
-def test_nothing_is_lost(kills: int, others: int) -> None:
-    command = [sys.executable, str(SCRIPT), "--kills", str(kills), "--others", str(others)]
+def test_nothing_is_lost() -> None:
+    command = [sys.executable, str(SCRIPT), "--kills", "6", "--others", "9"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] == kills
-    assert found["identical"] == found["runs"] > others
+    assert found["kills"] == 6
+    assert found["identical"] == found["runs"] > 9

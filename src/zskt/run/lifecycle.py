@@ -189,7 +189,7 @@ class Lifecycle:
         """Raise ZsktError unless logs and rows are as a checkpoint recorded them."""
         for name, log in self.logs.items():
             log.check(metadata[f"{name}_bytes"], metadata.get(f"{name}_sha256"))  # none in files of early 0.1.0
-        self.shards.check(metadata["shards"])
+        self.shards.check(metadata.get("shards", []))
 
     def _check_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Raise ZsktError if the checkpoint is from another run; warn about differences of the machine."""
