@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,14 +99,24 @@ def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int
     assert len(list((tmp_path / "run" / "checkpoint").glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2])
+LOADING = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+sys.argv[1:] = ["recipes"]
+print("ready", flush=True)
+runpy.run_module("zskt", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6])
 def test_an_interrupt_while_torch_is_loaded_is_one_line(seconds: float) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zskt", "recipes"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "zskt: interrupted\n"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", LOADING], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "zskt: interrupted\n"
     assert process.returncode == 130
 
 
