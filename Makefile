@@ -3,16 +3,17 @@
 #   make test   lint, types, documentation and tests
 # Three more: make docs (build/site/index.html), make wheel (dist/), make bench [DEVICE=cuda] (what a step costs).
 # Mutated files and command lines: make fuzz [CASES=10000]; an hour of short runs in one process: make soak [SECONDS=3600]
+# What interruptions do to a run: make torture [KILLS=200]
 # Set-up goes to stderr, so that the last line on stdout is the demo's JSON.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEVICE ?= auto
-
+KILLS ?= 200
 CASES ?= 10000
 SECONDS ?= 3600
 
-.PHONY: demo test check docs wheel bench fuzz soak clean
+.PHONY: demo test check docs wheel bench fuzz soak torture clean
 
 demo: .venv/installed
 	@$(BIN)/python -m zskt demo
@@ -29,6 +30,9 @@ fuzz: .venv/installed
 
 soak: .venv/installed
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --seconds $(SECONDS)
+
+torture: .venv/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills $(KILLS)
 
 check: .venv/installed
 	@scripts/check

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zskt.errors import ZsktError
+from zskt.files import CHECKSUM
 from zskt.method.build import arrange, belief_matching
 from zskt.method.config import Config
 from zskt.method.matching import BeliefMatching
@@ -173,8 +174,10 @@ def write_images(folder: Path, **splits: "Dataset") -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change entries of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change entries of a JSON file, as one who means it: without its checksum."""
+    document = json.loads(path.read_text())
+    document.pop(CHECKSUM, None)
+    path.write_text(json.dumps(document | changes))
 
 
 class Payload:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,27 @@ def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int
     assert "continue with --resume" in err
     assert "Traceback" not in err
     assert len(list((tmp_path / "run" / "checkpoint").glob("*.safetensors"))) == 1
+
+
+LOADING = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+sys.argv[1:] = ["recipes"]
+print("ready", flush=True)
+runpy.run_module("zskt", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6])
+def test_an_interrupt_while_torch_is_loaded_is_one_line(seconds: float) -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", LOADING], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "zskt: interrupted\n"
+    assert process.returncode == 130
 
 
 def test_killed_run_resumes(teacher: str, tmp_path: Path) -> None:
@@ -212,6 +234,18 @@ def test_an_option_given_twice_is_refused(teacher: str, tmp_path: Path) -> None:
     assert "--set is given twice" in fails(2, *command, "--set", "student.updates=3")
     assert "seed is given twice" in fails(2, *command, "seed=3", "--seed", "4")  # a value of the --set before
     assert not (tmp_path / "run").exists()
+
+
+def test_a_demo_leaves_what_others_made_alone(tmp_path: Path) -> None:
+    """An interrupted one removes its folders."""
+    kept = tmp_path / "run" / "checkpoint" / "00000001.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert "holds an unfinished run" in fails(1, "demo", "--out", tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "notes").touch()
+    assert "found other things (notes)" in fails(1, "demo", "--out", tmp_path)
+    assert kept.exists()
 
 
 def test_a_demo_with_an_unknown_recipe_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -446,6 +446,26 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+LEFT = [".lock", "config.toml", "metrics.jsonl", "rows/"]
+
+
+@pytest.mark.parametrize(
+    ("left", "resume"),
+    [*((LEFT[:n], resume) for n in (1, 2, 4) for resume in (True, False)), (["samples/", ".config.toml.x.tmp"], False)],
+)
+def test_what_a_run_leaves_that_is_killed_at_once_does_not_stand_in_its_way(
+    left: list[str], resume: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in left:
+        path = tmp_path / "run" / name
+        path.mkdir() if name.endswith("/") else path.touch()
+    run(tmp_path / "whole")
+    run(tmp_path / "run", resume=resume)
+    assert_equal(contents(tmp_path / "whole"), contents(tmp_path / "run"))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".") or path.name == "rows"]
+
+
 def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"settings": TINY, "out": tmp_path / "run"}
     distill(make_teacher(), new_student(), "zskt", **arguments)
@@ -515,6 +535,10 @@ def test_a_run_warns_while_it_goes_on_and_alike_when_resumed(tmp_path: Path) -> 
     again = run(parts, None, "auto", method=stuck, settings=TINY | often, resume=True)
     assert again.warnings == result.warnings
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    killed = tmp_path / "killed"  # before its first checkpoint: what it said does not count
+    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("checkpoint", "student.*", "*.safetensors"))
+    run(killed, None, "auto", method=stuck, settings=TINY | often, resume=True)
+    assert (whole / "metrics.jsonl").read_bytes() == (killed / "metrics.jsonl").read_bytes()
 
 
 def test_what_a_killed_writer_left_is_swept_by_the_next_run(tmp_path: Path) -> None:

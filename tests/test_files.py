@@ -3,6 +3,7 @@
 import builtins
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -57,6 +58,43 @@ def test_a_file_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch
         monkeypatch.setattr(os, name, partial(noted, name, getattr(os, name)))
     write_text(tmp_path / "file", "x")
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+def synced_folders(monkeypatch: pytest.MonkeyPatch, number: int = 0) -> list[tuple[int, int]]:
+    """The folders that are fsynced from now on, by device and inode; with a `number` that error instead."""
+    real, found = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        state = os.fstat(descriptor)
+        if stat.S_ISDIR(state.st_mode):
+            found.append((state.st_dev, state.st_ino))
+            if number:
+                raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return found
+
+
+def test_new_folders_are_on_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = synced_folders(monkeypatch)
+    write_text(tmp_path / "new" / "folder" / "file", "x")
+    states = [path.stat() for path in (tmp_path, tmp_path / "new", tmp_path / "new" / "folder")]
+    assert found == [(state.st_dev, state.st_ino) for state in states]
+    write_text(tmp_path / "new" / "folder" / "file", "y")
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("write", [write_text, lambda path, text: write_text(path / "in a new folder", text)])
+def test_a_folder_that_fails_to_sync_is_said(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        synced_folders(patch, errno.EIO)
+        assert "Input/output error" in one_line(lambda: write(tmp_path / "a", "x"))
+    synced_folders(monkeypatch, errno.EINVAL)  # a file system that cannot
+    write(tmp_path / "b", "x")
+    assert (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [1.0, -float("inf")]}])
@@ -128,7 +166,7 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
     readers: list[Callable[[Path], object]] = [read_json, read_tensors]
     for read in readers:
         assert "check the path" in one_line(partial(read, tmp_path / "absent"))
-        assert "cannot read" in one_line(partial(read, tmp_path))
+        assert "found a folder" in one_line(partial(read, tmp_path))
         assert str(tmp_path / "file") in one_line(partial(read, tmp_path / "file"))
 
 

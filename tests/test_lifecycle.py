@@ -1,5 +1,6 @@
 """What is repeated is logged, stopped, kept and resumed, whatever it is."""
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ def life(folder: Path | None, **options: Any) -> Lifecycle:
     return Lifecycle(Walk(), folder, **settings | options)
 
 
-def outcome(folder: Path) -> tuple[bytes, bytes]:
-    (newest,) = sorted((folder / "checkpoint").iterdir())[-1:]
-    return newest.read_bytes(), (folder / "metrics.jsonl").read_bytes()
+def outcome(folder: Path) -> tuple[dict[str, list[Any]], dict[str, Any], bytes]:
+    tensors, metadata, problems = checkpoint.load(folder / "checkpoint")
+    assert not problems
+    return {name: t.tolist() for name, t in tensors.items()}, metadata, (folder / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("stops", [["1"], ["3"], ["4", "4"], ["0.0001s", "5"]])
@@ -99,6 +101,37 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(resume: b
     assert [line["step"] for line in lines] == list(range(1, 11))
 
 
+def test_a_folder_that_is_taken_away_is_said_and_not_made_again(tmp_path: Path) -> None:
+    def take(event: lifecycle.Event) -> None:
+        if event.step == 5:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    life(tmp_path / "whole").run([])
+    with pytest.raises(zskt.ZsktError, match=r"run is gone; put it back and resume"):
+        life(tmp_path / "run").run([take])
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    again = life(tmp_path / "run")
+    again.restore()
+    again.run([])
+    assert outcome(tmp_path / "run")[::2] == outcome(tmp_path / "whole")[::2]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(zskt.ZsktError, match=r"cannot remove .*00000003\.safetensors: Input/output error"):
+            life(tmp_path / "run").run([])
+    again = life(tmp_path / "run")
+    again.restore()
+    assert again.step == 9
+    again.run([])
+    assert [int(path.stem) for path in sorted((tmp_path / "run" / "checkpoint").iterdir())] == [9, 10]
+
+
 def test_another_identity_is_refused_and_another_machine_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +150,7 @@ def test_another_identity_is_refused_and_another_machine_is_said(
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     life(tmp_path / "run").run([], 2)
-    tensors, metadata = checkpoint.load(tmp_path / "run" / "checkpoint")
+    tensors, metadata, _ = checkpoint.load(tmp_path / "run" / "checkpoint")
     checkpoint.save(tmp_path / "run" / "checkpoint", 2, tensors, metadata | {"format": 1})
     with pytest.raises(zskt.ZsktError, match="expected a checkpoint of format 2"):
         life(tmp_path / "run").restore()

@@ -96,6 +96,25 @@ def test_a_finished_training_whose_writing_failed_is_written_on_resume(
     assert (tmp_path / "a" / "teacher.json").exists()
 
 
+def test_a_training_that_was_killed_after_its_end_ends_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "remove", lambda path: None)
+        train(tmp_path / "a", updates=3)
+    written = weights(tmp_path / "a")
+    assert train(tmp_path / "a", updates=3, resume=True).finished
+    assert weights(tmp_path / "a") == written
+    assert not (tmp_path / "a" / "checkpoint").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "thesis.tex").touch()
+    for resume in (True, False):
+        with pytest.raises(zskt.ZsktError, match="expected a new or empty folder"):
+            train(tmp_path, resume=resume)
+    assert {path.name for path in tmp_path.iterdir()} == {"samples", "thesis.tex"}
+
+
 def test_other_settings_and_data_are_refused_on_resume(tmp_path: Path) -> None:
     train(tmp_path / "parts", stop_after="1")
     changes: list[dict[str, Any]] = [{"updates": 25}, {"seed": 1}, {"schedule": "step"}]

@@ -5,67 +5,24 @@ student = zskt.models.wide_resnet(16, 1, num_classes=10)
 result = zskt.distill(teacher, student, steps=2_000, seed=0, out="runs/a")
 """
 
-from zskt.deploy.export import Exported, export
-from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.fidelity import Comparison, compare, fidelity
-from zskt.evaluate.transitions import Paths
-from zskt.method import losses
-from zskt.method.build import belief_matching
-from zskt.method.config import Config
-from zskt.method.generator import Generator
-from zskt.method.matching import BeliefMatching, Latent
-from zskt.method.protocol import Make, Method
-from zskt.method.recipe import load_recipe
-from zskt.method.replay import Fresh, ReplayBuffer, Same
-from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
-from zskt.networks import models
-from zskt.networks.classifier import Classifier
-from zskt.networks.folder import load_student, save_teacher
-from zskt.networks.loading import load_teacher
-from zskt.networks.observe import Observation, Observer
-from zskt.networks.students import make_student
-from zskt.run.distill import DistillResult, distill
-from zskt.run.lifecycle import Event
-from zskt.run.report import write_report
-from zskt.runtime import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Batch",
-    "BeliefMatching",
-    "Beliefs",
-    "Classifier",
-    "Comparison",
-    "Config",
-    "DistillResult",
-    "Event",
-    "Exported",
-    "Fresh",
-    "Generator",
-    "Latent",
-    "Losses",
-    "Make",
-    "Method",
-    "Observation",
-    "Observer",
-    "Paths",
-    "ReplayBuffer",
-    "Same",
-    "Updates",
-    "UsageError",
-    "ZsktError",
-    "__version__",
-    "belief_matching",
-    "by_name",
-    "compare",
-    "distill",
-    "export",
-    "fidelity",
-    "load_recipe",
-    "load_student",
-    "load_teacher",
-    "losses",
-    "make_student",
-    "models",
-    "save_teacher",
-    "write_report",
-]
+if TYPE_CHECKING:
+    from zskt.api import *  # noqa: F403
+    from zskt.api import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Load the public names, and torch, when the first of them is asked for.
+
+        Loading takes seconds, in which a Ctrl-C shall end a command without a traceback: `__main__` sees to that, but
+        this file runs before it.
+        """
+        if name.startswith("__") and name not in ("__all__", "__version__"):
+            raise AttributeError(name)
+        api = importlib.import_module("zskt.api")
+        globals().update({public: getattr(api, public) for public in ("__all__", *api.__all__)})
+        if name not in globals():  # the packages are there by now, too
+            raise AttributeError(f"module 'zskt' has no attribute {name!r}")
+        return globals()[name]

@@ -1,6 +1,8 @@
-"""Files that are either complete or absent; nothing is pickled: safetensors, JSON, JSON lines and TOML."""
+"""Files that are either complete or absent, with checksums; nothing is pickled: safetensors, JSON and text."""
 
 import contextlib
+import errno
+import hashlib
 import itertools
 import json
 import math
@@ -90,7 +92,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     if path.exists() and not path.is_file():  # a rename would replace a device
         raise ZsktError(f"cannot write {path}: it is a folder or device; choose another place with --out")
     with system_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "w+b") as file:
@@ -107,14 +109,27 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         _sync(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it, where they are missing; what is new is durable."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)  # another process may make it at the same time
+        _sync(folder.parent)
+
+
 def _sync(path: Path) -> None:
     """Make a file, or a rename in a folder, durable where the file system can."""
-    with contextlib.suppress(OSError):
+    if os.name == "nt" and path.is_dir():  # which Windows does not open
+        return
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):  # no fsync of folders, or not readable
+            raise
 
 
 @contextlib.contextmanager
@@ -123,7 +138,7 @@ def appearing(path: Path) -> Iterator[Path]:
     if os.path.lexists(path):
         raise ZsktError(f"{path} already exists; choose another --out or remove it")
     with system_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         scratch = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
         place = Path(scratch) / path.name
         try:
@@ -134,6 +149,15 @@ def appearing(path: Path) -> Iterator[Path]:
             _sync(path.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that it holds, if it is there."""
+    with system_errors("remove", path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -164,13 +188,57 @@ def read_json(path: Path) -> Any:
         raise ZsktError(f"{path} is not valid JSON ({error}); save or fetch it again") from error
 
 
+CHECKSUM = "zskt.sha256"
+"""Entry of a JSON object, or of a safetensors file's metadata: the SHA-256 of all the rest."""
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of its entries, which `read_sealed` verifies; first, so that its line can go."""
+    return {CHECKSUM: _entries_digest(document), **document}
+
+
+def read_sealed(path: Path) -> Any:
+    """Read a JSON document; raises ZsktError if it has a checksum and its entries are not those that were written."""
+    document = read_json(path)
+    if isinstance(document, dict) and CHECKSUM in document and document[CHECKSUM] != _entries_digest(document):
+        raise ZsktError(
+            f'{path} is not as it was written; restore it or, if the change is meant, delete its line "{CHECKSUM}"'
+        )
+    return document
+
+
+def _entries_digest(document: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps({name: value for name, value in document.items() if name != CHECKSUM}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def digest(path: Path, size: int | None = None) -> str:
+    """SHA-256 of a file, or of its first `size` bytes."""
+    with system_errors("read", path), path.open("rb") as file:
+        if size is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read(size)).hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors of any device and memory format as one safetensors file, in C order."""
+    """Write tensors of any device and memory format as one safetensors file, in C order, with a checksum."""
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+    metadata = dict(metadata or {})
+    metadata[CHECKSUM] = _tensors_digest(plain, metadata)
     with replacing(path) as file:
-        file.write(safetensors.torch.save(plain, dict(metadata or {})))
+        file.write(safetensors.torch.save(plain, metadata))
+
+
+def _tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all that a reader sees: names, dtypes, shapes and bytes of tensors on the CPU, and metadata."""
+    entries = {name: text for name, text in metadata.items() if name != CHECKSUM}
+    described = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
+    found = hashlib.sha256(json.dumps([entries, described], sort_keys=True).encode())
+    for name in sorted(tensors):
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @contextlib.contextmanager
@@ -183,9 +251,17 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata."""
+    """The tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises ZsktError if the file has a checksum of ours and is not as it was written.
+    """
     with _open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    recorded = metadata.get(CHECKSUM)
+    if recorded is not None and recorded != _tensors_digest(tensors, metadata):
+        raise ZsktError(f"{path} is damaged: it does not match its checksum; restore it from a copy")
+    return tensors, {name: text for name, text in metadata.items() if name != CHECKSUM}
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

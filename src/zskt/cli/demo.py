@@ -6,14 +6,15 @@ from typing import Any
 
 from zskt.cli.progress import distilling, notice, teaching
 from zskt.data.images import KNOWN, digits
-from zskt.files import fresh_folder
+from zskt.errors import ZsktError
+from zskt.files import expanded, fresh_folder
 from zskt.method.recipe import AUTO, OURS, load_recipe, plan
 from zskt.networks import models
 from zskt.networks.classifier import count_parameters
 from zskt.networks.folder import load_network
 from zskt.paper.baselines import teach
 from zskt.paper.training import Training, updates_in
-from zskt.run.checkpoint import Interrupted
+from zskt.run.checkpoint import Interrupted, check_unused, exists
 from zskt.run.distill import distill
 from zskt.run.report import write_report
 from zskt.run.without_data import inspect_run, told
@@ -33,7 +34,11 @@ def run(recipe: str = RECIPE, *, seed: int = 0, split_seed: int = 0, out: Path |
     """
     if recipe != AUTO:
         load_recipe(recipe)  # reject an unknown name before training anything
-    folder = fresh_folder(Path("runs"), "demo") if out is None else out
+    folder = fresh_folder(Path("runs"), "demo") if out is None else expanded(out)
+    for place in (folder / "teacher", folder / "run"):  # an interrupted demo removes them
+        check_unused(place)
+        if exists(place / "checkpoint"):
+            raise ZsktError(f"{place} holds an unfinished run; choose another --out or remove it")
     try:
         return _run(recipe, seed, split_seed, folder)
     except Interrupted as error:

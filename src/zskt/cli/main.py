@@ -235,7 +235,3 @@ def _guarded(command: Callable[..., Result]) -> Callable[..., Result]:
             raise ZsktError(f"the network's code calls sys.exit({error.code!r}); remove that call") from error
 
     return call
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import ZsktError, short
-from zskt.files import expanded, read_json, read_tensors, tensor_shapes, write_json, write_tensors
+from zskt.files import expanded, read_json, read_sealed, read_tensors, sealed, tensor_shapes, write_json, write_tensors
 from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, checked_size, count_parameters, unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
@@ -20,7 +20,7 @@ def save_network(folder: Path, stem: str, network: Classifier, **metadata: Any) 
     """Write `stem`.safetensors, then `stem`.json with `metadata`: without the JSON it does not count as a network."""
     write_tensors(folder / f"{stem}.safetensors", bare(network.module).state_dict())
     made = {"versions": versions(), "hardware": cpu_name()}
-    write_json(folder / f"{stem}.json", describe_network(network) | metadata | made)
+    write_json(folder / f"{stem}.json", sealed(describe_network(network) | metadata | made))
 
 
 def describe_network(network: Classifier) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
 
 def _checked_metadata(path: Path) -> dict[str, Any]:
     """The JSON stored with a network's weights, checked for what a network needs."""
-    metadata: Any = read_json(path)
+    metadata: Any = read_sealed(path)
     if not isinstance(metadata, dict):
         raise ZsktError(f"expected an object in {path}, found {type(metadata).__name__}; write the folder again")
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from zskt.data.images import KNOWN, Dataset
 from zskt.evaluate.fidelity import compare
 from zskt.evaluate.measures import measure
 from zskt.evaluate.transitions import Paths, average_curves, transition_curves
-from zskt.files import write_json
+from zskt.files import remove, write_json
 from zskt.method.build import arrange
 from zskt.method.recipe import plan
 from zskt.networks import models
@@ -317,7 +316,7 @@ def started(folder: Path) -> bool:
         return True
     if folder.exists():
         with owning(folder):  # not in use
-            shutil.rmtree(folder)
+            remove(folder)
     return False
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.evaluate.measures import check_images, judge, predict
+from zskt.files import remove
 from zskt.method.schedule import Schedule, learning_rate
 from zskt.method.updates import Updates
 from zskt.networks.classifier import Classifier, count_parameters
@@ -171,12 +171,15 @@ def fit(
     images, labels, networks and folder do not fit together, or if the loss or the weights become NaN or infinite.
     """
     folder = Path(out) if out is not None else None
-    if folder is not None:
+    begun = folder is not None and checkpoint.exists(folder / "checkpoint")
+    if folder is not None and not (begun and resume):  # what was killed after it had finished is finished again
         check_teacher_folder(folder)
     if (resume or stop_after) and folder is None:
         raise UsageError("resume and stop_after need a folder for the training: set out")
-    if folder is not None and not resume and checkpoint.exists(folder / "checkpoint"):
+    if begun and not resume:
         raise ZsktError(f"{folder} holds an unfinished training run; continue it with --resume or choose another --out")
+    if folder is not None and not begun:
+        checkpoint.check_unused(folder)
     parse_limit(stop_after)
     device = pick_device(training.device)
     for images, labels in (train, test):
@@ -231,7 +234,7 @@ def fit(
                 how["teacher_model"] = getattr(teacher.module, "spec", None)
                 how["teacher_parameters"] = count_parameters(teacher.module)
             save_network(folder, stem, network, **how, measured=result.measured)
-            shutil.rmtree(folder / "checkpoint")
+            remove(folder / "checkpoint")
     return result
 
 

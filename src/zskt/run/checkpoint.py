@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,20 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, failing, system_errors
-from zskt.files import TEMPORARY, read_tensors, read_text, strict_json, write_tensors
+from zskt.files import (
+    TEMPORARY,
+    digest,
+    make_folder,
+    read_sealed,
+    read_tensors,
+    read_text,
+    remove,
+    strict_json,
+    write_tensors,
+)
 from zskt.method.config import Config, read_config
 from zskt.runtime import restore_generator
 from zskt.settings import flat
-
-KEPT = 2  # checkpoints kept
 
 
 class Interrupted(ZsktError):
@@ -34,25 +42,43 @@ class Interrupted(ZsktError):
         self.status = 128 + signum
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a checkpoint as one file, complete or absent, and delete all but the newest KEPT."""
-    write_tensors(folder / f"{step:08d}.safetensors", tensors, {"metadata": json.dumps({"step": step, **metadata})})
-    for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
-        old.unlink(missing_ok=True)
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], previous: int | None = None
+) -> None:
+    """Write a checkpoint as one file, complete or absent; then all others but that of step `previous` are deleted."""
+    write_tensors(_path(folder, step), tensors, {"metadata": json.dumps({"step": step, **metadata})})
+    for other in folder.glob("*.safetensors"):
+        if other not in (_path(folder, step), None if previous is None else _path(folder, previous)):
+            remove(other)
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of the newest readable checkpoint; raises ZsktError if there is none."""
-    problem: ZsktError | None = None
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}.safetensors"
+
+
+def load(
+    folder: Path, verify: Callable[[Mapping[str, Any]], None] = lambda metadata: None
+) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Tensors and metadata of the newest checkpoint that is whole, and what is wrong with newer ones.
+
+    `verify` raises ZsktError if a file that the metadata speak of is damaged. Raises ZsktError if none is whole.
+    """
+    problems: list[ZsktError] = []
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
-            tensors, metadata = read_tensors(path)
-            return tensors, strict_json(metadata["metadata"])
+            tensors, texts = read_tensors(path)
+            metadata = strict_json(texts["metadata"])
+            verify(metadata)
+            return tensors, metadata, [str(problem).split("; ")[0] for problem in problems]
         except ZsktError as error:
-            problem = problem or error
-        except (KeyError, ValueError):
-            problem = problem or ZsktError(f"{path} is not a checkpoint of this version; remove it and resume")
-    raise problem or ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
+            problems.append(error)
+        except (LookupError, TypeError, ValueError):
+            problems.append(
+                ZsktError(f"{path} is of another version of zskt; finish that run with the version that began it")
+            )
+    if problems:
+        raise ZsktError(f"{problems[0]}, or start again with another --out")
+    raise ZsktError(f"expected a checkpoint in {folder}, found none; remove the folder and start again")
 
 
 def restoring(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -134,14 +160,17 @@ class JsonLines:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 
+    def check(self, size: int, sha256: str | None) -> None:
+        """Raise ZsktError unless its first `size` bytes are those of a checkpoint, where that has their `sha256`."""
+        if not self.path.exists() or self.path.stat().st_size < size:
+            raise ZsktError(f"{self.path} is shorter than its checkpoint says; restore it")
+        if sha256 is not None and digest(self.path, size) != sha256:
+            raise ZsktError(f"{self.path} is not as its checkpoint recorded it; restore it")
+
     def cut(self, size: int) -> None:
         """Truncate to `size` bytes, which drops lines newer than the checkpoint."""
-        if self.size() < size:
-            raise ZsktError(
-                f"{self.path} is shorter than its checkpoint says; restore it or start again with another --out"
-            )
-        with system_errors("write", self.path):
-            os.truncate(self.path, size)
+        with system_errors("write", self.path), self.path.open("ab") as file:
+            file.truncate(size)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -185,34 +214,44 @@ FREE = ("log_every", "evaluate_every", "checkpoint_every")
 """Settings, beside those of the machine, that may differ on resume."""
 
 
+def binding(config: Config) -> dict[str, Any]:
+    """The settings, as JSON values, that may not differ on resume."""
+    settings = {name: value for name, value in flat(config).items() if name not in FREE}
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return {name: value for name, value in found.items() if not name.startswith("machine.")}
+
+
 def check_folder(folder: Path, config: Config, resume: bool) -> None:
     """Raise ZsktError unless a run may start in `folder`, or start again without a checkpoint, or `resume` there."""
     with system_errors("use", folder):
-        if folder.exists() and not folder.is_dir():
-            raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
         begun = exists(folder / "checkpoint") or (folder / "student.json").exists()
-        if not begun and (other := [path.name for path in _content(folder) if path.name not in _OURS]):
-            raise ZsktError(
-                f"expected a new or empty folder at {folder}, found other things ({other[0]}); choose another --out"
-            )
+        if not begun:
+            check_unused(folder)
     if begun and not resume:
         raise ZsktError(f"{folder} already holds a run; continue it with --resume or choose another --out")
     if not begun:
-        if resume and not (folder / "config.toml").exists():
+        if resume and not any((folder / name).exists() for name in ("config.toml", ".lock")):  # left by a killed run
             raise ZsktError(
                 f"expected a run to resume in {folder}, found no config.toml; check the path, or begin anew"
             )
         return
     if not exists(folder / "checkpoint"):
         raise ZsktError(f"{folder} holds a finished run whose checkpoints are gone; choose another --out")
-    recorded = flat(read_config(folder / "config.toml"))
-    different = [
-        f"{name} = {recorded[name]!r}, now {value!r}"
-        for name, value in flat(config).items()
-        if recorded[name] != value and name not in FREE and not name.startswith("machine.")
-    ]
+    recorded, now = binding(read_config(folder / "config.toml")), binding(config)
+    different = [f"{name} = {recorded[name]!r}, now {now[name]!r}" for name in now if recorded[name] != now[name]]
     if different:
         raise ZsktError(f"{folder} was started with other settings ({'; '.join(different)}); resume it with the same")
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ZsktError if a folder holds anything but what a run leaves that is killed before its first checkpoint."""
+    with system_errors("use", folder):
+        if folder.exists() and not folder.is_dir():
+            raise ZsktError(f"expected a new or empty folder at {folder}, found a file; choose another --out")
+        if other := [path.name for path in _content(folder) if path.name not in _OURS]:
+            raise ZsktError(
+                f"expected a new or empty folder at {folder}, found other things ({other[0]}); choose another --out"
+            )
 
 
 DIVERGED = "diverged.safetensors"
@@ -229,6 +268,22 @@ def _content(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != ".lock" and not path.match(TEMPORARY)]
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that a finished run's samples and report rely on, for its student.json."""
+    return {name: digest(folder / name) for name in ("config.toml", "metrics.jsonl")}
+
+
+def read_finished(folder: Path) -> Any:
+    """The student.json of a finished run; raises ZsktError if the files named by `digests` have changed since."""
+    facts = read_sealed(folder / "student.json")
+    recorded = facts.get("files") if isinstance(facts, dict) else None
+    if recorded is not None:  # early 0.1.0 recorded none
+        for name, found in digests(folder).items():
+            if not isinstance(recorded, dict) or recorded.get(name) != found:
+                raise ZsktError(f"{folder / name} is not as the finished run left it; restore it, or resume the run")
+    return facts
+
+
 def exists(folder: Path) -> bool:
     """Whether there is a checkpoint, damaged or not."""
     return any(folder.glob("[0-9]*.safetensors"))
@@ -242,7 +297,7 @@ def owning(folder: Path | None) -> Iterator[None]:
         return
     with system_errors("write", folder):
         fresh = not _content(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -250,7 +305,7 @@ def owning(folder: Path | None) -> Iterator[None]:
             raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
     try:
         for path in folder.rglob(TEMPORARY):  # left behind by a killed process
-            path.unlink(missing_ok=True)
+            remove(path)
         yield
     except BaseException:
         if fresh and not exists(folder / "checkpoint") and not (folder / DIVERGED).exists():

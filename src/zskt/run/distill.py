@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
-from zskt.files import expanded, read_json, read_tensors, tensor_shapes, write_tensors, write_text
+from zskt.files import expanded, read_sealed, read_tensors, tensor_shapes, write_tensors, write_text
 from zskt.method.bank import bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
@@ -145,7 +145,11 @@ def distill(
                 log_every=config.interval("log_every"),
                 evaluate_every=config.interval("evaluate_every"),
                 checkpoint_every=config.interval("checkpoint_every"),
-                identity={"method": config.method, "teacher": frozen.fingerprint()},
+                identity={
+                    "method": config.method,
+                    "teacher": frozen.fingerprint(),
+                    "settings": checkpoint.binding(config),
+                },
                 machine={name: value for name, value in flat(config.machine).items() if name != "device"},
                 evaluate=examiner.examine,
                 advance=_captured(repeated, config, device),
@@ -153,7 +157,9 @@ def distill(
             )
             if resume:
                 life.restore()
-                examiner.past = [line for line in checkpoint.read_lines(life.metrics.path) if "class_entropy" in line]
+            if life.step:
+                lines = checkpoint.read_lines(life.logs["metrics"].path)
+                examiner.past = [line for line in lines if "class_entropy" in line]
             if folder is not None:
                 write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
@@ -181,9 +187,10 @@ def distill(
 
 
 def begun_config(out: str | Path | None) -> Config | None:
-    """The config of the run in a folder, if there is one."""
-    path = expanded(out or "") / "config.toml"
-    return read_config(path) if out is not None and path.exists() else None
+    """The config of the run in a folder, if there is something to resume."""
+    if out is None or not checkpoint.exists(expanded(out) / "checkpoint"):
+        return None
+    return read_config(expanded(out) / "config.toml")
 
 
 def _captured(method: Method, config: Config, device: torch.device) -> CapturedStep | None:
@@ -258,7 +265,7 @@ class Examiner:
         if self.images is not None:
             return self.measured or self.measure()
         if self.folder is not None and (self.folder / "student.json").exists():
-            found: dict[str, float] = read_json(self.folder / "student.json").get("measured", {})
+            found: dict[str, float] = read_sealed(self.folder / "student.json").get("measured", {})
             return found
         return {}
 
@@ -270,7 +277,8 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
             write_tensors(folder / f"{name}.safetensors", module.state_dict())
     if result.config.method not in METHODS:
         write_tensors(folder / "method.safetensors", result.method.state_dict())
-    save_network(folder, "student", result.network, **result.metadata(), seconds=round(seconds, 1))
+    facts = result.metadata() | {"seconds": round(seconds, 1), "files": checkpoint.digests(folder)}
+    save_network(folder, "student", result.network, **facts)
 
 
 def saved_generator(folder: Path, network: Classifier, config: Config, name: str = "generator") -> Generator:
@@ -299,6 +307,7 @@ def sampler(
 ) -> Sample:
     """A function that draws pseudo images from the finished run in `folder`, whose student is `network`."""
     folder = Path(folder)
+    facts = checkpoint.read_finished(folder)
     config = read_config(folder / "config.toml")
     if config.method == "belief_matching":
         generator = saved_generator(folder, network, config)
@@ -313,7 +322,7 @@ def sampler(
         )
     if (given := describe_method(method)) != config.method:
         raise ZsktError(f"expected the method of {folder}, {config.method}, found {given}; give the same one")
-    recorded = read_json(folder / "student.json").get("teacher_fingerprint")
+    recorded = facts.get("teacher_fingerprint")
     if (fingerprint := teacher.fingerprint()) != recorded:
         raise ZsktError(
             f"expected the teacher of {folder}, {str(recorded)[:12]}, found {fingerprint[:12]}; give the same one"

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, short
-from zskt.files import write_tensors
+from zskt.files import digest, remove, write_tensors
 from zskt.method.config import FORMAT, OTHER_FORMAT
 from zskt.method.protocol import Growing, Repeatable, Watched
 from zskt.run import checkpoint
@@ -51,6 +50,7 @@ class Lifecycle:
     advice: str = "lower {name}.learning_rate or set {name}.clip, and start again"  # for divergence of network `name`
     started: float = field(default_factory=time.monotonic)
     step: int = 0
+    saved: int | None = None  # the step of the last checkpoint written or read
     seconds_before: float = 0.0
     warnings: list[str] = field(default_factory=list)
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # of the last step
@@ -65,8 +65,7 @@ class Lifecycle:
             "versions": versions(),
         }
         if self.folder is not None:
-            self.metrics = checkpoint.JsonLines(self.folder / "metrics.jsonl")
-            self.timing = checkpoint.JsonLines(self.folder / "timing.jsonl")
+            self.logs = {name: checkpoint.JsonLines(self.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
             self.shards = Shards(self.folder / "rows")
 
     @property
@@ -88,12 +87,12 @@ class Lifecycle:
         last = min(self.steps, self.step + count)
         advance = self.advance or self.repeated.step
         if self.folder is not None:
-            (self.folder / checkpoint.DIVERGED).unlink(missing_ok=True)
+            remove(self.folder / checkpoint.DIVERGED)
         if self.step == 0 and self.folder is not None:  # what a killed process left before its first checkpoint
-            self.metrics.cut(0)
-            self.timing.cut(0)
-            shutil.rmtree(self.folder / "samples", ignore_errors=True)
-            shutil.rmtree(self.shards.folder, ignore_errors=True)
+            for log in self.logs.values():
+                log.cut(0)
+            remove(self.folder / "samples")
+            remove(self.shards.folder)
         with checkpoint.stopping(seconds, signals=self.folder is not None) as request:
             while self.step < last:
                 self.losses = losses = advance()
@@ -113,6 +112,7 @@ class Lifecycle:
     def log(self, losses: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Write what is due after this step; returns the log line, if any. Only this waits for losses."""
         line: dict[str, Any] = {"step": self.step}
+        self._check_folder()
         if self.step in (1, self.steps) or self.step % self.log_every == 0:
             self._check_losses(losses)
             line |= describe(losses)
@@ -126,8 +126,8 @@ class Lifecycle:
         if len(line) == 1:
             return None
         if self.folder is not None:
-            self.metrics.append(line)
-            self.timing.append({"step": self.step, "seconds": round(self.seconds, 3)})
+            self.logs["metrics"].append(line)
+            self.logs["timing"].append({"step": self.step, "seconds": round(self.seconds, 3)})
         return line
 
     def save(self) -> None:
@@ -136,21 +136,24 @@ class Lifecycle:
         self._check_networks()
         if self.folder is None:
             return
+        self._check_folder()
         tensors = self._networks()
         tensors |= checkpoint.prefixed("state", self.repeated.state_dict())
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        sizes = {name: log.size() for name, log in self.logs.items()}
         metadata = {
             "format": FORMAT,
             "identity": self.identity,
             "machine": self.machine,
-            "metrics_bytes": self.metrics.size(),
-            "timing_bytes": self.timing.size(),
+            **{f"{name}_bytes": size for name, size in sizes.items()},
+            **{f"{name}_sha256": digest(self.logs[name].path, size) for name, size in sizes.items()},
             "seconds": round(self.seconds, 3),
             "shards": self.shards.append(self.repeated.rows()) if isinstance(self.repeated, Growing) else [],
         }
-        checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata)
+        checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata, self.saved)
+        self.saved = self.step
 
     def _networks(self) -> dict[str, Tensor]:
         """Networks and optimisers, as a checkpoint holds them."""
@@ -168,11 +171,11 @@ class Lifecycle:
                 self._diverged(f"{name} contains NaN or infinity", name.split("/")[0].removeprefix("optimiser:"))
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint, truncating the logs to it; from the start if there is none."""
+        """Continue from the newest whole checkpoint, truncating the logs to it; from the start if there is none."""
         assert self.folder is not None
         if not checkpoint.exists(self.folder / "checkpoint"):
             return
-        tensors, metadata = checkpoint.load(self.folder / "checkpoint")
+        tensors, metadata, problems = checkpoint.load(self.folder / "checkpoint", self._check_files)
         self._check_metadata(metadata)
         with checkpoint.restoring(self.folder):
             for name, module in self.repeated.modules().items():
@@ -184,8 +187,21 @@ class Lifecycle:
                 self.repeated.load_rows(self.shards.read(metadata["shards"]))
             checkpoint.restore_random_state(tensors, self.device)
             self.step, self.seconds_before = metadata["step"], metadata["seconds"]
-            self.metrics.cut(metadata["metrics_bytes"])
-            self.timing.cut(metadata["timing_bytes"])
+            for name, log in self.logs.items():
+                log.cut(metadata[f"{name}_bytes"])
+        self.saved = self.step
+        self.warnings += [f"{problem}; resumed from step {self.step:,} instead" for problem in problems]
+
+    def _check_folder(self) -> None:
+        """Raise ZsktError if somebody took the folder away: writing would make another, with half of a run."""
+        if self.folder is not None and not self.folder.is_dir():
+            raise ZsktError(f"{self.folder} is gone; put it back and resume, or start again")
+
+    def _check_files(self, metadata: Mapping[str, Any]) -> None:
+        """Raise ZsktError unless logs and rows are as a checkpoint recorded them."""
+        for name, log in self.logs.items():
+            log.check(metadata[f"{name}_bytes"], metadata.get(f"{name}_sha256"))  # none in files of early 0.1.0
+        self.shards.check(metadata.get("shards", []))
 
     def _check_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Raise ZsktError if the checkpoint is from another run; warn about differences of the machine."""
@@ -195,7 +211,7 @@ class Lifecycle:
         different = [
             f"{name} {recorded.get(name)}, now {value}" if isinstance(value, str | int | float) else name
             for name, value in self.identity.items()
-            if recorded.get(name) != value
+            if recorded.get(name, value) != value  # early 0.1.0 did not record the settings of a distillation
         ]
         if different:
             words = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(different))
@@ -235,9 +251,12 @@ class Lifecycle:
 
 
 def describe(losses: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Losses as plain numbers: `network` -> network_loss, one entry per update; `network.term` -> in network_terms."""
+    """Losses as plain numbers: `network` -> network_loss, one entry per update; `network.term` -> in network_terms.
+
+    In the order of their names: losses that come from a checkpoint have lost their own.
+    """
     line: dict[str, Any] = {}
-    for name, value in losses.items():
+    for name, value in sorted(losses.items()):
         network, _, term = name.partition(".")
         if term:
             line.setdefault(f"{network}_terms", {})[term] = value.tolist()

@@ -12,7 +12,7 @@ from zskt.files import MOST_TEXT, expanded, read_json, regular, write_text
 from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
 from zskt.method.recipe import load_recipe, recipe_texts
-from zskt.run.checkpoint import read_lines
+from zskt.run.checkpoint import read_finished, read_lines
 from zskt.run.plots import run_classes, run_curves
 from zskt.run.without_data import FILE, told
 from zskt.settings import flat
@@ -71,7 +71,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "name": printable(folder.resolve().name),
         "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
-        "metadata": read_json(student) if student.exists() else {},
+        "metadata": read_finished(folder) if student.exists() else {},
         "without_data": read_json(examined) if (examined := folder / FILE).exists() else None,
         "samples": saved_samples(folder),
     }

@@ -4,15 +4,14 @@ A checkpoint holds the names and hashes of these files, not their content: a ban
 checkpoints.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
 from torch import Tensor
 
-from zskt.errors import ZsktError, system_errors
-from zskt.files import read_tensors, write_tensors
+from zskt.errors import ZsktError
+from zskt.files import digest, read_tensors, remove, write_tensors
 
 
 class Shard(TypedDict):
@@ -37,32 +36,28 @@ class Shards:
         if end > first:
             path = self.folder / f"{first:08d}-{end:08d}.safetensors"
             write_tensors(path, {name: tensor[first:end] for name, tensor in rows.items()})
-            self.known.append(Shard(file=path.name, rows=end - first, sha256=_digest(path)))
+            self.known.append(Shard(file=path.name, rows=end - first, sha256=digest(path)))
         return self.known
 
-    def read(self, known: Sequence[Shard]) -> Iterator[dict[str, Tensor]]:
-        """The rows of each file that a checkpoint names, in order; raises ZsktError if one is damaged or missing.
+    def check(self, known: Sequence[Shard]) -> None:
+        """Raise ZsktError if a file that a checkpoint names is damaged or missing."""
+        for shard in known:
+            path = self.folder / Path(shard["file"]).name
+            if digest(path) != shard["sha256"]:
+                raise ZsktError(f"{path} is not as the checkpoint recorded it; restore it")
 
-        Other files, written after that checkpoint, are removed.
-        """
+    def read(self, known: Sequence[Shard]) -> Iterator[dict[str, Tensor]]:
+        """The rows of each file that a checkpoint names, in order; others, written after it, are removed."""
         self.known = list(known)
         names = {shard["file"] for shard in known}
         for path in self.folder.glob("*.safetensors"):
             if path.name not in names:
-                path.unlink()
+                remove(path)
         for shard in known:
-            path = self.folder / shard["file"]
-            if _digest(path) != shard["sha256"]:
-                raise ZsktError(f"{path} is not as the checkpoint recorded it; restore it or start again")
-            yield read_tensors(path)[0]
+            yield read_tensors(self.folder / Path(shard["file"]).name)[0]
 
 
 def saved_rows(folder: Path) -> Iterator[dict[str, Tensor]]:
     """The rows of a finished run, file by file."""
     for path in sorted(folder.glob("*.safetensors")):
         yield read_tensors(path)[0]
-
-
-def _digest(path: Path) -> str:
-    with system_errors("read", path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
