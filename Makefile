@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   distil a student without data, in about a minute
-#   make test   lint, types and tests
-# and a third what it costs: make bench [DEVICE=cuda]
+#   make test   lint, types, documentation and tests
+# Three more: make docs (build/site/index.html), make wheel (dist/), make bench [DEVICE=cuda] (what a step costs).
 # Mutated files and command lines: make fuzz [CASES=10000]; an hour of short runs in one process: make soak [SECONDS=3600]
 # Set-up goes to stderr, so that the last line on stdout is the demo's JSON.
 
@@ -12,7 +12,7 @@ DEVICE ?= auto
 CASES ?= 10000
 SECONDS ?= 3600
 
-.PHONY: demo test check bench fuzz soak clean
+.PHONY: demo test check docs wheel bench fuzz soak clean
 
 demo: .venv/installed
 	@$(BIN)/python -m zskt demo
@@ -33,9 +33,16 @@ soak: .venv/installed
 check: .venv/installed
 	@scripts/check
 
+docs: .venv/installed
+	@scripts/docs
+
+wheel: .venv/installed
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
 .venv/installed: pyproject.toml constraints.txt scripts/install
 	@PYTHON="$(PYTHON)" scripts/install 1>&2
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

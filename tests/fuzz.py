@@ -44,7 +44,8 @@ from zskt.networks.folder import save_teacher
 SECONDS = 5  # of processor time
 MEMORY = 2**30  # bytes beyond what is imported
 SIZE = (1, 8, 8)
-TINY = "--batch-size 4 --generator.width 4 --generator.latent 4 --generator.updates 1 --student.updates 1"
+TINY = "--recipe zskt-prior "
+TINY += "--batch-size 4 --generator.width 4 --generator.latent 4 --generator.updates 1 --student.updates 1"
 LONG = ["--steps", "3", "--checkpoint-every", "2"]
 
 

@@ -7,7 +7,8 @@ result = zskt.distill(teacher, student, steps=2_000, seed=0, out="runs/a")
 
 from zskt.deploy.export import Exported, export
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.transitions import Comparison, Paths, compare
+from zskt.evaluate.fidelity import Comparison, compare, fidelity
+from zskt.evaluate.transitions import Paths
 from zskt.method import losses
 from zskt.method.build import belief_matching
 from zskt.method.config import Config
@@ -58,6 +59,7 @@ __all__ = [
     "compare",
     "distill",
     "export",
+    "fidelity",
     "load_recipe",
     "load_student",
     "load_teacher",

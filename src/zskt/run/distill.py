@@ -20,7 +20,7 @@ from zskt.files import expanded, read_json, read_tensors, tensor_shapes, write_t
 from zskt.method.bank import bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
-from zskt.method.generator import SAMPLES, pseudo_images
+from zskt.method.generator import SAMPLES, Generator, pseudo_images
 from zskt.method.matching import BeliefMatching
 from zskt.method.memory import naming_batch_that_fits
 from zskt.method.protocol import Make, Method, check_method
@@ -37,6 +37,9 @@ from zskt.run.plots import believed_grid, save_image
 from zskt.run.shards import saved_rows
 from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads
 from zskt.settings import flat, to_toml
+
+HALF_WAY = "generator-half-way"
+"""File of the generator half-way through a run."""
 
 
 @dataclass
@@ -212,8 +215,18 @@ class Examiner:
         line = self.beliefs(step)
         if warnings := new_warnings(self.past, line, step / self.method.steps):
             line["warnings"] = warnings
-        self.past.append(line)
+        self.keep_generator(step)
+        self.past.append(line | {"step": step})
         return line | (self.measure() if self.images is not None else {})
+
+    def keep_generator(self, step: int) -> None:
+        """Save the generator at the first evaluation of the run's second half: its images examine the student later."""
+        half = self.method.steps / 2
+        generator = self.method.modules().get("generator")
+        if self.folder is None or generator is None or any(line["step"] >= half for line in self.past):
+            return
+        if half <= step < self.method.steps:
+            write_tensors(self.folder / f"{HALF_WAY}.safetensors", generator.state_dict())
 
     def said(self) -> list[str]:
         """All warnings so far."""
@@ -260,6 +273,23 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
     save_network(folder, "student", result.network, **result.metadata(), seconds=round(seconds, 1))
 
 
+def saved_generator(folder: Path, network: Classifier, config: Config, name: str = "generator") -> Generator:
+    """A generator of the run in `folder`, whose student is `network`: the last one, or that of HALF_WAY."""
+    if config.generator.width == "auto":
+        raise ZsktError(
+            f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
+        )
+    weights = folder / f"{name}.safetensors"
+    with checkpoint.restoring(folder):
+        with unallocated():  # a short file can describe a generator too large for memory
+            twin = make_generator(network, config).state_dict()
+        if {name: tuple(tensor.shape) for name, tensor in twin.items()} != tensor_shapes(weights):
+            raise ZsktError(f"{weights} does not fit the generator in {folder / 'config.toml'}; restore both")
+        generator = make_generator(network, config)
+        generator.load_state_dict(read_tensors(weights)[0])
+    return generator
+
+
 Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W), normalised
 
 
@@ -271,18 +301,7 @@ def sampler(
     folder = Path(folder)
     config = read_config(folder / "config.toml")
     if config.method == "belief_matching":
-        if config.generator.width == "auto":
-            raise ZsktError(
-                f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
-            )
-        weights = folder / "generator.safetensors"
-        with checkpoint.restoring(folder):
-            with unallocated():  # a short file can describe a generator too large for memory
-                twin = make_generator(network, config).state_dict()
-            if {name: tuple(tensor.shape) for name, tensor in twin.items()} != tensor_shapes(weights):
-                raise ZsktError(f"{weights} does not fit the generator in {folder / 'config.toml'}; restore both")
-            generator = make_generator(network, config)
-            generator.load_state_dict(read_tensors(weights)[0])
+        generator = saved_generator(folder, network, config)
         return functools.partial(pseudo_images, generator, generator.latent)
     if config.method == "bank":
         images = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
