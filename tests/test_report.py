@@ -54,7 +54,7 @@ def test_a_page_is_self_contained(tmp_path: Path) -> None:
     assert len(sources) == 7  # the curves, and six of twenty samples
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     text = re.sub(r'"data:[^"]*"', '""', page)
-    assert not re.search(r"https?:|//|url\(|@import|<script|<link|<iframe", text)
+    assert not re.search(r"https?:|//|url\(|@import|<script .*src|<link|<iframe", text)
     assert page.startswith("<!doctype html>")
     assert "charset" in text[:80]
     assert [int(step) for step in re.findall(r"step (\d+)<", text)] == [1, 5, 9, 12, 16, 20]  # first and last included
@@ -64,13 +64,36 @@ def test_a_page_is_self_contained(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if not p.is_dir()] == ["report.html"]
 
 
+def test_the_first_words_say_what_the_student_is(tmp_path: Path) -> None:
+    measured = {"accuracy": 0.91, "teacher_accuracy": 0.95, "agreement": 0.925}
+    facts: dict[str, Any] = {"model": "wrn-16-1", "teacher_parameters": 4_938_268, "measured": measured}
+    page = page_of([make_run(tmp_path / "a", **facts)], tmp_path / "report.html")
+    told = (
+        "<strong>a</strong>: wrn-16-1 of 1,234,567 parameters, 25% of the teacher&#x27;s; right on 91.00% of the test "
+    )
+    told += "images (teacher 95.00%); agrees with the teacher on 92.50%; no warnings."
+    assert told in page
+    assert page.index(told) < page.index("<h2>Result</h2>")
+    page = page_of([make_run(tmp_path / "b", None, warnings=["one", "two"])], tmp_path / "report.html")
+    assert (
+        "<strong>b</strong>: a student of 1,234,567 parameters; agrees with the teacher on 75.00%; 2 warnings, below."
+        in page
+    )
+
+
+def test_settings_that_differ_from_the_recipe_come_first(tmp_path: Path) -> None:
+    page = page_of([make_run(tmp_path / "a", steps=7, model="wrn-16-1")], tmp_path / "report.html")
+    changed, everything = page.split("Settings that differ from the recipe")[1].split("<details>")
+    assert re.findall(r"<tr><td>([\w.]+)</td>", changed) == ["steps", "seed"]
+    assert "<td>student.loss.attention</td>" in everything
+    assert "zskt distill TEACHER --student wrn-16-1 --config a/config.toml --out a-again" in page
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / '<b onload="x">&amp;', finished=False), make_run(tmp_path / "plain")]
     text = re.sub(r'"data:[^"]*"', '""', page_of(runs, tmp_path / "report.html"))
     assert "<b" not in text
-    assert (
-        text.count("&lt;b onload=&quot;x&quot;&gt;&amp;amp;") == 7
-    )  # title, two headings, two tables, warning, samples
+    assert text.count("&lt;b onload=&quot;x&quot;&gt;&amp;amp;") == 10  # title, headings, four tables, warning, command
 
 
 @pytest.mark.parametrize("names", [("a$\\frac$", "b"), ("_a", "_b")])

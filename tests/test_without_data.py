@@ -295,7 +295,7 @@ def test_inspect_counts_disagreements(runs: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert "How good is the student, without data?" in text
     assert all(line in text for line in told(found))
-    assert text.count("not measured: give zskt inspect RUN --teacher TEACHER") == 1
+    assert text.count("not inspected: zskt inspect RUN --teacher TEACHER does it") == 1
 
 
 def test_inspect_of_what_has_no_student(runs: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from zskt.errors import UsageError, ZsktError, failing, printable
 from zskt.files import MOST_TEXT, expanded, read_json, regular, write_text
 from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
+from zskt.method.recipe import load_recipe, recipe_texts
 from zskt.run.checkpoint import read_lines
 from zskt.run.plots import run_classes, run_curves
 from zskt.run.without_data import FILE, told
@@ -21,7 +22,20 @@ table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-alig
 td:first-child,th:first-child{text-align:left}img{max-width:100%}
 .wide{overflow-x:auto}.wide img{min-width:45rem}figure{display:inline-block;margin:.5rem}
 figcaption,.note{color:#666;font-size:.85em}.samples img{width:32rem}
-.warning{background:#fff3cd;padding:.5rem 1rem}"""
+.warning{background:#fff3cd;padding:.5rem 1rem}summary{cursor:pointer}
+figure[hidden]{display:none}.samples input{width:min(32rem,100%)}.samples input:not([hidden]){display:block}
+:root{color-scheme:light dark}@media(prefers-color-scheme:dark){body{background:#181a1b;color:#ddd}
+td,th{border-color:#444}.warning{color:#222}figcaption,.note{color:#aaa}}
+@media print{figure[hidden]{display:inline-block!important}input{display:none}}"""
+
+SLIDER = """document.querySelectorAll(".samples").forEach(box => {
+const slider = box.querySelector("input"), figures = [...box.querySelectorAll("figure")]
+if (!slider) return
+slider.oninput = () => figures.forEach((figure, i) => { figure.hidden = i != slider.value })
+slider.hidden = false
+slider.oninput()
+})"""
+"""Shows one picture of a run at a time; without scripts and in print there are all."""
 
 UNKNOWN = (
     "nobody knows how good the student is: no number here is an accuracy, and no warning is no proof. A hundred "
@@ -110,7 +124,8 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     body.append(f'<p class="note">{words}</p>')
     body.append(_settings(runs))
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return f"{head}<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(body)}</html>\n"
+    style, script = f"<style>{STYLE}</style>", f"<script>{SLIDER}</script>"
+    return f"{head}<title>{html.escape(title)}</title>{style}{''.join(body)}{script}</html>\n"
 
 
 def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -166,7 +181,25 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
     if unknown:
         names = "This run" if len(runs) == 1 else html.escape(" and ".join(unknown))
         note += f'<p class="warning">{names}: not measured on real images, so {UNKNOWN}</p>'
-    return "<h2>Result</h2>" + _table(head, rows) + note
+    return "".join(map(_told, finished)) + "<h2>Result</h2>" + _table(head, rows) + note
+
+
+def _told(run: Mapping[str, Any]) -> str:
+    """A finished run in a sentence: the student, what was measured, whether anything warned."""
+    facts, measured = run["metadata"], run["metadata"].get("measured", {})
+    student, teacher = facts.get("parameters"), facts.get("teacher_parameters")
+    parts = [f"{facts.get('model') or 'a student'} of {student:,} parameters" if student else "a student"]
+    if student and teacher:
+        parts[0] += f", {student / teacher:.0%} of the teacher's"
+    if measured.get("accuracy") is not None:
+        beside = measured.get("teacher_accuracy")
+        right = f"right on {measured['accuracy']:.2%} of the test images"
+        parts.append(right + (f" (teacher {beside:.2%})" if beside is not None else ""))
+    if measured.get("agreement") is not None:
+        parts.append(f"agrees with the teacher on {measured['agreement']:.2%}")
+    warned = len(facts.get("warnings", []))
+    parts.append(f"{warned} warning{'s' if warned > 1 else ''}, below" if warned else "no warnings")
+    return f"<p><strong>{html.escape(run['name'])}</strong>: {html.escape('; '.join(parts))}.</p>"
 
 
 def _without_data(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -174,7 +207,7 @@ def _without_data(runs: Sequence[Mapping[str, Any]]) -> str:
     body = ["<h2>How good is the student, without data?</h2>"]
     for run in runs:
         body.append(f"<h3>{html.escape(run['name'])}</h3>" if len(runs) > 1 else "")
-        lines = ["not measured: give zskt inspect RUN --teacher TEACHER"]
+        lines = ["not inspected: zskt inspect RUN --teacher TEACHER does it"]
         if run["without_data"] is not None:
             lines = told(run["without_data"])
         body.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>")
@@ -190,14 +223,34 @@ def _samples(paths: list[Path]) -> str:
         f"<figcaption>step {html.escape(p.stem.lstrip('0'))}</figcaption></figure>"
         for p in shown
     ]
-    return f'<div class="samples">{"".join(figures)}</div>'
+    last = len(figures) - 1
+    slider = f'<input type="range" aria-label="time" max="{last}" value="{last}" hidden>' if last else ""
+    return f'<div class="samples">{slider}{"".join(figures)}</div>'
 
 
 def _settings(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What differs from the recipe, then everything, and the commands that do it again."""
     rows = [[key, *(str(run["config"][key]) for run in runs)] for key in runs[0]["config"]]
+    head = ["", *(run["name"] for run in runs)]
+    usual = [flat(load_recipe(name)) if (name := run["config"]["recipe"]) in recipe_texts() else {} for run in runs]
+    changed = [
+        row
+        for row in rows
+        if any(str(recipe.get(row[0], value)) != value for recipe, value in zip(usual, row[1:], strict=True))
+    ]
+    commands = [
+        f"zskt distill TEACHER --student {run['metadata'].get('model') or 'STUDENT'} "
+        f"--config {run['name']}/config.toml --out {run['name']}-again"
+        for run in runs
+    ]
     versions = runs[0]["metadata"].get("versions", {})
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"<h2>Settings</h2>{_table(['', *(run['name'] for run in runs)], rows)}<p class=note>{html.escape(made)}</p>"
+    return (
+        f"<h2>Settings that differ from the recipe</h2>{_table(head, changed)}"
+        f"<details><summary>All settings</summary>{_table(head, rows)}</details>"
+        f'<p>To do it again:</p><pre class="wide">{html.escape(chr(10).join(commands))}</pre>'
+        f"<p class=note>{html.escape(made)}</p>"
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
