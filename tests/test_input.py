@@ -60,7 +60,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mean, std = normalisation(train)
     module = zskt.models.convnet(4, num_classes=3, channels=1)
     save_teacher(root / "teacher", zskt.Classifier(module, input_size=(1, 8, 8), mean=mean, std=std))
-    run("distill", root / "teacher", "--student", "convnet-2", "--out", root / "run", *TINY, "--eval", root / "data")
+    run(
+        "distill",
+        root / "teacher",
+        "--student",
+        "convnet-2",
+        "--out",
+        root / "run",
+        "--recipe",
+        "zskt-prior",
+        *TINY,
+        "--eval",
+        root / "data",
+    )
     return root
 
 

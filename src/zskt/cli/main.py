@@ -158,7 +158,7 @@ RENAMED |= {name: shortcut for shortcut, name in SHORTCUTS.items()}
 def plain_warnings() -> Iterator[None]:
     """Warnings of libraries as single lines, since they may quote what a file holds."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, category, *_: notice(f"{category.__name__}: {message}")
+        warnings.showwarning = lambda message, category, *_: to_stderr(f"{category.__name__}: {message}")
         yield
 
 
