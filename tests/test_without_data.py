@@ -204,12 +204,13 @@ def test_it_is_told_in_sentences_none_of_which_reads_like_an_accuracy() -> None:
 
 def test_how_well_it_tracks_accuracy_is_told_once_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not without_data.TRACKING.exists()  # nothing has been measured yet
-    measured = {"runs": 12, "rank_correlations": {"pseudo": 0.834, "mixed": None}}
+    measured = {"runs": 12, "rank_correlations": {"pseudo": 0.834, "noise": -0.1, "mixed": None}}
     monkeypatch.setattr(without_data, "TRACKING", tmp_path / "tracking.json")
     (tmp_path / "tracking.json").write_text(json.dumps(measured))
     lines = told(RESULT)
     assert lines[0].endswith("; over 12 runs few of these went with a high accuracy, rank correlation 0.83")
-    assert not any("correlation" in line for line in lines[1:])
+    assert lines[1].endswith("rank correlation -0.10")
+    assert not any("correlation" in line for line in lines[2:])  # measured of disagreements with the teacher alone
 
 
 @pytest.mark.parametrize(

@@ -128,12 +128,13 @@ def told(result: Mapping[str, Any]) -> list[str]:
         for kind, found in kinds.items():
             number, low, high = (f"{found[key]:.1f}" for key in ("per_100", "low", "high"))
             seen = f"the student and {whom} disagree on {number} ({low} to {high})"
-            lines.append(f"of 100 {KINDS[kind]}, {seen}{_tracked(kind)}")
+            worth = _tracked(kind) if whom == "its teacher" else ""
+            lines.append(f"of 100 {KINDS[kind]}, {seen}{worth}")
     return [*lines, "fewer is better, but none of these images is like real ones: no number here is an accuracy"]
 
 
 def _tracked(kind: str) -> str:
-    """How well this kind has ordered students by their accuracy, where that has been measured."""
+    """How well disagreements with the teacher have ordered students by accuracy, where that has been measured."""
     if not TRACKING.exists():
         return ""
     measured = read_json(TRACKING)
