@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   distil a student without data, in about a minute
-#   make test   lint, types and tests
-# a third what it costs, and a fourth what interruptions do to a run: make bench [DEVICE=cuda], make torture [KILLS=200]
+#   make test   lint, types, documentation and tests
+# Four more: make docs (build/site/index.html), make wheel (dist/), make bench [DEVICE=cuda] (what a step costs),
+# make torture [KILLS=200] (what interruptions do to a run).
 # Set-up goes to stderr, so that the last line on stdout is the demo's JSON.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 DEVICE ?= auto
 KILLS ?= 200
 
-.PHONY: demo test check bench torture clean
+.PHONY: demo test check docs wheel bench torture clean
 
 demo: .venv/installed
 	@$(BIN)/python -m zskt demo
@@ -27,9 +28,16 @@ torture: .venv/installed
 check: .venv/installed
 	@scripts/check
 
+docs: .venv/installed
+	@scripts/docs
+
+wheel: .venv/installed
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
 .venv/installed: pyproject.toml constraints.txt scripts/install
 	@PYTHON="$(PYTHON)" scripts/install 1>&2
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,8 @@ from rich.progress import Progress
 
 import record
 from zskt.data.images import KNOWN, read
-from zskt.evaluate.transitions import Paths, average_curves, compare
+from zskt.evaluate.fidelity import compare
+from zskt.evaluate.transitions import Paths, average_curves
 from zskt.networks.weights import import_weights
 from zskt.run.plots import average_transitions
 from zskt.runtime import arithmetic

@@ -24,7 +24,7 @@ def main() -> None:
     """Run the demo for each seed, write the table and, for the reported split, the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split-seed", type=int, default=0)
-    parser.add_argument("--recipe", default="auto")
+    parser.add_argument("--recipe", default=demo.RECIPE)
     arguments = parser.parse_args()
     outcomes, lines = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,7 @@ def main() -> None:
             outcome = demo.run(arguments.recipe, seed=seed, split_seed=arguments.split_seed, out=out)
             outcomes.append({**outcome, "seed": seed, "seconds": round(time.monotonic() - started, 1), "report": None})
             lines[out.name] = read_lines(out / "run" / "metrics.jsonl")
-        if arguments.split_seed == 0 and arguments.recipe == "auto":
+        if arguments.split_seed == 0 and arguments.recipe == demo.RECIPE:
             with replacing(DOCS / "demo-curves.png") as file:
                 file.write(run_curves(lines))
             shutil.copy(sorted((Path(folder) / "seed 0" / "run" / "samples").iterdir())[-1], DOCS / "demo-images.png")
@@ -48,7 +48,7 @@ def main() -> None:
         f"{m['mean']:.4f} ± {m['std']:.4f}" if key != "seconds" else f"{m['mean']:.0f}" for key, m in mean.items()
     ]
     rows.append(["mean ± std", *spread])
-    name = f"demo-split-{arguments.split_seed}" + ("" if arguments.recipe == "auto" else f"-{arguments.recipe}")
+    name = f"demo-split-{arguments.split_seed}" + ("" if arguments.recipe == demo.RECIPE else f"-{arguments.recipe}")
     title = (
         f"Digits, {demo.TEACHER} -> {demo.STUDENT}, recipe {outcomes[0]['recipe']}, split seed {arguments.split_seed}"
     )

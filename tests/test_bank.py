@@ -180,6 +180,17 @@ def test_every_round_has_all_classes_alike_and_keeps_its_best_images(teacher: Cl
     assert {int(state["step"]) for state in adam.state.values()} == {1}
 
 
+@pytest.mark.parametrize("others", [{"batchnorm", "one_hot"}, set()])
+def test_the_warmup_leaves_the_adversary_out_unless_it_is_all_there_is(teacher: Classifier, others: set[str]) -> None:
+    weights = {f"generator.loss.{name}": float(name in others) for name in ("batchnorm", "one_hot")}
+    method = make(teacher, weights | {"generator.loss.kl": -1.0})
+    asked = []
+    method.student.register_forward_hook(lambda *_: asked.append(method.synthesis.updates.done))
+    terms = [set(method.synthesis.update()[0].terms) for _ in range(9)]  # three rounds, of which two warm up
+    assert terms == [others or {"kl"}] * 6 + [others | {"kl"}] * 3
+    assert asked == list(range(6 if others else 0, 9))
+
+
 def test_moving_statistics_are_the_average_that_fast_uses() -> None:
     moving, running = MovingStatistics(0.9), torch.zeros(2)
     batches = [torch.tensor([float(i), 2.0 * i], requires_grad=True) for i in (1, 2, 3)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from small import make_teacher, refused
@@ -23,6 +24,7 @@ from zskt.evaluate.measures import (
     predict,
     pseudo_beliefs,
     pseudo_image_warnings,
+    wilson,
 )
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
@@ -202,6 +204,12 @@ def test_bootstrap_intervals_have_their_coverage() -> None:
         assert 0.3 < high - low < 0.9  # 2 x 1.96 / sqrt(50) = 0.55
     assert 50 <= inside <= 60
     assert bootstrap(torch.ones(5)) == [1, 1]
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 100), (3, 100), (50, 100), (100, 100), (1, 7)])
+def test_intervals_of_fractions_are_scipys(count: int, total: int) -> None:
+    expected = binomtest(count, total).proportion_ci(0.95, method="wilson")
+    assert wilson(count, total) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_disagreements_are_counted_by_class(answers: tuple[Tensor, Tensor, Tensor]) -> None:

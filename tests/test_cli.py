@@ -1,6 +1,7 @@
 """The command line: one JSON line on stdout, one line per error, exit statuses, help that helps."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,13 @@ import torch
 from PIL import Image
 
 import zskt
-from small import coloured, fails, make_teacher, run, write_images
+from small import call, coloured, edit, fails, make_teacher, run, write_images
 from zskt.cli import demo
 from zskt.cli.main import COMMANDS, main
 from zskt.method.config import Config, read_config
 from zskt.settings import flat
 
-TINY = ["--steps", "4", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=2"]
+TINY = ["--steps", "4", "--batch-size", "8", "--set", "generator.width=8", "generator.latent=12", "student.updates=1"]
 
 
 @pytest.fixture
@@ -61,9 +62,12 @@ def test_distil_evaluate_sample_report(teacher: str, data: str, tmp_path: Path) 
     report = run("report", tmp_path / "run0", tmp_path / "run1", "--out", tmp_path / "report.html")
     assert report["accuracy"]["mean"] == pytest.approx(np.mean(report["accuracy"]["values"]))
     found = run("inspect", tmp_path / "run0", "--student", "wrn-10-1")
+    assert 0 < found["steps"] <= zskt.load_recipe("bank").steps  # what half an hour of this machine holds
+    assert re.fullmatch(r"[\d.]+ (s|min|h)", found["takes"])
+    assert 1e-5 < found["pflop"] < 1
     assert (found["input_size"], found["num_classes"], found["model"]) == ([3, 16, 16], 10, "wrn-10-1")
     assert sum(found["noise_classes"]) == 1000
-    assert found["recipe"] == "zskt-prior"
+    assert found["recipe"] == "bank"
 
 
 def test_stop_and_resume(teacher: str, tmp_path: Path) -> None:
@@ -81,7 +85,7 @@ def distilling(teacher: str, out: Path, until: str, *more: str) -> tuple[list[st
     """A `zskt distill` in a process of its own, once it has written something at `until` (a pattern below `out`)."""
     command = [sys.executable, "-m", "zskt", "distill", teacher, "--student", "wrn-10-1", "--out", str(out)]
     command += ["--recipe", "zskt", "--batch-size", "8", *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in out.glob(until)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -92,8 +96,11 @@ def distilling(teacher: str, out: Path, until: str, *more: str) -> tuple[list[st
 def test_signals_end_with_a_checkpoint_and_their_status(signum: int, status: int, teacher: str, tmp_path: Path) -> None:
     _, process = distilling(teacher, tmp_path / "run", "metrics.jsonl")
     process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
+    result = json.loads(out)
+    assert not result["finished"]
+    assert "continue with --resume" in result["reason"]
     assert "continue with --resume" in err
     assert "Traceback" not in err
     assert len(list((tmp_path / "run" / "checkpoint").glob("*.safetensors"))) == 1
@@ -160,14 +167,32 @@ def test_import(data: str, tmp_path: Path) -> None:
     command += ["--mean", 125.3, 123.0, 113.9, "--std", 51.6, 50.8, 51.3, "--num-classes", 10]
     result = run(*command, "--out", tmp_path / "a")
     assert result["renamed"] == {"convShortcut": "shortcut"}
-    assert not result["verified"]
+    assert not result["measured"]
     teacher = zskt.load_teacher(tmp_path / "a")
     assert teacher.mean.flatten().tolist() == pytest.approx([125.3 / 255, 123.0 / 255, 113.9 / 255])
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(teacher(x), module.eval()(x))
-    assert "accuracy" in run(*command, "--out", tmp_path / "b", "--data", data)
+    status, out, err = call(*command, "--out", tmp_path / "b", "--data", data)
+    assert (status, json.loads(out)["measured"]) == (0, True)
+    assert json.loads(out)["accuracy"] < 0.5  # random weights
+    assert "is implausible for a trained network, although names and shapes fit: check --mean" in err
     assert "fc.weight" in fails(1, *command[:-2], "--out", tmp_path / "c", "--num-classes", 100)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_file_is_no_recipe(teacher: str, tmp_path: Path) -> None:
+    command = ["distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", "--recipe", "mine.toml"]
+    assert "mine.toml is a file of settings: give it with --config" in fails(2, *command)
+
+
+def test_an_export_repeats_the_warnings_of_the_run(teacher: str, tmp_path: Path) -> None:
+    run("distill", teacher, "--student", "wrn-10-1", "--out", tmp_path / "run", "--recipe", "zskt", *TINY)
+    edit(tmp_path / "run" / "student.json", warnings=["collapse: one class"])
+    status, _, err = call("export", tmp_path / "run", "--out", tmp_path / "hub", "--format", "hub")
+    assert status == 0
+    assert "warning: of the run: collapse: one class" in err
+    assert "never measured on real images" in err
+    assert "which says nothing about the teacher" in err
 
 
 def test_recipes() -> None:
@@ -261,7 +286,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert f"zskt {command}" in capsys.readouterr().out.split("Example:")[1]
 
 
-@pytest.mark.parametrize("recipe", ["auto", "zskt"])
+@pytest.mark.parametrize("recipe", [demo.RECIPE, "zskt"])
 def test_demo(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "EPOCHS", 1)
     monkeypatch.setattr(demo, "STEPS", 2)
@@ -273,7 +298,8 @@ def test_demo(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for key in ("teacher_accuracy", "student_accuracy", "agreement", "seconds"):
         assert result[key] >= 0
     assert result["student_parameters"] <= result["teacher_parameters"] / 4
-    assert result["recipe"] == ("zskt-prior" if recipe == "auto" else "zskt")
+    assert result["recipe"] == recipe
+    assert (demo.size("auto"), demo.size("bank")) == ({"budget": demo.BUDGET},) * 2
 
 
 @pytest.mark.slow

@@ -73,25 +73,60 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("options", [{}, {"stepped": "second", "start": "label", "step-size": 0.3, "seed": 3}])
-def test_belief_is_compare(options: dict[str, Any], pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
+def test_belief_is_fidelity(options: dict[str, Any], pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     out = tmp_path / "belief"
     found = run("belief", *pair, "--data", data, "--images", 9, "--steps", 7, *words, "--out", out)
     student, teacher = (zskt.load_teacher(folder) for folder in pair)
     named = {name.replace("-", "_"): value for name, value in options.items()}
     test = read([str(data)], "test")
-    expected = zskt.compare(student, teacher, test.images, test.labels, zskt.Paths(images=9, steps=7, **named))
+    expected = zskt.fidelity(student, teacher, test.images, test.labels, zskt.Paths(images=9, steps=7, **named))
     assert {"mean_transition_error", "agreement", "kl_teacher_student", "accuracy", "intervals"} <= found.keys()
     assert found == expected.measured | {"out": str(out)}
     assert 0 < found["mean_transition_error"] < 1
-    assert files(out) == {"belief.json", "average-transitions.png", "single-transitions.png"}
+    assert files(out) == {"belief.json", "belief.tex", "belief.pdf", "belief.png", "single-transitions.png"}
     facts = json.loads((out / "belief.json").read_text())
     assert facts["networks"] == ["student", "teacher"]
     assert {name: facts[name] for name in expected.measured} == expected.measured
     assert facts["curves"]["first"] == pytest.approx(expected.transitions.first.mean(dim=0).tolist())
-    for name in ("average", "single"):
-        with Image.open(out / f"{name}-transitions.png") as picture:
+    for name in ("belief", "single-transitions"):
+        with Image.open(out / f"{name}.png") as picture:
             assert min(picture.size) > 150
+    assert f" {found['agreement']:.3f} &" in (out / "belief.tex").read_text()
+
+
+def test_belief_of_controls(pair: tuple[str, str], data: Path) -> None:
+    student, teacher = pair
+    words = ["--images", 9, "--steps", 2, "--control", "random", teacher, "random", teacher]
+    status, out, err = call("belief", student, teacher, "--data", data, *words)
+    assert status == 0, err
+    found = json.loads(out)
+    controls = found["controls"]
+    assert list(controls) == ["random", "teacher", "random 3", "teacher 4"]
+    assert controls["teacher"]["agreement"] == controls["teacher 4"]["agreement"] == 1
+    assert controls["random"] != controls["random 3"]  # other weights
+    assert found["p_values"]["mean_transition_error"] == 1  # the teacher itself is closer
+    assert found["p_values"]["agreement"] > 0.3  # in half of the draws
+    assert "controls" in err
+
+
+def test_belief_of_a_control_for_another_task(pair: tuple[str, str], data: Path, tmp_path: Path) -> None:
+    four = save(tmp_path / "four", models.convnet(4, num_classes=4, channels=1))
+    words = ["--data", data, "--images", 3, "--steps", 2, "--control", four, "--out", tmp_path / "out"]
+    assert "equal class count, found 4 and 3" in fails(1, "belief", *pair, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_belief_of_a_poor_student_says_what_its_error_is_worth(
+    data: Path, pair: tuple[str, str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    poor = save(tmp_path / "poor", models.convnet(4, num_classes=3, channels=1))
+    status, out, err = call("belief", poor, pair[1], "--data", data, "--images", 3, "--steps", 2)
+    assert status == 0, err
+    (line,) = json.loads(out)["warnings"]
+    assert f"warning: {line}" in err
+    assert "withheld" in err
 
 
 def test_belief_writes_nothing_unless_asked(
@@ -144,7 +179,7 @@ def test_belief_leaves_whole_files_or_none(
     command = ["belief", *pair, "--data", data, "--images", 3, "--steps", 2, "--out"]
     (tmp_path / "a" / "single-transitions.png").mkdir(parents=True)
     assert "cannot write" in fails(1, *command, tmp_path / "a")
-    assert files(tmp_path / "a") <= {"average-transitions.png"}
+    assert files(tmp_path / "a") <= {"belief.png", "belief.pdf"}
     (tmp_path / "file").touch()
     assert "part of the path is a file" in fails(1, *command, tmp_path / "file" / "b")
 
@@ -178,7 +213,8 @@ def test_reproduce_makes_a_table(data: Path, tmp_path: Path) -> None:
     for key in ("date", "command", "versions", "hardware", "threads", "seconds", "precision"):
         assert found[key] is not None
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"figure-4.json", "figure-4.md", "figure-4.png", "parts"}
+    kinds = ("csv", "json", "md", "png", "tex")
+    assert sorted(path.name for path in out.iterdir()) == [*(f"figure-4.{kind}" for kind in kinds), "parts"]
     kept = json.loads((out / "figure-4.json").read_text())
     assert kept == {key: value for key, value in found.items() if key != "out"} | {"parts": kept["parts"]}
     assert kept["parts"]["convnet-4-on-all-seed-0"] == {"units": 8, "unit": "updates"}
@@ -249,6 +285,8 @@ def test_reproduce_asks_before_it_starts_long_work(data: Path, tmp_path: Path, m
     monkeypatch.setattr(cli_paper, "time_jobs", lambda wanted, folder, seconds: {job.pace: 3600.0 for job in wanted})
     line = fails(2, *command)  # 8 updates and 2 steps, an hour each
     assert "figure-3 takes about 10.0 h on this machine; give --yes to start, --stop-after" in line
+    assert line.endswith("or --scale 0.01 to rehearse")
+    assert fails(2, *command, "--scale", "0.5").endswith("or --scale 0.005 to rehearse")
     assert not (tmp_path / "out").exists()
     assert "takes about 11 min" in fails(2, *command, "--stop-after", "11m")
     assert run(*command, "--stop-after", "9m")["finished"]  # ten minutes it is at most

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zskt
-from small import FourStages, make_teacher, refused, without_batchnorm
+from small import make_teacher, refused
 from zskt.files import replacing
 from zskt.method import recipe
 from zskt.method.generator import SAMPLES
@@ -409,17 +409,6 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     for student, arguments, message in wrong:
         assert message in refused(partial(run, out, student, **arguments))
         assert not out.exists()
-
-
-def test_auto_leaves_out_attention_where_stages_do_not_pair_up() -> None:
-    teacher = make_teacher(FourStages(4).apply(without_batchnorm))
-    result = distill(teacher, copy.deepcopy(MLP), settings=TINY)
-    assert (result.config.recipe, result.config.student.loss.attention) == ("zskt-fresh", 0.0)
-    assert result.config.student.loss.stages == ()
-    assert "without attention" in result.reason
-    result = distill(teacher, new_student(), settings=TINY)
-    assert result.config.student.loss.attention == 250.0
-    assert result.config.student.loss.stages == ("stage1=block1", "stage2=block2", "stage3=block3")
 
 
 def test_a_failure_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from zskt.networks.observe import batchnorm_layers, find_stages, forward_flops
 from zskt.networks.rebuild import rebuild_module, without_code
 
 SIZE = (3, 16, 16)
-TINY = {"batch_size": 4, "generator.width": 8, "generator.latent": 8, "student.updates": 2}
+TINY = {"batch_size": 4, "generator.width": 8, "generator.latent": 8, "student.updates": 1}
 
 SCRIPT = """
 import torch
@@ -158,7 +158,7 @@ def test_a_factory_with_weights(script: Path, tmp_path: Path, monkeypatch: pytes
     found = load(f"{script}:make", weights=tmp_path / "net.pth", **how)
     assert (found.kind, found.normalisation, found.teacher.num_classes) == ("factory", "as given", 37)
     assert torch.equal(found.teacher.module.state_dict()["conv.weight"], made.module.state_dict()["conv.weight"] + 1)
-    assert distils(found.teacher) == "zskt-prior"
+    assert distils(found.teacher) == "bank"
     monkeypatch.chdir(tmp_path)
     assert load_teacher("mine:Net", **how).num_classes == 37  # from the current folder
     del sys.modules["mine"]
@@ -211,7 +211,7 @@ def test_an_exported_program(tmp_path: Path) -> None:
         assert (one.eps, one.momentum, one.affine) == (other.eps, other.momentum, other.affine)
         assert torch.equal(one.state_dict()["running_var"], other.state_dict()["running_var"])
     assert forward_flops(teacher.module, SIZE) == forward_flops(module, SIZE)
-    assert distils(teacher) == "zskt-prior"  # the prior sees the statistics of the graph's BatchNorm
+    assert distils(teacher) == "bank"  # the prior sees the statistics of the graph's BatchNorm
     assert torch.equal(copy.deepcopy(teacher).double().float()(x), teacher(x))
 
 
@@ -260,7 +260,7 @@ def test_torchscript(tmp_path: Path) -> None:
     assert "no BatchNorm prior" in found.lost
     torch.testing.assert_close(found.teacher(x), module(x))
     assert found.teacher.fingerprint() == copy.deepcopy(found.teacher).fingerprint()
-    assert distils(found.teacher) == "zskt-fresh"
+    assert distils(found.teacher) == "bank-adversary"
     with pytest.warns(DeprecationWarning, match="torch.jit"):
         script = torch.jit.load(str(path))
     bare = zskt.Classifier(script, input_size=SIZE, **GREY)  # handed in as it is
@@ -311,7 +311,7 @@ def save_hugging_face(transformers: Any, kind: str, folder: Path, preprocessor: 
 
 @pytest.mark.parametrize(
     ("kind", "classes", "recipe"),
-    [("resnet", 37, "zskt-prior"), ("convnext", 2, "zskt-fresh"), ("vit", 3, "zskt-fresh")],
+    [("resnet", 37, "bank"), ("convnext", 2, "bank-adversary"), ("vit", 3, "bank-adversary")],
 )
 def test_a_hugging_face_folder(transformers: Any, kind: str, classes: int, recipe: str, tmp_path: Path) -> None:
     channels = 1 if kind == "convnext" else 3
@@ -489,11 +489,11 @@ def test_commands_take_every_spelling(script: Path, tmp_path: Path, monkeypatch:
     _, out, err = call("inspect", *factory, *options, "--student", "convnet-4")
     found = json.loads(out)
     assert (found["kind"], found["num_classes"], found["output"]) == ("factory", 2, "logits")
-    assert (found["normalisation_from"], found["recipe"]) == ("as given", "zskt-prior")
+    assert (found["normalisation_from"], found["recipe"]) == ("as given", "bank")
     assert found["latency_ms"] > 0
     assert found["stage_resolutions"] == [[4, 4]]
     assert "runs the code" in err
-    tiny = ["--steps", 2, "--batch-size", 4, "--set", "generator.width=8", "generator.latent=8", "student.updates=2"]
+    tiny = ["--steps", 2, "--batch-size", 4, "--set", "generator.width=8", "generator.latent=8", "student.updates=1"]
     run("distill", *factory, *options, "--student", "convnet-4", "--out", tmp_path / "run", *tiny)
     monkeypatch.setattr("zskt.cli.runs.test_images", lambda data, network: stripes(16, 3))
     measured = run("evaluate", tmp_path / "run", "--data", "x", "--teacher", *factory, *options)

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import zskt
 
 ROOT = Path(__file__).parent.parent
@@ -139,54 +137,13 @@ def test_pins_cover_the_dependencies() -> None:
     assert {name.lower() for name in declared} <= pins
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
 def test_continuous_integration_runs_the_readmes_test_command() -> None:
-    assert any("make test" in block for block in readme_blocks("sh"))
+    assert re.search(r"^make test ", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert (ROOT / ".ci" / "run").read_text().strip().endswith("make test")
 
 
-def test_readme_commands_exist() -> None:
-    from zskt.cli.main import COMMANDS
-
-    for block in readme_blocks("sh"):
-        for command in re.findall(r"^zskt (\S+)", block, re.MULTILINE):
-            assert command in COMMANDS
-
-
-def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from small import make_teacher
-
-    monkeypatch.chdir(tmp_path)
-    zskt.save_teacher(Path("teacher"), make_teacher())
-    namespace: dict[str, object] = {}
-    blocks = readme_blocks("python")
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block.replace("2_000", "2").replace("1_000", "2"), namespace)
-
-
-def test_readme_table_is_a_recorded_result() -> None:
-    readme = (ROOT / "README.md").read_text()
-    (source,) = set(re.findall(r"\((benchmarks/results/[^)]*demo[^)]*)\)", readme))
-    rows = [line for line in (ROOT / source).read_text().splitlines() if line.startswith("|")]
-    assert len(rows) == 6
-    assert "\n".join(rows) in readme
-
-
 def test_links_in_the_documents_lead_somewhere() -> None:
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
-
-
-def test_tables_of_results_are_those_of_the_recorded_files() -> None:
-    text = (ROOT / "docs" / "results.md").read_text()
-    results = (ROOT / "benchmarks" / "results").glob("*.md")
-    recorded = {line for path in results for line in path.read_text().splitlines()}
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows
-    assert [row for row in rows if row not in recorded] == []

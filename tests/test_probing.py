@@ -17,7 +17,7 @@ from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, output_kind, p
 from zskt.networks.observe import logits_of
 
 SIZE = (3, 8, 8)
-TINY = {"batch_size": 4, "generator.width": 8, "generator.latent": 8, "student.updates": 2}
+TINY = {"batch_size": 4, "generator.width": 8, "generator.latent": 8, "student.updates": 1}
 
 
 class Small(nn.Module):

@@ -18,6 +18,7 @@ from zskt.method.generator import WIDTHS, Generator
 from zskt.method.losses import attention_map
 from zskt.method.recipe import (
     BF16_COMPARED,
+    OURS,
     choose,
     load_recipe,
     plan,
@@ -83,12 +84,30 @@ def test_constant_stays() -> None:
 
 def test_auto_looks_at_the_teacher() -> None:
     config, reason = choose("auto", make_teacher())
-    assert config == load_recipe("zskt-prior")
+    assert config == load_recipe("bank")
     assert "has BatchNorm" in reason
     config, reason = choose("auto", make_teacher(NO_BATCHNORM))
-    assert config == replace(load_recipe("zskt-fresh"), {"generator.width": "auto"})
-    assert "no BatchNorm" in reason
+    assert config == load_recipe("bank-adversary")
+    assert config.generator.loss.batchnorm == 0
+    assert "without BatchNorm" in reason
     assert choose("zskt", make_teacher())[0] == Config()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_bank_of_no_published_length_has_rounds_for_its_steps(name: str) -> None:
+    teacher, student, whole = make_teacher(), models.wide_resnet(10, 1), load_recipe(name)
+    for share in (0.5, 0.1, 0.01):
+        steps = round(share * whole.steps)
+        bank = plan(teacher, student, name, {"steps": steps, "bank.horizontal_flip": False}).config.bank
+        assert bank.rounds == pytest.approx(share * whole.bank.rounds, abs=1)
+        assert bank.warmup == pytest.approx(share * whole.bank.warmup, abs=1)
+    given = {"steps": whole.steps // 10, "bank.rounds": 9, "bank.warmup": 3, "bank.horizontal_flip": False}
+    bank = plan(teacher, student, name, given).config.bank
+    assert (bank.rounds, bank.warmup) == (9, 3)
+    config = plan(teacher, student, name, {"steps": 2, "bank.horizontal_flip": False}).config  # a trial
+    assert (config.bank.rounds, config.bank.warmup, config.generator.updates) == (2, 1, 1)
+    with pytest.raises(UsageError, match="steps = 1: expected more than the 1 of the warm-up"):
+        plan(teacher, student, name, {"steps": 1})
 
 
 def test_a_width_left_open_is_settled_by_cost() -> None:
@@ -105,7 +124,7 @@ def test_a_width_left_open_is_settled_by_cost() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean zskt-fresh"):
         load_recipe("zskt-frehs")
-    with pytest.raises(UsageError, match="auto, bank, cmi"):
+    with pytest.raises(UsageError, match="auto, bank, bank-adversary, cmi"):
         choose("x", make_teacher())
     with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
         pick_device("gpu")

@@ -54,26 +54,88 @@ def test_a_page_is_self_contained(tmp_path: Path) -> None:
     assert len(sources) == 7  # the curves, and six of twenty samples
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     text = re.sub(r'"data:[^"]*"', '""', page)
-    assert not re.search(r"https?:|//|url\(|@import|<script|<link|<iframe", text)
+    assert not re.search(r"https?:|//|url\(|@import|<script .*src|<link|<iframe", text)
     assert page.startswith("<!doctype html>")
     assert "charset" in text[:80]
     assert [int(step) for step in re.findall(r"step (\d+)<", text)] == [1, 5, 9, 12, 16, 20]  # first and last included
-    for words in ("0.5000", "1,234,567", "not measured", "student.loss.attention", "zskt 9.9", "&lt;one&gt; class"):
+    for words in ("0.5000", "1,234,567", "student.loss.attention", "zskt 9.9", "&lt;one&gt; class"):
         assert words in text
     assert "has not finished" not in text
     assert [p.name for p in tmp_path.iterdir() if not p.is_dir()] == ["report.html"]
+
+
+def test_the_first_words_say_what_the_student_is(tmp_path: Path) -> None:
+    measured = {"accuracy": 0.91, "teacher_accuracy": 0.95, "agreement": 0.925}
+    facts: dict[str, Any] = {"model": "wrn-16-1", "teacher_parameters": 4_938_268, "measured": measured}
+    page = page_of([make_run(tmp_path / "a", **facts)], tmp_path / "report.html")
+    told = (
+        "<strong>a</strong>: wrn-16-1 of 1,234,567 parameters, 25% of the teacher&#x27;s; right on 91.00% of the test "
+    )
+    told += "images (teacher 95.00%); agrees with the teacher on 92.50%; no warnings."
+    assert told in page
+    assert page.index(told) < page.index("<h2>Result</h2>")
+    page = page_of([make_run(tmp_path / "b", None, warnings=["one", "two"])], tmp_path / "report.html")
+    assert (
+        "<strong>b</strong>: a student of 1,234,567 parameters; agrees with the teacher on 75.00%; 2 warnings, below."
+        in page
+    )
+
+
+def test_settings_that_differ_from_the_recipe_come_first(tmp_path: Path) -> None:
+    page = page_of([make_run(tmp_path / "a", steps=7, model="wrn-16-1")], tmp_path / "report.html")
+    changed, everything = page.split("Settings that differ from the recipe")[1].split("<details>")
+    assert re.findall(r"<tr><td>([\w.]+)</td>", changed) == ["steps", "seed"]
+    assert "<td>student.loss.attention</td>" in everything
+    assert "zskt distill TEACHER --student wrn-16-1 --config a/config.toml --out a-again" in page
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / '<b onload="x">&amp;', finished=False), make_run(tmp_path / "plain")]
     text = re.sub(r'"data:[^"]*"', '""', page_of(runs, tmp_path / "report.html"))
     assert "<b" not in text
-    assert text.count("&lt;b onload=&quot;x&quot;&gt;&amp;amp;") == 6  # title, heading, two tables, warning, samples
+    assert text.count("&lt;b onload=&quot;x&quot;&gt;&amp;amp;") == 10  # title, headings, four tables, warning, command
 
 
 @pytest.mark.parametrize("names", [("a$\\frac$", "b"), ("_a", "_b")])
 def test_the_legend_takes_any_name(names: tuple[str, str]) -> None:
     assert run_curves({name: [line(1)] for name in names}).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"steps": 5}, "steps"), ({"parameters": 9}, "student parameters"), ({"teacher_fingerprint": "x"}, "teacher")],
+)
+def test_runs_that_are_no_repetitions_have_no_mean(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    same: dict[str, Any] = {"teacher_fingerprint": "y"}
+    runs = [make_run(tmp_path / "a", 0.2, **same), make_run(tmp_path / "b", 0.9, **same | change)]
+    summary = write_report(runs, tmp_path / "report.html")
+    assert summary["accuracy"] == {"values": [0.2, 0.9], "mean": None, "std": None}
+    page = (tmp_path / "report.html").read_text()
+    assert f"No mean, as the runs differ in {named}." in page
+    assert "±" not in page
+
+
+def test_steps_that_a_budget_chose_do_not_keep_runs_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{steps}", 0.5, steps=steps) for steps in (4, 5)]
+    assert write_report(runs, tmp_path / "report.html")["accuracy"]["mean"] is None
+    for folder in runs:
+        text = (folder / "config.toml").read_text()
+        write_text(folder / "config.toml", text.replace('budget = ""', 'budget = "10m"'))
+    assert write_report(runs, tmp_path / "report.html")["accuracy"]["mean"] == 0.5
+
+
+def test_a_run_without_test_images_says_once_that_nothing_is_known(tmp_path: Path) -> None:
+    page = page_of([make_run(tmp_path / "a", None)], tmp_path / "report.html")
+    assert page.count("not measured") == 1
+    assert "This run: not measured on real images, so nobody knows how good the student is" in page
+    assert "nobody knows" not in page_of([make_run(tmp_path / "b")], tmp_path / "report.html")
+    page = page_of([make_run(tmp_path / "c"), tmp_path / "a"], tmp_path / "report.html")
+    assert '<p class="warning">a: not measured on real images' in page
+
+
+def test_of_several_runs_a_warning_names_its_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", warnings=["collapse: one class"])]
+    assert "b: collapse: one class</p>" in page_of(runs, tmp_path / "report.html")
 
 
 def test_several_runs_give_mean_and_deviation(tmp_path: Path) -> None:

@@ -108,6 +108,25 @@ def test_invalid_specifiers_are_refused_in_one_line(
     assert not any(name.startswith("zskt_factory_wrong") for name in sys.modules)
 
 
+def test_a_run_folder_gives_its_student_to_go_on_from(tmp_path: Path) -> None:
+    teacher, student = make_teacher(), make_student("convnet-4", make_teacher())
+    first = distill(teacher, student, "zskt", settings=TINY | {"student.loss.attention": 0.0}, out=tmp_path / "a")
+    assert first.finished
+    trained = make_student(str(tmp_path / "a"), teacher, seed=5)
+    assert same(trained, student)
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    distill(teacher, trained, "zskt", settings=TINY | {"student.loss.attention": 0.0})
+    assert not same(trained, student)
+    brighter = Classifier(teacher.module, input_size=teacher.input_size, mean=[0.9] * 3, std=[0.5] * 3)
+    assert "expected a student for the pixel mean [0.9, 0.9, 0.9], as the teacher's, found [" in refused(
+        lambda: make_student(str(tmp_path / "a"), brighter)
+    )
+    smaller = make_teacher(size=(3, 8, 8))
+    assert "expected a student for images of size (3, 8, 8)" in refused(
+        lambda: make_student(str(tmp_path / "a"), smaller)
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "size", "words"),
     [
@@ -218,7 +237,7 @@ def test_auto_scales_a_hugging_face_config(kind: str, tmp_path: Path) -> None:
     assert count_parameters(student) / count_parameters(teacher.module) == pytest.approx(0.25, rel=0.4)
     result = distill(teacher, student, settings=TINY, out=tmp_path / "run")
     assert result.finished
-    assert result.config.recipe == ("zskt-prior" if teacher.has_batchnorm else "zskt-fresh")
+    assert result.config.recipe == ("bank" if teacher.has_batchnorm else "bank-adversary")
     facts = json.loads((tmp_path / "run" / "student.json").read_text())
     assert facts["model"] is None
     assert facts["rebuild"]["transformers"] == type(student).__name__

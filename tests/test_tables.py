@@ -1,5 +1,6 @@
 """Tables: means and deviations, missing results, published numbers, the scale of shortened work."""
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -155,7 +156,7 @@ def test_a_result_lists_its_jobs_and_circumstances(tmp_path: Path) -> None:
 
 def test_a_png_is_written_only_if_something_is_drawn(tmp_path: Path) -> None:
     page = write(tmp_path, cell("A", "B"), draw=lambda root, note: None)
-    assert {path.name for path in tmp_path.iterdir()} == {"table-9.json", "table-9.md"}
+    assert not list(tmp_path.glob("*.png"))
     assert "![" not in page
     page = write(tmp_path, cell("A", "B"), draw=lambda root, note: b"a picture")
     assert (tmp_path / "table-9.png").read_bytes() == b"a picture"
@@ -181,3 +182,25 @@ def test_nan_is_refused_and_the_old_result_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write(tmp_path, found)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_the_table_for_latex_and_one_line_for_each_seed(tmp_path: Path) -> None:
+    first, second = cell("a & b -> c_1", "M = 0, %", 2, paper="0.5 ± 0.1"), cell("d", "M = 0, %", 1)
+    values = finish(tmp_path, first, 0.25, 0.75)
+    write(tmp_path, first, second)
+    assert (tmp_path / "table-9.tex").read_text().splitlines() == [
+        "% Table 9: accuracy (%) on images",
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r" & M = 0, \% & paper \\",
+        r"\midrule",
+        r"a \& b -> c\_1 & 50.00 ± 35.36 & 0.5 ± 0.1 \\",
+        r"d & not run &  \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    with (tmp_path / "table-9.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["value"]) for line in lines] == values
+    assert [line["job"] for line in lines] == [job.name for job in first.jobs]
+    assert {(line["row"], line["column"]) for line in lines} == {("a & b -> c_1", "M = 0, %")}

@@ -10,7 +10,8 @@ import zskt
 from small import Viewing, make_teacher
 from zskt.bench.reference import released_transitions
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.transitions import Paths, Transitions, compare, transition_curves
+from zskt.evaluate.fidelity import compare
+from zskt.evaluate.transitions import Paths, Transitions, transition_curves
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
 

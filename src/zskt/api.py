@@ -2,7 +2,8 @@
 
 from zskt.deploy.export import Exported, export
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.transitions import Comparison, Paths, compare
+from zskt.evaluate.fidelity import Comparison, compare, fidelity
+from zskt.evaluate.transitions import Paths
 from zskt.method import losses
 from zskt.method.build import belief_matching
 from zskt.method.config import Config
@@ -53,6 +54,7 @@ __all__ = [
     "compare",
     "distill",
     "export",
+    "fidelity",
     "load_recipe",
     "load_student",
     "load_teacher",

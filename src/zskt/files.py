@@ -135,7 +135,7 @@ CHECKSUM = "zskt.sha256"
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of its entries, which `read_sealed` verifies; first, so that its line can go."""
-    return {CHECKSUM: _entries_digest(document), **document}
+    return {CHECKSUM: _entries_digest(document)} | {name: value for name, value in document.items() if name != CHECKSUM}
 
 
 def read_sealed(path: Path) -> Any:

@@ -7,9 +7,9 @@ import tyro
 from rich.table import Table
 
 from zskt.cli.options import Text
-from zskt.cli.progress import console, notice
+from zskt.cli.progress import console, notice, warn
 from zskt.cli.teachers import FOREIGN, Network, Options, open_method, open_networks
-from zskt.deploy.export import TIMED, Exported, Format, as_json, export, from_folder
+from zskt.deploy.export import TIMED, Exported, Format, Source, as_json, export, from_folder
 from zskt.deploy.formats import INPUTS, Input
 from zskt.files import expanded
 from zskt.networks.loading import is_own_folder
@@ -52,8 +52,13 @@ def run_export(
     make = None if method is None else open_method(method, foreign.trust)
     other = None if beside is None else beside.teacher
     own = is_own_folder(expanded(run))
+    source = from_folder(expanded(run), found.teacher, make, other) if own else Source(found.teacher, {}, None)
+    for line in source.metadata.get("warnings") or []:
+        warn(f"of the run: {line}")
+    if source.sample is not None and "accuracy" not in (source.metadata.get("measured") or {}):
+        notice("note: this student was never measured on real images: zskt evaluate tells how good it is")
     exported = export(
-        from_folder(expanded(run), found.teacher, make, other) if own else found.teacher,
+        source,
         out,
         format,
         input=input,
@@ -71,7 +76,8 @@ def show_export(exported: Exported) -> None:
     notice(f"input: {exported.input}, {INPUTS[exported.input]}")
     notice(
         f"compared on {exported.images} images ({exported.images_from}): logits up to {exported.largest_logit:.3g} "
-        f"differ by at most {exported.max_difference:.3g}; top-1 agreement {exported.agreement:.4f}"
+        f"differ by at most {exported.max_difference:.3g}; the file names the network's class on "
+        f"{exported.agreement:.2%} of them, which says nothing about the teacher"
     )
     if exported.int8:
         notice(f"int8 changes the predicted class of {1 - exported.agreement:.2%} of the images")

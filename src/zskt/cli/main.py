@@ -1,7 +1,8 @@
 """The command line: one subcommand is one library call.
 
-The last line on stdout is one JSON object; everything else goes to stderr. Exit status: 0 done, 1 the work failed,
-2 bad usage, 130 or 143 interrupted with a checkpoint written.
+The last line on stdout is one JSON object; everything else goes to stderr, with --quiet only warnings and errors. Exit
+status: 0 done, 1 the work failed, 2 bad usage, 130 or 143 interrupted with a checkpoint written. zskt --version prints
+the version, zskt --tyro-print-completion bash (zsh, tcsh) a script that completes commands and options.
 """
 
 import functools
@@ -23,22 +24,23 @@ from zskt.cli import demo
 from zskt.cli.export import run_export
 from zskt.cli.options import File
 from zskt.cli.paper import run_belief, run_reproduce
-from zskt.cli.progress import bar, console, notice
-from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_report, run_sample
+from zskt.cli.progress import bar, console, notice, silence
+from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_images, run_report, run_sample
 from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
-from zskt.errors import UsageError, ZsktError, cannot, first_line, short
+from zskt.errors import UsageError, ZsktError, cannot, first_line, short, to_stderr
 from zskt.method.config import Config
 from zskt.method.recipe import AUTO, load_recipe, recipe_texts
 from zskt.run.checkpoint import Interrupted
+from zskt.runtime import __version__
 from zskt.settings import flat, to_toml
 
 # The subcommands. Their docstrings are the help texts.
 
 
-def run_demo(*, recipe: str = AUTO, seed: int = 0, out: File = None) -> Result:
+def run_demo(*, recipe: str = demo.RECIPE, seed: int = 0, out: File = None) -> Result:
     """Everything in a minute: train a teacher on handwritten digits, drop the data, distil, measure.
 
-    Example: zskt demo --recipe zskt-prior --seed 1
+    Example: zskt demo --recipe bank --seed 1
 
     Args:
         recipe: a name from `zskt recipes`, or auto.
@@ -116,7 +118,7 @@ def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
         for line in (*header, "", *to_toml(config).splitlines()):
             notice(line)
         return flat(config)
-    summaries = {AUTO: "the default: zskt-prior if the teacher has BatchNorm, else zskt-fresh"}
+    summaries = {AUTO: "the default: bank if the teacher has BatchNorm, else bank-adversary"}
     summaries |= {recipe: text.splitlines()[0].removeprefix("# ") for recipe, text in texts.items()}
     table = Table("recipe", "description")
     for recipe, summary in summaries.items():
@@ -135,6 +137,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "belief": run_belief,
     "reproduce": run_reproduce,
     "sample": run_sample,
+    "images": run_images,
     "report": run_report,
     "export": run_export,
     "recipes": run_recipes,
@@ -150,7 +153,16 @@ RENAMED |= {name: shortcut for shortcut, name in SHORTCUTS.items()}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"zskt {__version__}")
+        return 0
+    with silence("--quiet" in arguments):
+        return _run([argument for argument in arguments if argument != "--quiet"])
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one subcommand; every error becomes a line and an exit status."""
     try:
         options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
         for option in options:
@@ -167,27 +179,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(json.dumps(result, allow_nan=False), flush=True)
     except Interrupted as error:
-        notice(f"zskt: {short(error, 2_000)}")
+        to_stderr(f"zskt: {short(error, 2_000)}")
+        print(json.dumps({"finished": False, "reason": short(error, 2_000)}), flush=True)
         return error.status
     except ZsktError as error:
-        notice(f"zskt: {short(error, 2_000)}")
+        to_stderr(f"zskt: {short(error, 2_000)}")
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         return 1
     except OSError as error:
-        notice(f"zskt: {cannot('use', Path(str(error.filename or 'a file')), error)}")
+        to_stderr(f"zskt: {cannot('use', Path(str(error.filename or 'a file')), error)}")
         return 1
     except KeyboardInterrupt:
-        notice("zskt: interrupted")
+        to_stderr("zskt: interrupted")
         return 130
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         if re.search(r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{what} {error}"):
-            notice("zskt: out of memory; use a smaller --batch-size, network or generator.width")
+            to_stderr("zskt: out of memory; use a smaller --batch-size, network or generator.width")
         elif os.environ.get("ZSKT_TRACEBACK"):
             raise
         else:
-            notice(
+            to_stderr(
                 f"zskt: unexpected {what}; please report it with the command (ZSKT_TRACEBACK=1 prints the traceback)"
             )
         return 1

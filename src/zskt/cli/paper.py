@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from zskt.cli.options import File, Text, Time, options, typed
@@ -24,14 +25,20 @@ from zskt.cli.teachers import (
     test_images,
 )
 from zskt.errors import UsageError, ZsktError, unknown
-from zskt.evaluate.transitions import Comparison, Paths, average_curves, check_networks, compare
+from zskt.evaluate.controls import untrained
+from zskt.evaluate.fidelity import Comparison, fidelity
+from zskt.evaluate.measures import check_networks
+from zskt.evaluate.transitions import Paths, average_curves
 from zskt.files import fresh_folder, replacing, write_json, write_text
+from zskt.method.budget import duration
+from zskt.networks.classifier import Classifier
+from zskt.paper.belief import belief_figure, belief_head, belief_rows, belief_table
 from zskt.paper.experiments import Budget
 from zskt.paper.jobs import Job, check_settings, in_order, run_jobs, time_jobs
 from zskt.paper.reproduce import NAMES, Request, reproduction
 from zskt.paper.tables import markdown_table, write_result
 from zskt.paper.toy import POINT_STEPS, ROUNDS, STUDENT_STEPS, reproduce_toy, seconds_per_round, toy_table
-from zskt.run.plots import average_transitions, single_transitions
+from zskt.run.plots import single_transitions
 from zskt.runtime import circumstances, parse_limit, pick_device
 
 ASK_ABOVE = 600.0
@@ -58,6 +65,8 @@ else:
         },
     )
     BudgetOptions = options(Budget, PUBLISHED, leave_out={"fine_tuning"})
+RANDOM = "random"
+Controls = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NETWORK...", help_behavior_hint="")]
 PATHS, REQUEST, BUDGET = PathOptions(), RequestOptions(), BudgetOptions()
 
 
@@ -67,6 +76,7 @@ def run_belief(
     /,
     *,
     data: Data,
+    control: Controls = (),
     out: File = None,
     given: Annotated[PathOptions, tyro.conf.arg(name="")] = PATHS,
     device: str = "auto",
@@ -75,16 +85,20 @@ def run_belief(
     """Measure how closely two networks' beliefs match, near decision boundaries above all.
 
     From images on which both agree, gradient steps on one network lead to every other class; the mean transition error
-    is how far apart the two networks' probabilities of that class are along the way: 0 is equal, 1 opposite.
+    is how far apart the two networks' probabilities of that class are along the way: 0 is equal, 1 opposite. Following
+    these paths takes nearly all of the time. Beside it: agreement where the teacher is right and wrong, and what the
+    accuracies alone would give; divergences; alignment of stages; agreement under corruptions; attacks on either.
 
-    Example: zskt belief runs/a teacher --data cifar10-test.zip --out belief
+    Example: zskt belief runs/a teacher --data cifar10-test.zip --control runs/other random --out belief
 
     Args:
         student: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
         teacher: the network to compare it with, specified in the same way.
         data: labelled images, as in zskt teach; their test split is used.
-        out: folder for belief.json and the figures; by default none are written.
+        control: networks of the student's architecture that never saw the teacher, or `random` for new random weights;
+            each takes as long as the student. P-values say how often one is as close to the teacher as the student is.
+        out: folder for belief.json, the figure (.pdf, .png), the LaTeX table and single paths; by default none.
         given: how the paths are followed.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -92,45 +106,65 @@ def run_belief(
     if out is not None and out.exists() and not out.is_dir():
         raise ZsktError(f"expected a folder or nothing at {out}, found a file; choose another --out")
     where = pick_device(device)
-    found_networks = open_networks([student, teacher], foreign)
-    first, second = (found.teacher.to(where) for found in found_networks if found is not None)
+    trained = [name for name in control if name != RANDOM]
+    found_networks = open_networks([student, teacher, *trained], foreign)
+    first, second, *others = (found.teacher.to(where) for found in found_networks if found is not None)
     check_networks(first, second)
+    controls = named_controls(control, first, others)
     pictures, labels = test_images(data, second)
-    with bar("following", "paths") as show:
-        found = compare(first, second, pictures, labels, paths, progress=lambda done, total: show(done, total, ""))
+    with bar("comparing", "done") as show:
+        found = fidelity(
+            first,
+            second,
+            pictures,
+            labels,
+            paths,
+            controls=controls,
+            progress=lambda what, done, total: show(done, total, what),
+        )
     show_comparison(found)
     if out is None:
-        notice("give --out for the transition curves as figures")
+        notice("give --out for the figure and the LaTeX table")
         return found.measured
     names = [Path(name).resolve().name for name in (student, teacher)]
     write_comparison(out, found, names, second.class_names)
-    notice(f"figures: {out / 'average-transitions.png'}, {out / 'single-transitions.png'}")
+    notice(f"{out / 'belief.pdf'}, {out / 'belief.tex'}, {out / 'single-transitions.png'}")
     return found.measured | {"out": str(out)}
+
+
+def named_controls(asked: Sequence[str], student: Classifier, trained: Sequence[Classifier]) -> dict[str, Classifier]:
+    """The controls by a name for each: `trained` in the order asked for, and random ones, each of another seed."""
+    remaining = iter(trained)
+    controls: dict[str, Classifier] = {}
+    for number, name in enumerate(asked):
+        label = name if name == RANDOM else Path(name).resolve().name
+        label = f"{label} {number + 1}" if label in controls else label
+        controls[label] = untrained(student, number) if name == RANDOM else next(remaining)
+    return controls
 
 
 def show_comparison(found: Comparison) -> None:
     """The measures as a table, with their intervals."""
-    table = Table("", "found", "95 % interval")
-    for name, value in found.measured.items():
-        if isinstance(value, float) and name != "step_size":
-            interval = found.measured["intervals"].get(name)
-            table.add_row(
-                name.replace("_", " "),
-                f"{value:.4f}",
-                "-" if interval is None else "{:.4f} .. {:.4f}".format(*interval),
-            )
+    columns = belief_head(found.measured)
+    table = Table(*columns)
+    for row in belief_rows(found.measured):
+        table.add_row(*map(escape, row[: len(columns)]))
     console().print(table)
+    for line in found.measured["warnings"]:
+        notice(f"warning: {line}")
 
 
 def write_comparison(out: Path, found: Comparison, names: list[str], class_names: tuple[str, ...] | None) -> None:
-    """Write belief.json and the two figures."""
+    """Write the numbers, the figure, the LaTeX table and single paths."""
     curves = average_curves(found.transitions)
-    title = f"mean transition error {found.mean_transition_error:.3f}, {found.measured['followed']:,} images"
-    average = average_transitions({title: curves}, names)
-    single = single_transitions(found.transitions, names, class_names)
-    for name, png in (("average", average), ("single", single)):
-        with replacing(out / f"{name}-transitions.png") as file:
-            file.write(png)
+    pictures = {
+        f"belief.{suffix}": content for suffix, content in belief_figure(found.measured, curves, class_names).items()
+    }
+    pictures["single-transitions.png"] = single_transitions(found.transitions, names, class_names)
+    for name, content in pictures.items():
+        with replacing(out / name) as file:
+            file.write(content)
+    write_text(out / "belief.tex", belief_table(found.measured, names))
     write_json(out / "belief.json", {"networks": names, **found.measured, "curves": curves})
 
 
@@ -150,7 +184,9 @@ def run_reproduce(
 ) -> Result:
     """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
 
-    First prints the amount of work and the estimated time on this machine, from 20 seconds of measurement.
+    First prints the amount of work and the estimated time on this machine, from 20 seconds of measurement or more: each
+    kind of work is timed at least once. Also the way to compare recipes: --recipe A B are rows, --seeds repetitions.
+    Writes the table as Markdown, LaTeX, CSV and JSON.
 
     Example: zskt reproduce table-1 --data cifar10-train.zip cifar10-test.zip --scale 0.01 --out runs/table-1
 
@@ -202,7 +238,7 @@ def run_reproduce(
     if stop_after is not None and math.isinf(seconds):
         raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
     estimate = state_cost(jobs, folder, seconds)
-    refuse_long_work(name, min(estimate, seconds), yes)
+    refuse_long_work(name, min(estimate, seconds), yes, scale)
     failed = run_jobs(jobs, folder, seconds - (time.monotonic() - begun), job_bar)
     facts = circumstances() | {
         "data": train.name,
@@ -226,7 +262,7 @@ def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: boo
         raise ZsktError(f"{folder} already holds the toy experiment; choose another --out")
     rounds = max(1, round(ROUNDS * scale))
     notice("measuring the speed of this machine, a few seconds")
-    refuse_long_work("toy", len(seeds) * rounds * seconds_per_round(), yes)
+    refuse_long_work("toy", len(seeds) * rounds * seconds_per_round(), yes, scale)
     work = f"each {POINT_STEPS} updates of the points and {STUDENT_STEPS} of the student"
     notice(f"{len(seeds)} seeds of {rounds:,} rounds, {work}")
     with bar("toy", "rounds") as show:
@@ -237,13 +273,13 @@ def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: boo
     return result | {"out": str(folder)}
 
 
-def refuse_long_work(name: str, seconds: float, yes: bool) -> None:
+def refuse_long_work(name: str, seconds: float, yes: bool, scale: float) -> None:
     """Raise UsageError above ten minutes, unless `yes` is given."""
     some = "" if name == "toy" else ", --stop-after 9m to do part of it"
     if seconds > ASK_ABOVE and not yes:
         raise UsageError(
-            f"{name} takes about {duration(seconds)} on this machine; give --yes to start{some}, or --scale 0.01 to "
-            "rehearse"
+            f"{name} takes about {duration(seconds)} on this machine; give --yes to start{some}, or --scale "
+            f"{scale / 100:g} to rehearse"
         )
     if seconds:
         notice(f"this takes about {duration(seconds)}")
@@ -261,7 +297,7 @@ def state_cost(jobs: Sequence[Job], folder: Path, budget: float) -> float:
     if not missing:
         return 0.0
     measuring = min(20.0, budget / 10)  # or a short --stop-after would be spent on it
-    notice(f"measuring the speed of this machine, about {measuring:.0f} seconds")
+    notice(f"measuring the speed of this machine, about {measuring:.0f} seconds; slow networks take longer")
     seconds = time_jobs(missing, folder, measuring)
     table = Table("work", "jobs", "amount", "takes about")
     total = 0.0
@@ -273,12 +309,3 @@ def state_cost(jobs: Sequence[Job], folder: Path, budget: float) -> float:
     table.add_row("total, without evaluations", str(len(missing)), "", duration(total))
     console().print(table)
     return total
-
-
-def duration(seconds: float) -> str:
-    """A duration in seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -1,16 +1,44 @@
-"""Live progress on stderr: a bar and a line of key figures."""
+"""Live progress on stderr: a bar and a line of key figures on a terminal, a line now and then elsewhere."""
 
 import contextlib
+import contextvars
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from zskt.errors import to_stderr
+from zskt.method.budget import duration
 from zskt.run.lifecycle import Event
 
-notice = to_stderr
+EVERY = 30.0
+"""Seconds between two lines of progress where stderr is no terminal."""
+_SILENT = contextvars.ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silence(wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, only warnings and errors are printed."""
+    before = _SILENT.set(wanted)
+    try:
+        yield
+    finally:
+        _SILENT.reset(before)
+
+
+def notice(line: str) -> None:
+    """One line for the user, unless they asked for silence."""
+    if not _SILENT.get():
+        to_stderr(line)
+
+
+def warn(line: str) -> None:
+    """A warning, which is always printed."""
+    to_stderr(f"warning: {line}")
 
 
 class _Rate(ProgressColumn):
@@ -20,9 +48,22 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.2f}/s" if task.speed else "", style="progress.data.speed")
 
 
+def say_if_busy(threads: int | str = "auto") -> None:
+    """A note if other programs use this machine's processors, as several threads then wait for one another."""
+    count = threads if isinstance(threads, int) else torch.get_num_threads()
+    if count < 2 or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or not hasattr(os, "getloadavg"):
+        return
+    load = os.getloadavg()[0]
+    if load > (cores := os.cpu_count() or 1) / 2:
+        notice(
+            f"note: other programs keep this machine busy (load {load:.1f} on {cores} cores); --threads 1, or "
+            "OMP_WAIT_POLICY=passive in the environment, may be several times as fast"
+        )
+
+
 def console() -> Console:
     """Stderr, for everything but the final JSON."""
-    return Console(stderr=True, soft_wrap=True)
+    return Console(stderr=True, soft_wrap=True, quiet=_SILENT.get())
 
 
 class _TwoLines(Progress):
@@ -36,9 +77,36 @@ class _TwoLines(Progress):
             yield Text(self.beside)
 
 
+class _Lines:
+    """Progress as plain lines: nothing for work of a few seconds, then one every `EVERY` seconds and one at the end."""
+
+    def __init__(self, phase: str, unit: str) -> None:
+        self.phase, self.unit = phase, unit
+        self.begun = self.said = time.monotonic()
+        self.first: int | None = None  # not 0 where a run is continued
+        self.over = False
+
+    def __call__(self, done: int, total: int, beside: str = "", lines: Sequence[str] = ()) -> None:
+        for line in lines:
+            to_stderr(line)
+        now = time.monotonic()
+        self.first = done if self.first is None else self.first
+        ended = done >= total and not self.over and now - self.begun > EVERY / 6
+        self.over = self.over or done >= total
+        if not ended and (self.over or now - self.said < EVERY):
+            return
+        self.said = now
+        left = (total - done) * (now - self.begun) / max(1, done - self.first)
+        time_left = f"in {duration(now - self.begun)}" if ended else f"{duration(left)} left"
+        notice(f"{self.phase}: {done:,} of {total:,} {self.unit}, {time_left}{'  ' + beside if beside else ''}")
+
+
 @contextlib.contextmanager
 def bar(phase: str, unit: str) -> Iterator[Callable[..., None]]:
     """A progress bar; call it with (done, total, key figures, lines to keep above it)."""
+    if _SILENT.get() or not console().is_terminal:
+        yield _Lines(phase, unit)
+        return
     progress = _TwoLines(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=15),

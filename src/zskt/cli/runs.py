@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from zskt.cli.options import Assignments, File, Text, Time, options, typed
-from zskt.cli.progress import distilling, notice
+from zskt.cli.progress import bar, distilling, notice, say_if_busy, warn
 from zskt.cli.teachers import (
     FOREIGN,
     Data,
@@ -20,11 +20,11 @@ from zskt.cli.teachers import (
     open_networks,
     test_images,
 )
-from zskt.errors import UsageError
-from zskt.evaluate.measures import measure
-from zskt.evaluate.transitions import check_networks, renormalised
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.measures import check_networks, measure
+from zskt.evaluate.transitions import renormalised
 from zskt.files import read_text
-from zskt.method.budget import duration, expected_seconds, operations, probe
+from zskt.method.budget import BUDGETED, disk, duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
 from zskt.method.config import FORMAT, Config
 from zskt.method.generator import SAMPLES
@@ -38,6 +38,8 @@ from zskt.networks.students import describe_student, make_student
 from zskt.run.distill import begun_config, distill, sampler
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
+from zskt.run.synthetic import UPDATES, synthesise, write_synthetic
+from zskt.run.without_data import inspect_run, told
 from zskt.runtime import pick_device
 from zskt.settings import changes_of, from_text, replace
 
@@ -48,8 +50,8 @@ else:
     Overrides = options(Config, "from the recipe", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
     """Every setting of a run as a tyro option."""
 AS_THE_RECIPE_SAYS = Overrides()
-SIZES = ("steps", "bank.rounds", "bank.warmup")
-"""What a budget chooses."""
+LONG_WORK = 3e13
+"""Operations, a minute on a few cores, from which on a run is timed before it starts."""
 
 
 def run_distill(
@@ -78,7 +80,8 @@ def run_distill(
             file.py:factory, timm:NAME or torchvision:NAME.
         student: auto:0.25 for the teacher's architecture at about that fraction of its parameters; wrn-DEPTH-WIDTH,
             resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half, convnet-WIDTH;
-            package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
+            package.module:factory, file.py:factory, timm:NAME or torchvision:NAME; a run folder, to go on from its
+            student.
         student_args: arguments for the student's factory, as in depth=20 classes=37.
         out: output folder: log, checkpoints, sample images, student, report.
         recipe: a name from `zskt recipes`, or auto, the default.
@@ -101,12 +104,15 @@ def run_distill(
     planned = plan(network, module, base, changes, make, begun_config(out) if resume else None)
     chosen = planned.config
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
+    say_if_busy(chosen.machine.threads)
     if make is None and not resume:
-        cost = planned.cost
-        if cost is None and "steps" not in changes:  # as published, which may be days
+        cost, work = planned.cost, operations(network, module, chosen)
+        if cost is None and work > LONG_WORK:
+            notice("timing a few steps")
             cost = probe(network, module, chosen, planned.make)
-        takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost))} and "
-        notice(f"this takes {takes}{operations(network, module, chosen) / 1e15:.2g} PFLOP")
+        takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost))}, "
+        space = disk(network, module, chosen) / 1e6
+        notice(f"this takes {takes}{work / 1e15:.2g} PFLOP and about {max(1, space):,.0f} MB in {out}")
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
@@ -122,8 +128,12 @@ def run_distill(
             resume=resume,
         )
     for line in result.warnings:
-        notice(f"warning: {line}")
+        warn(line)
+    found = {}
     if result.finished:
+        found = inspect_run(out, result.network.cpu(), network.cpu())
+        for line in told(found):
+            notice(line)
         write_report([out], out / "report.html")
         notice(f"report: {out / 'report.html'}")
     else:
@@ -136,6 +146,7 @@ def run_distill(
         "student_parameters": count_parameters(module),
         "teacher_parameters": count_parameters(network.module),
         **result.measured,
+        **({"disagreements": found["teacher"]} if found else {}),
         "warnings": result.warnings,
     }
 
@@ -161,7 +172,7 @@ def read_settings(
             raise UsageError(f"{name} is given twice; give it once")
         changes[name] = value
     typed_sizes = given | changes
-    if "budget" in typed_sizes and (both := [name for name in SIZES if name in typed_sizes]):
+    if "budget" in typed_sizes and (both := [name for name in BUDGETED if name in typed_sizes]):
         raise UsageError(f"--budget chooses {both[0]}: give one of them")
     if config is None:
         return recipe or AUTO, given | changes
@@ -180,7 +191,7 @@ def read_settings(
     elif method not in (None, "belief_matching") and (base == AUTO or load_recipe(str(base)).method != method):
         raise UsageError(f"method {method} of {config} is not that of recipe {base}: set recipe to one that has it")
     if "budget" in typed_sizes:
-        file = {name: value for name, value in file.items() if name not in SIZES}
+        file = {name: value for name, value in file.items() if name not in BUDGETED}
     return str(base), file | given | changes
 
 
@@ -251,6 +262,61 @@ def run_sample(
         beliefs = {"T": network(renormalised(x, student, network))} | beliefs
     save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
     return {"images": len(x), "out": str(out)}
+
+
+def run_images(
+    teacher: tyro.conf.Positional[Network],
+    /,
+    *,
+    out: Path,
+    count: int = 1024,
+    views: int = 1,
+    updates: int = UPDATES,
+    seed: int = 0,
+    device: str = "auto",
+    foreign: Options = FOREIGN,
+) -> Result:
+    """Make images that a network recognises, without data: to calibrate a quantiser or to fine-tune a pruned network.
+
+    Writes images.npz (images in [0, 1] and the network's probabilities, one row per view) and the same images as PNGs.
+    They are no real images: measure what was made with them on real ones.
+
+    Example: zskt images teacher --out images --count 1024 --views 8
+
+    Args:
+        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+            file.py:factory, timm:NAME or torchvision:NAME.
+        out: the folder to write.
+        count: images, about as many of each class.
+        views: rows per image: itself, then random crops and flips, each with the network's own probabilities.
+        updates: optimisation steps of each batch of 256 images; time is in proportion.
+        seed: for everything random.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if out.exists():
+        raise ZsktError(f"{out} already exists; choose another --out or remove it")
+    network = open_network(teacher, foreign).teacher
+    with bar("synthesising", "updates") as show:
+        found = synthesise(
+            network,
+            count,
+            views=views,
+            updates=updates,
+            seed=seed,
+            device=device,
+            progress=lambda done, total: show(done, total, ""),
+            notice=notice,
+        )
+    write_synthetic(out, found, network, updates=updates, seed=seed)
+    sure = f"the network recognises {100 * found.recognised:.0f} of 100 as the class they were made for"
+    notice(f"{count:,} images, {views} views of each: {sure}, mean confidence {found.confidence:.2f}")
+    return {
+        "images": count,
+        "views": views,
+        "recognised": found.recognised,
+        "teacher_confidence": found.confidence,
+        "out": str(out),
+    }
 
 
 def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = None) -> Result:

@@ -14,11 +14,12 @@ from rich.table import Table
 from torch import Tensor
 
 from zskt.cli.options import Assignments, File, ImageSize, Reals, Text, Time, Words, options, typed
-from zskt.cli.progress import bar, console, notice, teaching
+from zskt.cli.progress import bar, console, notice, teaching, warn
 from zskt.data.images import KNOWN, Dataset, read
 from zskt.errors import UsageError, ZsktError, printable
 from zskt.evaluate.measures import measure, noise_classes
 from zskt.files import expanded
+from zskt.method.budget import duration, expected_seconds, operations, probe
 from zskt.method.protocol import Make
 from zskt.method.recipe import AUTO, choose, plan
 from zskt.networks import models
@@ -29,10 +30,11 @@ from zskt.networks.loading import Loaded, is_own_folder, load
 from zskt.networks.models import Size
 from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.networks.students import describe_student, make_student
-from zskt.networks.weights import NOT_VERIFIED, import_weights, parse_renames
+from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
+from zskt.run.without_data import inspect_run, told
 from zskt.runtime import seeded
 
 Result = dict[str, Any]
@@ -40,6 +42,8 @@ Data = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...", help_behavior
 
 Network = Annotated[str, tyro.conf.arg(metavar="NETWORK")]
 
+PLAUSIBLE = 0.5
+"""Accuracy below which an import is doubted."""
 NOISE_FLOPS = 200_000_000_000
 """FLOPs that `zskt inspect` spends on noise images."""
 
@@ -219,7 +223,7 @@ def run_teach(
             callbacks=[callback],
         )
     for line in result.warnings:
-        notice(f"warning: {line}")
+        warn(line)
     return {"finished": result.finished, "update": result.update, **result.measured, "teacher": str(out)}
 
 
@@ -250,7 +254,7 @@ def run_import(
         std: standard deviation per channel, on the same scale as the mean.
         out: output folder.
         rename: FOREIGN=OURS name components, if no unique renaming fits; FOREIGN= drops one, FOREIGN=- its tensors.
-        data: labelled test images to verify the import with.
+        data: labelled test images to measure the import with: the only check of padding, activations and normalisation.
     """
     check_teacher_folder(out)
     teacher, report = import_weights(weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename))
@@ -260,31 +264,45 @@ def run_import(
     if data:
         measured = measure(teacher, *test_images(data, teacher))
         notice(f"accuracy {measured['accuracy']:.4f}")
+        if measured["accuracy"] < PLAUSIBLE:
+            warn(
+                f"accuracy {measured['accuracy']:.4f} is implausible for a trained network, although names and shapes "
+                "fit: check --mean and --std, the order of classes, and whether --model computes what the original does"
+            )
     else:
-        notice(NOT_VERIFIED)
+        notice(NOT_MEASURED)
     save_teacher(out, teacher, **report.metadata, measured=measured)
-    return {"teacher": str(out), "renamed": report.metadata["renamed"], "verified": bool(data), **measured}
+    return {"teacher": str(out), "renamed": report.metadata["renamed"], "measured": bool(data), **measured}
 
 
 def run_inspect(
-    teacher: tyro.conf.Positional[Network],
+    what: tyro.conf.Positional[Network],
     /,
     *,
     student: Text = None,
     student_args: Assignments = (),
+    teacher: Text = None,
+    other: Words = (),
     foreign: Options = FOREIGN,
 ) -> Result:
-    """Show what zskt finds in a network, and what distilling it would do.
+    """Show what zskt finds in a network, what distilling it would do, and how good a student is without data.
 
-    Example: zskt inspect teacher --student wrn-10-1
+    For a run's student, --teacher and --other count disagreements with its teacher and with other students: on fresh
+    pseudo images, on those of the generator half-way through the run, on mixed ones and on noise.
+
+    Example: zskt inspect runs/a --teacher teacher --other runs/b
 
     Args:
-        teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
+        what: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
         student: also show what distilling into this network, specified as in zskt distill, would do.
         student_args: arguments for the student's factory.
+        teacher: of a run folder: also count the student's disagreements with this network, its teacher.
+        other: of a run folder: also count its disagreements with these runs' students, of other seeds, say.
     """
-    loaded = open_network(teacher, foreign)
+    if (teacher or other) and not (expanded(what) / "student.json").exists():
+        raise UsageError(f"--teacher and --other are for a finished run, found {printable(what)}; give its folder")
+    loaded, *compared = (each for each in open_networks([what, teacher, *other], foreign) if each is not None)
     network = loaded.teacher
     stages = find_stages(network.module, network.input_size)
     config, reason = choose(AUTO, network)
@@ -318,6 +336,8 @@ def run_inspect(
         notice(f"student {describe_student(module, network)}")
         planned = plan(network, module)
         config = planned.config
+        notice("timing a few steps")
+        cost = planned.cost or probe(network, module, config, planned.make)
         result |= {
             "reason": planned.reason,
             "student_parameters": count_parameters(module),
@@ -325,11 +345,21 @@ def run_inspect(
             "student_fraction": round(count_parameters(module) / max(1, count_parameters(network.module)), 4),
             "generator_width": config.generator.width,
             "attention_pairs": list(config.student.loss.stages),
+            "steps": config.steps,
+            "takes": duration(expected_seconds(config, cost)),
+            "pflop": float(f"{operations(network, module, config) / 1e15:.2g}"),
         }
-    table = Table("", "found", title=escape(printable(teacher)))
+    table = Table("", "found", title=escape(printable(what)))
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(printable(value)))
     console().print(table)
+    if compared:
+        first = compared.pop(0).teacher if teacher is not None else None
+        others = {name: each.teacher for name, each in zip(other, compared, strict=True)}
+        found = inspect_run(expanded(what), network, first, others)
+        for line in told(found):
+            notice(line)
+        result["disagreements"] = found
     return result
 
 

@@ -128,6 +128,17 @@ def bootstrap(values: Tensor, *, seed: int = 0) -> list[float]:
     return [low, high]
 
 
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """The 95 % interval [low, high] of a fraction, of which `count` of `total` were found; not a point where none was.
+
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), with p = count / n, n = total and z = 1.96.
+    Source: Wilson 1927.
+    """
+    z, p = 1.959964, count / total
+    middle, reach = p + z**2 / (2 * total), z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+    return max(0.0, (middle - reach) / (1 + z**2 / total)), min(1.0, (middle + reach) / (1 + z**2 / total))
+
+
 def disagreements(
     logits: Tensor, answers: Tensor, class_names: Sequence[str] | None = None, *, most: int = 10
 ) -> dict[str, Any]:

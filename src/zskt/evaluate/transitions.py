@@ -7,16 +7,14 @@ other class; how far apart are the two networks' probabilities of that class alo
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.measures import bootstrap, calibration_error, check_images, disagreements, per_image, predict
-from zskt.evaluate.measures import check_networks as check_networks
-from zskt.networks.checks import as_teacher
+from zskt.evaluate.measures import check_images, check_networks
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import at_least_float32, layout
 
@@ -153,83 +151,3 @@ def believed(logits: Tensor, target: Tensor) -> Tensor:
     """The probability (B,) of class `target` (B,) under logits (B, K)."""
     probabilities = logits.double().softmax(dim=1)  # (B, K)
     return probabilities.gather(1, target[:, None]).squeeze(1)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How close two networks' beliefs are: on images, and on the paths from them to other classes."""
-
-    measured: dict[str, Any]  # all numbers, ready for JSON
-    transitions: Transitions
-
-    @property
-    def mean_transition_error(self) -> float:
-        """ZSKT, eq. 2: 0 for equal beliefs, at most 1."""
-        return self.transitions.error
-
-
-def compare(
-    student: nn.Module,
-    teacher: nn.Module,
-    images: Tensor,
-    labels: Tensor | None = None,
-    paths: Paths | None = None,
-    *,
-    progress: Progress = lambda done, total: None,
-) -> Comparison:
-    """Compare two networks' beliefs on images (M, C, H, W), uint8 or in [0, 1], with or without labels (M,).
-
-    Each network is a `Classifier`; one of them may be a bare module, which then uses the other's normalisation.
-    Agreement and KL (nats) are over all images; transition curves, as set by `paths`, over some of those on which both
-    agree. Intervals are 95 % bootstrap intervals over images. Raises ZsktError if the networks do not fit together or
-    agree on too few images.
-    """
-    first, second = read_pair(student, teacher)
-    check_networks(first, second)
-    check_images(first, images, labels)
-    how = paths or Paths()
-    if how.start == "label" and labels is None:
-        raise UsageError("start = 'label': expected labels, found none; give them or start from the prediction")
-    logits, answers = predict(first, images), predict(second, images)  # (M, K) each
-    predictions = logits.argmax(dim=1).cpu()  # (M,)
-    agreeing = (predictions == answers.argmax(dim=1).cpu()).nonzero().squeeze(1)
-    if len(agreeing) < how.images:
-        raise ZsktError(
-            f"expected {how.images:,} images on which both networks agree, found {len(agreeing):,} of {len(images):,}; "
-            "ask for fewer or give more images"
-        )
-    order = torch.randperm(len(agreeing), generator=torch.Generator().manual_seed(how.seed))
-    chosen = agreeing[order[: how.images]]  # (images,)
-    starts = predictions if how.start == "prediction" or labels is None else labels.cpu()
-    transitions = transition_curves(first, second, images[chosen], starts[chosen], how, progress=progress)
-    values = per_image(logits, answers, None if labels is None else labels.cpu())
-    measured: dict[str, Any] = {
-        "mean_transition_error": transitions.error,
-        **{name: float(value.mean()) for name, value in values.items()},
-        "intervals": {
-            "mean_transition_error": bootstrap(transitions.gaps.mean(dim=1), seed=how.seed),
-            **{name: bootstrap(value, seed=how.seed) for name, value in values.items()},
-        },
-    }
-    if labels is not None:
-        measured["calibration_error"] = calibration_error(logits, labels.cpu())
-        measured["teacher_calibration_error"] = calibration_error(answers, labels.cpu())
-    measured |= disagreements(logits, answers, second.class_names)
-    measured |= {
-        "images": len(images),
-        "followed": how.images,
-        **{name: value for name, value in vars(how).items() if name not in ("images", "batch_size")},
-    }
-    return Comparison(measured, transitions)
-
-
-def read_pair(student: nn.Module, teacher: nn.Module) -> tuple[Classifier, Classifier]:
-    """Both networks as classifiers; a bare module gets the other's normalisation."""
-    if isinstance(student, Classifier):
-        return as_teacher(student), as_teacher(teacher if isinstance(teacher, Classifier) else student.like(teacher))
-    if isinstance(teacher, Classifier):
-        return as_teacher(teacher.like(student)), as_teacher(teacher)
-    raise UsageError(
-        "expected at least one network with a normalisation, found two bare modules; wrap one, as in "
-        "zskt.Classifier(module, input_size=(3, 32, 32), mean=..., std=...)"
-    )

@@ -19,7 +19,7 @@ from zskt.method.build import arrange, make_generator
 from zskt.method.config import Config
 from zskt.method.protocol import Make
 from zskt.networks.checks import as_teacher
-from zskt.networks.classifier import Classifier
+from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.observe import forward_flops
 from zskt.runtime import arithmetic, pick_device, seeded, stream, synchronise, threads
 from zskt.settings import replace
@@ -33,6 +33,8 @@ PROBED = 10
 """Generator updates of a probe."""
 FLIPS = 0.6
 """Share of pseudo images that keep their class when flipped, from which on views are flipped too."""
+BUDGETED = ("steps", "bank.rounds", "bank.warmup")
+"""Settings that a budget chooses."""
 SPARE = 0.95
 """Share of a budget that is planned: evaluations and checkpoints take the rest."""
 
@@ -142,6 +144,19 @@ def operations(teacher: Classifier, student: nn.Module, config: Config) -> float
     draws = 1 if config.replay.kind == "same" else learner.updates
     each = side.updates * updated + draws * t + (draws if config.replay.kind == "fresh" else 1) * g
     return config.steps * config.batch_size * (each + learner.updates * 3 * s)
+
+
+def disk(teacher: Classifier, student: nn.Module, config: Config) -> int:
+    """Bytes that a run leaves, roughly: two checkpoints with Adam's averages, the networks, a bank's images.
+
+    Without log and pictures, which are a few MB.
+    """
+    bank = config.bank
+    trained = count_parameters(student)
+    if not bank.pixels:
+        trained += count_parameters(make_generator(teacher, config))
+    image = math.prod(teacher.input_size) + bank.views * (3 + 2 * teacher.num_classes)
+    return 4 * trained * (1 + 2 * 3) + bank.rounds * bank.batch_size * image
 
 
 def duration(seconds: float) -> str:

@@ -128,6 +128,7 @@ def bank(teacher: Classifier, student: nn.Module, config: Config) -> BankDistill
         ask_student=ask_student,
         rng=_draws(config, "latents", like.device),
         augmentation=augmentation,
+        warmup=box.warmup * side.updates,
         momentum=box.momentum,
         meta=meta,
         reset=reset[box.reset],

@@ -19,7 +19,7 @@ from zskt.method.build import METHODS
 from zskt.method.config import Config
 from zskt.method.generator import choose_width
 from zskt.method.protocol import Make
-from zskt.method.stage_pairs import stage_pairs, stages_pair_up
+from zskt.method.stage_pairs import stage_pairs
 from zskt.networks.checks import check_pair
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import forward_flops, memory_format
@@ -27,6 +27,8 @@ from zskt.runtime import parse_limit, pick_device
 from zskt.settings import flat, from_toml, replace
 
 AUTO = "auto"
+OURS = ("bank", "bank-adversary")
+"""Recipes without a published length: their size follows from a time, or from the number of steps."""
 UNASKED = 1_800  # seconds that a run without steps or budget takes at the most
 BF16_COMPARED = ("zskt-prior", "zskt")
 """Recipes that lost less than a standard deviation over three seeds in bf16 (benchmarks/precision.py)."""
@@ -42,6 +44,8 @@ def recipe_texts() -> dict[str, str]:
 def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Config:
     """A recipe by name, with values changed by dotted name; raises UsageError with close matches."""
     texts = recipe_texts()
+    if name.endswith(".toml"):
+        raise UsageError(f"{name} is a file of settings: give it with --config")
     if name not in texts:
         raise unknown("recipe", name, [AUTO, *texts])
     _check_settings(settings or {})
@@ -88,10 +92,7 @@ def plan(
         config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
         if config.method not in METHODS:
             raise custom_method(config.method)
-        named = "student.loss.stages" in settings or "student.loss.attention" in settings
-        if recipe == AUTO and config.student.loss.attention and not named and not stages_pair_up(teacher, student):
-            config = replace(config, {"student.loss.attention": 0.0})
-            reason += "; without attention transfer, as the stages of teacher and student do not pair up"
+    settings = _rounds(config, settings) | settings
     config = settle_precision(replace(config, settings), teacher)
     config, unable = settle_layout(config, teacher, student)
     if unable:
@@ -114,6 +115,22 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{named[0]} is not among the settings that can be changed: give the argument recipe or method"
         )
+
+
+def _rounds(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rounds of synthesis in proportion to the steps asked for, in a recipe without a published length.
+
+    A trial of a few steps has shorter rounds too.
+    """
+    steps = settings.get("steps")
+    named = {"bank.rounds", "bank.warmup"} & settings.keys()
+    if config.recipe not in OURS or named or not isinstance(steps, int) or steps < 1:
+        return {}
+    scale = steps / config.steps
+    warmup = max(1, round(scale * config.bank.warmup))
+    rounds = max(warmup + 1, round(scale * config.bank.rounds))
+    updates = min(config.generator.updates, max(1, steps // 2))
+    return {"bank.warmup": warmup, "bank.rounds": rounds, "generator.updates": updates}
 
 
 def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Config:
@@ -148,10 +165,10 @@ def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
     if name != AUTO:
         return load_recipe(name), "as requested"
     if teacher.has_batchnorm:
-        return load_recipe("zskt-prior"), "auto: the teacher has BatchNorm, whose statistics guide the pseudo images"
-    config = load_recipe("zskt-fresh")
-    config = replace(config, {"generator.width": "auto"})
-    return config, "auto: the teacher has no BatchNorm, for which fresh pseudo batches are the best known choice"
+        return load_recipe("bank"), "auto: the teacher has BatchNorm, whose statistics guide the images of a bank"
+    return load_recipe(
+        "bank-adversary"
+    ), "auto: without BatchNorm in the teacher, an adversary guides the images of a bank"
 
 
 def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Config:
@@ -173,7 +190,7 @@ def settle_by_probe(
 
     Without steps or budget, recipe bank stays within UNASKED seconds; all others keep their published steps.
     """
-    sized = not steps_given and (config.budget or config.recipe == "bank")
+    sized = not steps_given and (config.budget or config.recipe in OURS)
     flips = config.bank.horizontal_flip == "auto"
     if not sized and not flips:
         return config, None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zskt.method.terms import ADVERSARIES, teacher_terms
 from zskt.method.updates import Batch, Beliefs, Losses, Updates
 from zskt.method.views import Augmentation, jitter
 from zskt.networks.observe import ChannelStatistics, Observation, Observer
@@ -97,6 +98,7 @@ class Synthesis:
         ask_student: Observer,
         rng: torch.Generator,
         augmentation: Augmentation,
+        warmup: int = 0,
         momentum: float = 0.0,
         meta: MetaGenerator | None = None,
         reset: Sequence[nn.Module] = (),
@@ -105,6 +107,8 @@ class Synthesis:
     ) -> None:
         """`latents` (N, Z), on the `rng`'s device, is optimised by `updates` together with the generator.
 
+        The first `warmup` updates leave the student out, if there are other terms: it has learnt nothing yet that an
+        adversary could look for. Source: Fast (Fang et al. 2022).
         The modules `reset` are initialised anew every `reset_every` rounds; `size` is (C, H, W).
         """
         self.generator, self.latents, self.updates = generator, latents, updates
@@ -112,6 +116,8 @@ class Synthesis:
         self.ask_teacher, self.ask_student = ask_teacher, ask_student
         self.rng = rng
         self.augmentation = augmentation
+        self.warmup, self.loss = warmup, updates.loss
+        self.warmup_loss = teacher_terms(updates.loss) or updates.loss
         self.statistics = MovingStatistics(momentum)
         self.meta = meta
         self.reset, self.reset_every = reset, reset_every
@@ -125,14 +131,17 @@ class Synthesis:
         """One update, and the images of the round if it was the last of one."""
         if self.updates.done % self.updates.count == 0:
             self.begin_round()
+        self.updates.loss = self.warmup_loss if self.updates.done < self.warmup else self.loss
         self.generator.train()
         self.ask_student.module.eval()
         with self.autocast():
             images = self.generator(self.latents)  # (N, C, H, W)
             seen = jitter(images, self.augmentation, self.rng)
             teacher = self.statistics(self.ask_teacher(seen))
-            beliefs = Beliefs(seen, self.labels, teacher, self.ask_student(seen))
-        losses = self.updates.update(beliefs)
+            record: Batch | Beliefs = Batch(seen, self.labels, teacher)
+            if any(name in ADVERSARIES for name in self.updates.loss):
+                record = Beliefs(seen, self.labels, teacher, self.ask_student(seen))
+        losses = self.updates.update(record)
         self.keep(images.detach(), losses.total)
         if self.meta is not None:
             self.meta.add_gradients()

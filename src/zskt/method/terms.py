@@ -1,12 +1,16 @@
 """The weighted loss terms of a config, as functions of `Beliefs`."""
 
 import functools
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from zskt.method import losses
 from zskt.method.config import GeneratorLoss, StudentLoss
 from zskt.method.updates import Beliefs, Term
+
+ADVERSARIES = ("kl", "l1", "jensen_shannon")
+"""Terms that compare the student with the teacher; all others look at the teacher alone."""
 
 
 def generator_terms(w: GeneratorLoss) -> dict[str, Term]:
@@ -28,6 +32,11 @@ def generator_terms(w: GeneratorLoss) -> dict[str, Term]:
         "total_variation": (w.total_variation, lambda b: losses.total_variation(b.images)),
     }
     return {name: _weighted(weight, term) for name, (weight, term) in terms.items() if weight}
+
+
+def teacher_terms(terms: Mapping[str, Term]) -> dict[str, Term]:
+    """Those of the generator's terms that do not look at the student."""
+    return {name: term for name, term in terms.items() if name not in ADVERSARIES}
 
 
 def student_terms(w: StudentLoss) -> dict[str, Term]:

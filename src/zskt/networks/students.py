@@ -10,15 +10,17 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, failing
 from zskt.networks import models
 from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.factories import call_factory, is_factory
+from zskt.networks.folder import load_student
 from zskt.networks.rebuild import unallocated
 from zskt.runtime import seeded
 
@@ -41,12 +43,14 @@ def make_student(
 
     `spec` is a specifier of `zskt.models` (wrn-16-1), `package.module:factory` or `file.py:factory` (whose code runs,
     with `arguments`), `timm:NAME` or `torchvision:NAME`, or `auto:FRACTION` for the teacher's family at about that
-    fraction of its parameters. `seed` determines the initialisation. Raises UsageError for an unknown name, ZsktError
-    if nothing fits.
+    fraction of its parameters; `seed` determines the initialisation. A run folder gives its trained student, to go on
+    from. Raises UsageError for an unknown name, ZsktError if nothing fits.
     """
     fraction = re.fullmatch(r"auto:(.*)", spec)
     if arguments and not is_factory(spec):
         raise UsageError(f"arguments are for factories, and {spec!r} is not one; omit them")
+    if (Path(spec) / "student.json").is_file():
+        return _trained(Path(spec), teacher)
     with seeded(seed):
         if fraction:
             return _relative(teacher, _fraction(fraction[1]))
@@ -55,6 +59,26 @@ def make_student(
         if is_factory(spec):
             return call_factory(spec, arguments)
         return models.build(spec, teacher.num_classes, teacher.input_size)
+
+
+def _trained(folder: Path, teacher: Classifier) -> nn.Module:
+    """The student of a run, which must take images as the teacher does."""
+    found = load_student(folder)
+    for what, ours, theirs in (
+        ("images of size", teacher.input_size, found.input_size),
+        ("the pixel mean", _numbers(teacher.mean), _numbers(found.mean)),
+        ("the pixel std", _numbers(teacher.std), _numbers(found.std)),
+    ):
+        if ours != theirs:
+            raise ZsktError(
+                f"expected a student for {what} {ours}, as the teacher's, found {theirs} in {folder}; begin with a new "
+                "student or one that was distilled from this teacher"
+            )
+    return found.module.requires_grad_()
+
+
+def _numbers(pixels: Tensor) -> list[float]:
+    return [round(value, 6) for value in pixels.flatten().tolist()]
 
 
 def describe_student(student: nn.Module, teacher: Classifier) -> str:

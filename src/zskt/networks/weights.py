@@ -23,7 +23,7 @@ from zskt.networks.archives import read_weights
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, unit_normalisation
 
-NOT_VERIFIED = "mapping not verified: names and shapes fit, accuracy not measured; give --data to measure it"
+NOT_MEASURED = "names and shapes fit, which is no proof: accuracy not measured; give --data to measure it"
 
 ADVICE = "check --model, --num-classes, --input-size, or give --rename A=B (A= drops A, A=- omits its tensors)"
 

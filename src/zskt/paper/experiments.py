@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from zskt.data.images import KNOWN, Dataset
+from zskt.evaluate.fidelity import compare
 from zskt.evaluate.measures import measure
-from zskt.evaluate.transitions import Paths, average_curves, compare, transition_curves
+from zskt.evaluate.transitions import Paths, average_curves, transition_curves
 from zskt.files import remove, write_json
 from zskt.method.build import arrange
 from zskt.method.recipe import plan

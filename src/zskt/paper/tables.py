@@ -1,5 +1,7 @@
 """A table or figure as cells: one number per seed, each measured by a job, beside the published number."""
 
+import csv
+import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +83,7 @@ def write_result(
     failed: Mapping[str, str] | None = None,
     circumstances: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write NAME.json, NAME.md and, if there is something to draw, NAME.png; returns the content of the JSON.
+    """Write NAME.json, .md, .tex, .csv and, if there is something to draw, NAME.png; returns the content of the JSON.
 
     `failed` maps jobs to the reason of their failure; `circumstances` (with `seeds`) is what the result depends on.
     """
@@ -112,6 +114,8 @@ def write_result(
     lines += ["Work per job: " + "; ".join(work) + ".", ""]
     lines += provenance(circumstances)
     write_text(root / f"{made.name}.md", "\n".join(lines) + "\n")
+    write_text(root / f"{made.name}.tex", latex(*texts_of(made.cells, root, failed), note=made.title + stamp))
+    write_text(root / f"{made.name}.csv", comma_separated(made.cells, root))
     return result
 
 
@@ -128,6 +132,13 @@ def provenance(circumstances: Mapping[str, Any]) -> list[str]:
 
 def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] | None = None) -> list[str]:
     """The lines of a table: our numbers, with the paper's beside them in every column that it published."""
+    return markdown(*texts_of(cells, root, failed))
+
+
+def texts_of(
+    cells: Sequence[Cell], root: Path, failed: Mapping[str, str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """A table's head and rows as texts."""
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*((c.row, c.column) for c in cells), strict=True))
     at = {(cell.row, cell.column): cell for cell in cells}
     published = {column for column in columns if any(c.paper for c in cells if c.column == column)}
@@ -143,9 +154,36 @@ def markdown_table(cells: Sequence[Cell], root: Path, failed: Mapping[str, str] 
             if column in published:
                 texts.append("" if cell is None else cell.paper or "")
         lines.append(texts)
-    return markdown(head, lines)
+    return head, lines
+
+
+def comma_separated(cells: Sequence[Cell], root: Path) -> str:
+    """One line for each seed of each cell, fractions as in the JSON."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["row", "column", "job", "value"])
+    for cell in cells:
+        found = ((job.name, cell.read(root, job)) for job in cell.jobs)
+        lines.writerows([cell.row, cell.column, name, value] for name, value in found if value is not None)
+    return out.getvalue()
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def latex(head: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> str:
+    """A LaTeX tabular for the package booktabs; `note` becomes a comment above it."""
+    lines = [f"% {' '.join(note.split())}"] if note else []
+    lines += [r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}", r"\toprule"]
+    lines += [" & ".join(map(escaped, head)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escaped, row)) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text as LaTeX shows it unchanged."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in text)

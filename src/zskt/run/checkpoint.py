@@ -223,7 +223,10 @@ def check_unused(folder: Path) -> None:
             )
 
 
-_OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows"}
+HALF_WAY = "generator-half-way"
+"""File of the generator half-way through a run."""
+
+_OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows", f"{HALF_WAY}.safetensors"}
 """What a run may have written before its first checkpoint is complete."""
 
 

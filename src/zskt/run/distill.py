@@ -19,7 +19,7 @@ from zskt.files import expanded, read_sealed, read_tensors, write_tensors, write
 from zskt.method.bank import bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
-from zskt.method.generator import SAMPLES, pseudo_images
+from zskt.method.generator import SAMPLES, Generator, pseudo_images
 from zskt.method.matching import BeliefMatching
 from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, describe_method, plan
@@ -29,6 +29,7 @@ from zskt.networks.folder import save_network
 from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module
 from zskt.run import checkpoint
+from zskt.run.checkpoint import HALF_WAY
 from zskt.run.cuda_graph import CapturedStep
 from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.run.plots import believed_grid, save_image
@@ -216,8 +217,18 @@ class Examiner:
         line = self.beliefs(step)
         if warnings := new_warnings(self.past, line, step / self.method.steps):
             line["warnings"] = warnings
-        self.past.append(line)
+        self.keep_generator(step)
+        self.past.append(line | {"step": step})
         return line | (self.measure() if self.images is not None else {})
+
+    def keep_generator(self, step: int) -> None:
+        """Save the generator at the first evaluation of the run's second half: its images examine the student later."""
+        half = self.method.steps / 2
+        generator = self.method.modules().get("generator")
+        if self.folder is None or generator is None or any(line["step"] >= half for line in self.past):
+            return
+        if half <= step < self.method.steps:
+            write_tensors(self.folder / f"{HALF_WAY}.safetensors", generator.state_dict())
 
     def said(self) -> list[str]:
         """All warnings so far."""
@@ -265,6 +276,18 @@ def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
     save_network(folder, "student", result.network, **facts)
 
 
+def saved_generator(folder: Path, network: Classifier, config: Config, name: str = "generator") -> Generator:
+    """A generator of the run in `folder`, whose student is `network`: the last one, or that of HALF_WAY."""
+    if config.generator.width == "auto":
+        raise ZsktError(
+            f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
+        )
+    generator = make_generator(network, config)
+    with checkpoint.restoring(folder):
+        generator.load_state_dict(read_tensors(folder / f"{name}.safetensors")[0])
+    return generator
+
+
 Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W), normalised
 
 
@@ -276,13 +299,7 @@ def sampler(
     facts = checkpoint.read_finished(folder)
     config = read_config(folder / "config.toml")
     if config.method == "belief_matching":
-        if config.generator.width == "auto":
-            raise ZsktError(
-                f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
-            )
-        generator = make_generator(network, config)
-        with checkpoint.restoring(folder):
-            generator.load_state_dict(read_tensors(folder / "generator.safetensors")[0])
+        generator = saved_generator(folder, network, config)
         return functools.partial(pseudo_images, generator, generator.latent)
     if config.method == "bank":
         images = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)

@@ -8,18 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from zskt.errors import UsageError, ZsktError, failing
-from zskt.files import expanded, write_text
+from zskt.files import expanded, read_json, write_text
+from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
+from zskt.method.recipe import load_recipe, recipe_texts
 from zskt.run.checkpoint import read_finished, read_lines
 from zskt.run.plots import run_classes, run_curves
+from zskt.run.without_data import FILE, told
 from zskt.settings import flat
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{display:inline-block;margin:.5rem}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}
+.wide{overflow-x:auto}.wide img{min-width:45rem}figure{display:inline-block;margin:.5rem}
 figcaption,.note{color:#666;font-size:.85em}.samples img{width:32rem}
-.warning{background:#fff3cd;padding:.5rem 1rem}"""
+.warning{background:#fff3cd;padding:.5rem 1rem}summary{cursor:pointer}
+figure[hidden]{display:none}.samples input{width:min(32rem,100%)}.samples input:not([hidden]){display:block}
+:root{color-scheme:light dark}@media(prefers-color-scheme:dark){body{background:#181a1b;color:#ddd}
+td,th{border-color:#444}.warning{color:#222}figcaption,.note{color:#aaa}}
+@media print{figure[hidden]{display:inline-block!important}input{display:none}}"""
 
+SLIDER = """document.querySelectorAll(".samples").forEach(box => {
+const slider = box.querySelector("input"), figures = [...box.querySelectorAll("figure")]
+if (!slider) return
+slider.oninput = () => figures.forEach((figure, i) => { figure.hidden = i != slider.value })
+slider.hidden = false
+slider.oninput()
+})"""
+"""Shows one picture of a run at a time; without scripts and in print there are all."""
+
+UNKNOWN = (
+    "nobody knows how good the student is: no number here is an accuracy, and no warning is no proof. A hundred "
+    "labelled images are enough to tell a good one from a poor one: zskt evaluate RUN --data IMAGES --teacher TEACHER."
+)
 MEASURES = {
     "teacher_accuracy": "teacher accuracy",
     "accuracy": "student accuracy",
@@ -27,6 +48,8 @@ MEASURES = {
     "kl_teacher_student": "KL(teacher, student), nats",
     "calibration_error": "expected calibration error",
 }
+COMPARED = {"student": "model", "student parameters": "parameters", "teacher": "teacher_fingerprint"}
+"""What runs of one mean share, beside their settings: name -> key in student.json."""
 METADATA = {
     "teacher_model": "teacher",
     "model": "student",
@@ -49,12 +72,16 @@ def read_run(folder: Path) -> dict[str, Any]:
         "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "metadata": read_finished(folder) if student.exists() else {},
+        "without_data": read_json(examined) if (examined := folder / FILE).exists() else None,
         "samples": sorted((folder / "samples").glob("*.png")),
     }
 
 
 def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -> dict[str, Any]:
-    """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std."""
+    """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std.
+
+    Mean and std are None for runs that differ in more than their seed and the machine: those are not repetitions.
+    """
     paths = [expanded(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     if len({folder.resolve() for folder in paths}) < len(paths):
         raise UsageError("expected different runs, found one twice; give each once, as the mean counts every run")
@@ -65,21 +92,23 @@ def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -
     what = f"metrics.jsonl or student.json in {', '.join(map(str, paths))} is damaged"
     with failing(what, "restore or omit it", kinds=(LookupError, TypeError, ValueError, AttributeError)):
         page = _page(runs)
-        summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key)) is not None}
+        repeated = not differences(runs)
+        summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key, repeated)) is not None}
     write_text(expanded(path), page)
     return summaries
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
-    body = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
+    body = [f"<h1>{html.escape(title)}</h1>", _results(runs), _without_data(runs)]
     for run in runs:
         unfinished = "" if run["metadata"] else f"{run['name']} has not finished: continue it with --resume"
         for warning in [*run["metadata"].get("warnings", []), unfinished]:
             if warning:
-                body.append(f'<p class="warning">{html.escape(warning)}</p>')
+                named = warning if len(runs) == 1 or warning == unfinished else f"{run['name']}: {warning}"
+                body.append(f'<p class="warning">{html.escape(named)}</p>')
     curves = run_curves({run["name"]: run["lines"] for run in runs})
-    body += ["<h2>Curves</h2>", f'<img alt="curves over the steps" src="{_inline(curves)}">']
+    body += ["<h2>Curves</h2>", f'<div class="wide"><img alt="curves over the steps" src="{_inline(curves)}"></div>']
     for run in runs:
         if histogram := run_classes(run["lines"], run["metadata"].get("class_names")):
             body += [f"<h2>Classes of the pseudo images of {html.escape(run['name'])}</h2>"]
@@ -88,27 +117,46 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     words = "The student learned from them; they need not look like the data. T, S: predictions of teacher and student."
     body.append(f'<p class="note">{words}</p>')
     body.append(_settings(runs))
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    return f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n"
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    style, script = f"<style>{STYLE}</style>", f"<script>{SLIDER}</script>"
+    return f"{head}<title>{html.escape(title)}</title>{style}{''.join(body)}{script}</html>\n"
 
 
-def summarise(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
-    """A measure over runs, with its sample standard deviation; None unless every run has it."""
+def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the runs differ in, by name, beside seeds, machine and what a budget chose: settings, student, teacher."""
+    facts = [
+        {
+            name: value
+            for name, value in run["config"].items()
+            if name != "seed" and not name.startswith("machine.") and not (run["config"]["budget"] and name in BUDGETED)
+        }
+        | {name: run["metadata"].get(key) for name, key in COMPARED.items() if run["metadata"]}
+        for run in runs
+    ]
+    known = dict.fromkeys(name for fact in facts for name in fact)
+    return [name for name in known if len({str(fact[name]) for fact in facts if name in fact}) > 1]
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], key: str, repeated: bool = True) -> dict[str, Any] | None:
+    """A measure over runs, with mean and sample standard deviation if `repeated`; None unless every run has it."""
     values = [run["metadata"].get("measured", {}).get(key) for run in runs]
     if None in values:
         return None
     return {
         "values": values,
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "mean": statistics.fmean(values) if repeated else None,
+        "std": statistics.stdev(values) if repeated and len(values) > 1 else None,
     }
 
 
 def _results(runs: Sequence[Mapping[str, Any]]) -> str:
-    several = len(runs) > 1
+    differing = differences(runs)
+    several = len(runs) > 1 and not differing
     rows = []
     for key, label in MEASURES.items():
         values = [run["metadata"].get("measured", {}).get(key) for run in runs]
+        if all(value is None for value in values):
+            continue
         cells = ["not measured" if value is None else f"{value:.4f}" for value in values]
         summary = summarise(runs, key)
         mean = f"{summary['mean']:.4f} ± {summary['std']:.4f}" if several and summary else "-"
@@ -120,7 +168,44 @@ def _results(runs: Sequence[Mapping[str, Any]]) -> str:
         ]
         rows.append([label, *cells, *([""] if several else [])])
     head = ["last iterate", *(run["name"] for run in runs), *(["mean ± std"] if several else [])]
-    return "<h2>Result</h2>" + _table(head, rows)
+    which = ", ".join(differing[:5]) + (" and more" if len(differing) > 5 else "")
+    note = f"<p class=note>No mean, as the runs differ in {html.escape(which)}.</p>" if differing else ""
+    finished = [run for run in runs if run["metadata"]]
+    unknown = [run["name"] for run in finished if run["metadata"].get("measured", {}).get("accuracy") is None]
+    if unknown:
+        names = "This run" if len(runs) == 1 else html.escape(" and ".join(unknown))
+        note += f'<p class="warning">{names}: not measured on real images, so {UNKNOWN}</p>'
+    return "".join(map(_told, finished)) + "<h2>Result</h2>" + _table(head, rows) + note
+
+
+def _told(run: Mapping[str, Any]) -> str:
+    """A finished run in a sentence: the student, what was measured, whether anything warned."""
+    facts, measured = run["metadata"], run["metadata"].get("measured", {})
+    student, teacher = facts.get("parameters"), facts.get("teacher_parameters")
+    parts = [f"{facts.get('model') or 'a student'} of {student:,} parameters" if student else "a student"]
+    if student and teacher:
+        parts[0] += f", {student / teacher:.0%} of the teacher's"
+    if measured.get("accuracy") is not None:
+        beside = measured.get("teacher_accuracy")
+        right = f"right on {measured['accuracy']:.2%} of the test images"
+        parts.append(right + (f" (teacher {beside:.2%})" if beside is not None else ""))
+    if measured.get("agreement") is not None:
+        parts.append(f"agrees with the teacher on {measured['agreement']:.2%}")
+    warned = len(facts.get("warnings", []))
+    parts.append(f"{warned} warning{'s' if warned > 1 else ''}, below" if warned else "no warnings")
+    return f"<p><strong>{html.escape(run['name'])}</strong>: {html.escape('; '.join(parts))}.</p>"
+
+
+def _without_data(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What is known of the students where there are no data, in the words of `zskt inspect`."""
+    body = ["<h2>How good is the student, without data?</h2>"]
+    for run in runs:
+        body.append(f"<h3>{html.escape(run['name'])}</h3>" if len(runs) > 1 else "")
+        lines = ["not inspected: zskt inspect RUN --teacher TEACHER does it"]
+        if run["without_data"] is not None:
+            lines = told(run["without_data"])
+        body.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>")
+    return "".join(body)
 
 
 def _samples(paths: list[Path]) -> str:
@@ -132,21 +217,41 @@ def _samples(paths: list[Path]) -> str:
         f"<figcaption>step {html.escape(p.stem.lstrip('0'))}</figcaption></figure>"
         for p in shown
     ]
-    return f'<div class="samples">{"".join(figures)}</div>'
+    last = len(figures) - 1
+    slider = f'<input type="range" aria-label="time" max="{last}" value="{last}" hidden>' if last else ""
+    return f'<div class="samples">{slider}{"".join(figures)}</div>'
 
 
 def _settings(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What differs from the recipe, then everything, and the commands that do it again."""
     rows = [[key, *(str(run["config"][key]) for run in runs)] for key in runs[0]["config"]]
+    head = ["", *(run["name"] for run in runs)]
+    usual = [flat(load_recipe(name)) if (name := run["config"]["recipe"]) in recipe_texts() else {} for run in runs]
+    changed = [
+        row
+        for row in rows
+        if any(str(recipe.get(row[0], value)) != value for recipe, value in zip(usual, row[1:], strict=True))
+    ]
+    commands = [
+        f"zskt distill TEACHER --student {run['metadata'].get('model') or 'STUDENT'} "
+        f"--config {run['name']}/config.toml --out {run['name']}-again"
+        for run in runs
+    ]
     versions = runs[0]["metadata"].get("versions", {})
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"<h2>Settings</h2>{_table(['', *(run['name'] for run in runs)], rows)}<p class=note>{html.escape(made)}</p>"
+    return (
+        f"<h2>Settings that differ from the recipe</h2>{_table(head, changed)}"
+        f"<details><summary>All settings</summary>{_table(head, rows)}</details>"
+        f'<p>To do it again:</p><pre class="wide">{html.escape(chr(10).join(commands))}</pre>'
+        f"<p class=note>{html.escape(made)}</p>"
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
 
 
 def _inline(png: bytes) -> str:

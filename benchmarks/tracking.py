@@ -1,0 +1,29 @@
+"""Do few disagreements without data mean a high accuracy? Rank correlations over finished runs of one teacher.
+
+python benchmarks/tracking.py RUN...
+
+Each RUN was made by zskt distill with --eval. The result is also written to where zskt inspect reads it.
+"""
+
+import argparse
+from pathlib import Path
+
+import record
+from zskt.files import write_json
+from zskt.run.without_data import KINDS, TRACKING, rank_correlations
+
+
+def main() -> None:
+    """Correlate, record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    found = rank_correlations(parser.parse_args().runs)
+    worths = found["rank_correlations"]
+    rows = [[KINDS[kind], "undefined" if worth is None else f"{worth:.2f}"] for kind, worth in worths.items()]
+    title = f"Rank correlation of accuracy with few disagreements, over {found['runs']} students of one teacher"
+    record.write("tracking", title, found, ["images", "rank correlation"], rows)
+    write_json(TRACKING, found)
+
+
+if __name__ == "__main__":
+    main()
