@@ -1,16 +1,19 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   distil a student without data, in about a minute
 #   make test   lint, types, documentation and tests
-# Four more: make docs (build/site/index.html), make wheel (dist/), make bench [DEVICE=cuda] (what a step costs),
-# make torture [KILLS=200] (what interruptions do to a run).
+# Three more: make docs (build/site/index.html), make wheel (dist/), make bench [DEVICE=cuda] (what a step costs).
+# Mutated files and command lines: make fuzz [CASES=10000]; an hour of short runs in one process: make soak [SECONDS=3600]
+# What interruptions do to a run: make torture [KILLS=200]
 # Set-up goes to stderr, so that the last line on stdout is the demo's JSON.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEVICE ?= auto
 KILLS ?= 200
+CASES ?= 10000
+SECONDS ?= 3600
 
-.PHONY: demo test check docs wheel bench torture clean
+.PHONY: demo test check docs wheel bench fuzz soak torture clean
 
 demo: .venv/installed
 	@$(BIN)/python -m zskt demo
@@ -21,6 +24,12 @@ test: .venv/installed
 
 bench: .venv/installed
 	@$(BIN)/python benchmarks/step_time.py --device $(DEVICE)
+
+fuzz: .venv/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --cases $(CASES)
+
+soak: .venv/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --seconds $(SECONDS)
 
 torture: .venv/installed
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills $(KILLS)

@@ -1,5 +1,6 @@
 """One flipped bit in any file of a run is noticed or does no harm."""
 
+import functools
 import json
 import random
 import shutil
@@ -17,6 +18,7 @@ from small import refused
 from torture import RUNS, outcome
 from zskt.files import CHECKSUM, read_tensors, write_tensors
 from zskt.networks.folder import load_network
+from zskt.run.checkpoint import HALF_WAY
 from zskt.run.distill import begun_config, sampler
 from zskt.run.report import METADATA, read_run
 
@@ -53,17 +55,6 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     return bool(first == second)
-
-
-def noticed_later(path: Path, whole: Path) -> bool:
-    """Whether reading a damaged file is refused or gives what the whole one holds; pictures are for the eye."""
-    if path.suffix == ".png":
-        return True
-    try:
-        found, _ = read_tensors(path)
-    except zskt.ZsktError:
-        return True
-    return same(sorted(found.items()), sorted(read_tensors(whole)[0].items()))
 
 
 COUNTS = [pytest.param(4, id="short"), pytest.param(25, id="long", marks=pytest.mark.slow)]
@@ -106,9 +97,14 @@ def test_a_flipped_bit_of_an_interrupted_run_is_noticed_or_harmless(kind: str, c
         else:
             found = outcome(tmp_path / "run")
             differing = {name for name in whole.keys() | found if whole.get(name) != found.get(name)}
-            for name in differing:  # a file that is not used before the run has ended
-                assert name == str(path.relative_to(tmp_path / "kept")), (path, position, bit)
-                assert noticed_later(tmp_path / "run" / name, tmp_path / "whole" / name), (path, position, bit)
+            later = set()  # what is not read before the run is looked at, and has a checksum of its own
+            if path.suffix == ".png":
+                later = {f"samples/{path.name}"}
+            elif path.stem == HALF_WAY:
+                later = {path.name}
+                if differing:
+                    refused(functools.partial(read_tensors, tmp_path / "run" / path.name))
+            assert differing <= later, (path, position, bit)
             ended["harmless"] += 1
         shutil.rmtree(tmp_path / "run")
     print(f"{kind}, interrupted: {dict(ended)}")

@@ -48,7 +48,7 @@ def make(study: Experiment, *wanted: Job) -> None:
 
 
 def weights(study: Experiment, job: Job) -> bytes:
-    (path,) = (path for path in job.folder(study.root).glob("*.safetensors") if path.stem != "generator")
+    (path,) = (path for path in job.folder(study.root).glob("*.safetensors") if not path.stem.startswith("generator"))
     return path.read_bytes()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import zskt
+from zskt.files import read_tensors
 from zskt.run import checkpoint, lifecycle
 from zskt.run.lifecycle import Lifecycle, describe
 
@@ -175,6 +176,37 @@ def test_losses_that_are_not_finite_end_a_run_before_anything_is_written(
 def test_a_measurement_that_is_not_finite_ends_a_run(tmp_path: Path) -> None:
     run = life(tmp_path / "run", evaluate=lambda step: {"confidence": float("nan"), "counts": [1]})
     with pytest.raises(zskt.ZsktError, match=r"^confidence is nan at step 4: the run has diverged; lower walk"):
+        run.run([])
+
+
+def test_a_diverged_state_is_kept_aside_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+    run = life(tmp_path / "run", log_every=5, checkpoint_every=3, evaluate_every=9)
+    assert isinstance(run.repeated, Walk)
+    run.repeated.bad_from = 4
+    with pytest.raises(zskt.ZsktError, match=r"at step 5: the run has diverged; .*; its state is in .*diverged"):
+        run.run([])
+    (good,) = (tmp_path / "run" / "checkpoint").iterdir()
+    assert good.name == "00000003.safetensors"
+    tensors, metadata = read_tensors(tmp_path / "run" / "diverged.safetensors")
+    assert torch.equal(tensors["walk/weight"], run.repeated.module.weight)
+    assert any(name.startswith("optimiser:walk/") for name in tensors)
+    assert metadata["step"] == "5"
+    assert "loss of the walk is nan" in metadata["found"]
+    again = life(tmp_path / "run")
+    again.restore()
+    again.run([])
+    assert again.finished
+    assert not (tmp_path / "run" / "diverged.safetensors").exists()
+
+
+def test_an_optimiser_that_is_not_finite_ends_a_run(tmp_path: Path) -> None:
+    run = life(tmp_path / "run", checkpoint_every=2)
+    assert isinstance(run.repeated, Walk)
+    run.run([], 1)
+    run.repeated.optimiser.state[run.repeated.module.weight]["exp_avg_sq"].fill_(float("inf"))
+    with pytest.raises(
+        zskt.ZsktError, match=r"optimiser:walk/0\.exp_avg_sq contains NaN or infinity at step 2: .*lower walk"
+    ):
         run.run([])
 
 

@@ -536,7 +536,8 @@ def test_a_preprocessor_of_odd_values_is_not_understood(transformers: Any, facts
     save_hugging_face(transformers, "vit", tmp_path, None)
     text = json.dumps(facts if isinstance(facts, list) else PREPROCESSOR | facts)
     (tmp_path / "preprocessor_config.json").write_text(text)
-    assert "cannot interpret" in refused(lambda: load_teacher(tmp_path))
+    line = refused(lambda: load_teacher(tmp_path))
+    assert "cannot interpret" in line or "is not valid JSON" in line
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zskt
 from small import Tokens, refused, student_for
 from zskt.errors import ZsktError
-from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, output_kind, probe
+from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, check_pair, output_kind, probe
 from zskt.networks.observe import logits_of
 
 SIZE = (3, 8, 8)
@@ -242,3 +242,20 @@ def test_the_probe_never_trains_and_leaves_no_gradient() -> None:
     teacher_of(module)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("place", "value"), [("1.running_var", float("inf")), ("1.running_mean", float("nan"))])
+def test_statistics_that_no_output_shows_are_looked_at(place: str, value: float) -> None:
+    """Divided by the root of infinity everything is 0, and finite."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+    network.state_dict()[place].fill_(value)
+    for work in (lambda: teacher_of(network), lambda: check_pair(teacher_of(Small()), network)):
+        assert f"{place} of the" in refused(work)
+
+
+def test_a_parameter_that_is_not_finite_is_named() -> None:
+    network = Small()
+    nn.init.constant_(network.fc.bias, float("nan"))
+    assert "fc.bias of the network contains NaN or infinity" in refused(lambda: teacher_of(network))

@@ -166,8 +166,9 @@ def test_every_weight_brings_its_term_and_nothing_else_does() -> None:
     for name in flat(Config()):
         side, _, term = name.partition(".loss.")
         if term and term not in ("kl_scale", "kl_where", "temperature", "stages"):
-            rest = {"generator": "student.loss.kl", "student": "generator.loss.kl"}[side]  # some loss is needed
-            config = replace(Config(), none | {rest: 1.0, name: 2.0})
+            rest = {"student.loss.kl": 1.0} if side == "generator" else {"generator.loss.kl": -1.0}  # some is needed
+            adversarial = side == "generator" and term in ("kl", "l1", "jensen_shannon")
+            config = replace(Config(), none | rest | {name: -2.0 if adversarial else 2.0})
             both = {"generator": generator_terms(config.generator.loss), "student": student_terms(config.student.loss)}
             assert list(both[side]) == [term]
 

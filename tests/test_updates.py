@@ -65,6 +65,42 @@ def test_a_gradient_that_is_not_finite_counts_where_the_loss_is_fine() -> None:
     assert not layer.weight.any()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_first_bad_number_is_named_whatever_comes_after(fused: bool) -> None:
+    first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.ones_(first.weight)
+    nn.init.ones_(second.weight)
+    optimizer = torch.optim.SGD([first.weight, second.weight], lr=0.0, fused=fused)
+    loss = {"product": lambda x: (first(x[0]) * second(x[1])).sum(), "root": lambda x: second(x[2]).sqrt().sum()}
+    ours = Updates(1, optimizer, loss)
+    names = {id(first.weight): "net/first", id(second.weight): "net/second"}
+    fine = torch.ones(3, 1, 1)
+    ours.update(fine)
+    assert ours.first_bad(names) == ""
+    ours.update(torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1))  # the slope of a root at 0: the loss itself is finite
+    ours.update(torch.tensor([float("nan"), 1.0, 1.0]).view(3, 1, 1))
+    ours.update(fine)
+    assert ours.first_bad(names) == "the gradient of net/second"
+    other = Updates(1, optimizer, loss)
+    other.update(torch.tensor([float("nan"), 1.0, 1.0]).view(3, 1, 1))
+    assert other.first_bad(names) == "the loss term product"
+
+
+def test_gradients_that_overflow_only_together_are_named_so() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    ours = Updates(1, torch.optim.SGD(layer.parameters(), lr=0.1, fused=True), {"sum": lambda x: layer(x).sum()})
+    before = layer.weight.detach().clone()
+    ours.update(torch.full((1, 2), 3e38))
+    assert torch.equal(layer.weight, before)
+    assert ours.first_bad({id(layer.weight): "weight"}) == "the gradient of weight"
+    pair = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(2)])
+    ours = Updates(
+        1, torch.optim.SGD(pair.parameters(), lr=0.1, fused=True), {"sum": lambda x: (x * (pair[0] + pair[1])).sum()}
+    )
+    ours.update(torch.full((1,), 1.8e19) * 1.8e19 / 1.1)
+    assert ours.first_bad({}) == "the norm of all gradients"
+
+
 def test_nobody_elses_gradients_are_touched() -> None:
     layer, ours = updates()
     other = nn.Parameter(torch.ones(3))

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,6 +40,11 @@ def first_line(error: BaseException) -> str:
     """The first line of a foreign exception's message, or its type, short enough to quote."""
     lines = str(error).strip().splitlines()
     return printable(lines[0][:150]) if lines else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a foreign exception says that there was not enough memory, on the host or a device."""
+    return bool(re.search("OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{type(error)} {error}"))
 
 
 def cannot(verb: str, path: Path, error: OSError) -> ZsktError:

@@ -5,10 +5,12 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,12 +18,69 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from zskt.errors import ZsktError, system_errors
+from zskt.errors import UsageError, ZsktError, short, system_errors
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with `~` expanded, or unchanged where it names an unknown user."""
-    return Path(os.path.expanduser(path))
+    """A path with `~` expanded, or unchanged where it names an unknown user; raises UsageError if it is not UTF-8."""
+    found = os.path.expanduser(path)
+    try:
+        os.fspath(found).encode()
+    except UnicodeEncodeError as error:  # which reports, settings and libraries in C++ cannot hold
+        raise UsageError(f"the path {short(found)!r} is not UTF-8; rename that file or folder") from error
+    return Path(found)
+
+
+MOST_TEXT = 2**26  # bytes of a text file; the longest log of a published recipe has half as many
+MOST_BYTES = 2**40  # bytes of any other file
+MOST_NESTED = 100  # levels of a JSON text
+
+
+def regular(path: Path, most: int = MOST_BYTES) -> Path:
+    """`path`, if a regular file of at most `most` bytes is there: a device or a pipe may have no end, or no beginning.
+
+    Every file that a user names, or that a folder of a stranger's holds, is opened behind this check.
+    """
+    with system_errors("read", path):
+        found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
+        raise ZsktError(f"expected a file at {path}, found {kind}; give an ordinary file")
+    if found.st_size > most:
+        raise ZsktError(f"expected at most {most:,} bytes in {path}, found {found.st_size:,}; check what it is")
+    return path
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text; raises ValueError if it is invalid, and for what no file of ours holds.
+
+    That is: NaN, infinity, whole numbers beyond 64 bits, halves of surrogate pairs, and more than MOST_NESTED levels.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level: list[Any] = [value]
+    for _ in range(MOST_NESTED):
+        level = [item for outer in level for item in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What a JSON value contains; raises ValueError unless it is sound itself."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"a number of {value.bit_length():,} bits")
+    if isinstance(value, str) and not value.isascii():
+        value.encode()  # a UnicodeEncodeError is a ValueError
+    return ()
 
 
 TEMPORARY = ".*.tmp"  # names of files that are not whole yet
@@ -97,7 +156,7 @@ def remove(path: Path) -> None:
     with system_errors("remove", path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif os.path.lexists(path):
             path.unlink(missing_ok=True)
 
 
@@ -116,7 +175,7 @@ def read_text(path: Path) -> str:
     """The content of a text file."""
     try:
         with system_errors("read", path):
-            return path.read_text(encoding="utf-8")
+            return regular(path, MOST_TEXT).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ZsktError(f"{path} is not UTF-8 text; save or fetch it again") from error
 
@@ -124,8 +183,8 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """Read a JSON document."""
     try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        return strict_json(read_text(path))
+    except ValueError as error:
         raise ZsktError(f"{path} is not valid JSON ({error}); save or fetch it again") from error
 
 
@@ -155,7 +214,7 @@ def _entries_digest(document: Mapping[str, Any]) -> str:
 
 def digest(path: Path, size: int | None = None) -> str:
     """SHA-256 of a file, or of its first `size` bytes."""
-    with system_errors("read", path), path.open("rb") as file:
+    with system_errors("read", path), regular(path).open("rb") as file:
         if size is None:
             return hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(file.read(size)).hexdigest()
@@ -185,7 +244,7 @@ def _tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
 @contextlib.contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
-        with system_errors("read", path), safetensors.safe_open(path, framework="pt") as file:
+        with system_errors("read", path), safetensors.safe_open(regular(path), framework="pt") as file:
             yield file
     except safetensors.SafetensorError as error:
         raise ZsktError(f"{path} is not a complete safetensors file ({error}); save or fetch it again") from error

@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 
 def check_bounds(name: str, value: Any) -> None:
-    """Raise UsageError for a number that is not finite or a whole number beyond LARGEST."""
+    """Raise UsageError for a whole number beyond LARGEST, or one that float32 arithmetic makes 0 or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} = {value!r}: expected a finite number")
+    if isinstance(value, float) and value and not 1e-30 <= abs(value) <= 1e30:
+        raise UsageError(f"{name} = {value!r}: expected 0 or a number from 1e-30 to 1e30")
     if type(value) is int and abs(value) > LARGEST:
         raise UsageError(f"{name} = {short(value)}: expected at most {LARGEST:,}")
 

@@ -5,13 +5,16 @@ status: 0 done, 1 the work failed, 2 bad usage, 130 or 143 interrupted with a ch
 the version, zskt --tyro-print-completion bash (zsh, tcsh) a script that completes commands and options.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, notice, silence
 from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_images, run_report, run_sample
 from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
-from zskt.errors import UsageError, ZsktError, cannot, first_line, short, to_stderr
+from zskt.errors import UsageError, ZsktError, cannot, first_line, out_of_memory, short, to_stderr
 from zskt.method.config import Config
 from zskt.method.recipe import AUTO, load_recipe, recipe_texts
 from zskt.run.checkpoint import Interrupted
@@ -151,6 +154,15 @@ RENAMED |= {name: shortcut for shortcut, name in SHORTCUTS.items()}
 """Names of earlier versions and those that have a shortcut -> names of the options now."""
 
 
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of libraries as single lines, since they may quote what a file holds."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, category, *_: to_stderr(f"{category.__name__}: {message}")
+        yield
+
+
+@plain_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -164,6 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     """Run one subcommand; every error becomes a line and an exit status."""
     try:
+        for argument in arguments:
+            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in argument):
+                raise UsageError(
+                    f"argument {short(argument)!r} has control characters or is not UTF-8; rename what it stands for"
+                )
         options = [argument.split("=")[0] for argument in arguments if re.match(r"--[a-z]", argument)]
         for option in options:
             if new := RENAMED.get(option.removeprefix("--").replace("-", "_")):
@@ -195,7 +212,7 @@ def _run(arguments: list[str]) -> int:
         return 130
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        if re.search(r"OutOfMemory|out of memory|can't allocate|MemoryError|overflowed", f"{what} {error}"):
+        if out_of_memory(error):
             to_stderr("zskt: out of memory; use a smaller --batch-size, network or generator.width")
         elif os.environ.get("ZSKT_TRACEBACK"):
             raise

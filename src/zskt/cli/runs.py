@@ -251,6 +251,7 @@ def run_sample(
         method: for a run with a custom method, as in zskt distill; needs --teacher and --trust.
         seed: for the latents.
     """
+    check_suffix(out, ".png")
     student = load_student(run, trust=foreign.trust)
     network = None if teacher is None else open_network(teacher, foreign).teacher
     make = None if method is None else open_method(method, foreign.trust)
@@ -262,6 +263,12 @@ def run_sample(
         beliefs = {"T": network(renormalised(x, student, network))} | beliefs
     save_image(out, believed_grid(student.denormalise(x), beliefs, student.class_names))
     return {"images": len(x), "out": str(out)}
+
+
+def check_suffix(out: Path, suffix: str) -> None:
+    """Raise UsageError for a file of another kind, which is replaced if it exists: a network's weights, say."""
+    if out.suffix.lower() != suffix:
+        raise UsageError(f"--out {out}: expected a name that ends in {suffix}; choose another")
 
 
 def run_images(
@@ -330,6 +337,8 @@ def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = N
     """
     if not runs:
         raise UsageError("expected at least one run folder, found none")
+    if out is not None:
+        check_suffix(out, ".html")
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     measured = write_report(runs, path)
     return {"report": str(path), **measured}

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor
 from zskt.data.arrays import Pixels, Split, find_arrays, read_arrays
 from zskt.data.sources import IMAGE_NAME, Member, Notice, members_of
 from zskt.errors import UsageError, ZsktError, failing, to_stderr, unknown
-from zskt.files import expanded, replacing, write_json
+from zskt.files import expanded, read_json, regular, replacing, write_json
 from zskt.networks.models import Size
 
 Progress = Callable[[int, int], None]  # (images done, total)
@@ -97,7 +98,10 @@ _IMAGE = re.compile(  # [top/]split/class/file; non-greedy, because CIFAR-100 ha
 )
 _DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts Ghostscript
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}  # 8-bit modes
-_GROUP, _GROUP_BYTES = 256, 2**27  # most images decoded at once, and most bytes of their files
+_GROUP, _GROUP_BYTES = 256, 2**27  # most images decoded at once, and most bytes of their files, and of their pixels
+_MOST_PIXELS = 2**26  # of an image; while it is decoded it takes up to eight bytes for each
+_LARGE = 2**22  # pixels from which on images are decoded one at a time
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def _read_images(
@@ -137,12 +141,8 @@ def _read_images(
 def _cached(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
     """The array that `decode` writes: memory-mapped from the cache at `path`, which is filled if missing or damaged."""
     about = path.with_suffix(".json")
-    try:
-        stored = json.loads(about.read_text())
-        lines, valid = list(stored["notices"]), stored["sha256"] == _file_digest(path)
-    except (OSError, ValueError, LookupError, TypeError):
-        valid = False
-    if not valid:
+    stored = _stored(path, about)
+    if stored is None:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()
@@ -158,14 +158,30 @@ def _cached(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice
             notice(f"decoded images are not cached: no space left for {path.parent}; set ZSKT_CACHE")
             return _in_memory(decode, notice)
         write_json(about, {"sha256": _file_digest(path), "notices": lines})
+        stored = _stored(path, about)
+        if stored is None:
+            raise ZsktError(f"{path} changed while it was written; try again")
+    images, lines = stored
     for line in lines:
         notice(line)
-    images: Pixels = np.load(path, mmap_mode="c")  # copy on write, because torch wants writable memory
     return images
 
 
+def _stored(path: Path, about: Path) -> tuple[Pixels, list[str]] | None:
+    """An entry of the cache, memory-mapped, and its notices; None if it is missing, damaged or no array of bytes."""
+    try:
+        found = read_json(about)
+        if found["sha256"] != _file_digest(path):
+            return None
+        images: Pixels = np.load(path, mmap_mode="c")  # copy on write, because torch wants writable memory
+        lines = [str(line) for line in found["notices"]]
+    except (ZsktError, OSError, ValueError, LookupError, TypeError):
+        return None
+    return (images, lines) if images.dtype == np.uint8 and images.ndim == 4 else None
+
+
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -194,23 +210,16 @@ def _resized(data: Dataset, size: Size | None, progress: Progress | None, notice
 def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: Progress | None) -> list[str]:
     """Write the images as one .npy array (N, C, H, W) uint8; returns notices about what was changed."""
     changes: Counter[str] = Counter()
-    shape: tuple[int, ...] = ()
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        shape = size or _native(_opened(files[0], files[0].read()))
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
         done = 0
-        for group in _groups(files):
+        for group in _groups(files, _GROUP_BYTES // math.prod(shape)):
             contents = [member.read() for member in group]  # in one thread, as archives are not thread-safe
-            fitted = pool.map(partial(_fit, size=size), group, contents)
-            for member, (pixels, changed) in zip(group, fitted, strict=True):
-                if not shape:
-                    shape = pixels.shape
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                if pixels.shape != shape:
-                    found = f"{shape} in {files[0]} and {pixels.shape} in {member}"
-                    raise ZsktError(
-                        f"expected images of one size (C, H, W), found {found}; resize them or give --input-size"
-                    )
+            like = None if size else files[0]
+            for pixels, changed in pool.map(partial(_fit, shape=shape, like=like), group, contents):
                 file.write(pixels.tobytes())
                 changes.update(changed)
             done += len(group)
@@ -219,29 +228,55 @@ def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: P
     return [f"{count:,} of {len(files):,} images {change}" for change, count in changes.items()]
 
 
-def _groups(files: list[Member]) -> Iterator[list[Member]]:
-    """The files in order, in groups that fit into memory."""
+def _groups(files: list[Member], most: int) -> Iterator[list[Member]]:
+    """The files in order, in groups that fit into memory: by their own bytes, and at most `most` decoded ones."""
     group: list[Member] = []
     for member in files:
-        if group and (len(group) == _GROUP or sum(each.size for each in [*group, member]) > _GROUP_BYTES):
+        if group and (len(group) >= min(most, _GROUP) or sum(each.size for each in [*group, member]) > _GROUP_BYTES):
             yield group
             group = []
         group.append(member)
     yield group
 
 
-def _fit(member: Member, content: bytes, size: Size | None) -> tuple[Pixels, list[str]]:
-    """One image as (C, H, W) uint8, resized if `size` is given, and what was changed."""
+def _opened(member: Member, content: bytes) -> Image.Image:
+    """An image of which only the header was read; raises ZsktError if it is none, or too large."""
     with failing(f"{member} cannot be decoded", "replace or remove it"):
         try:
             image: Image.Image = Image.open(io.BytesIO(content), formats=_DECODERS)
         except UnidentifiedImageError:
             raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
-        image.load()
     if image.mode not in _CHANNELS:
         raise ZsktError(f"{member}: expected 8 bits per channel, found mode {image.mode}; convert it")
-    native = (_CHANNELS[image.mode], image.height, image.width)
-    channels, height, width = size or native
+    if image.width * image.height > _MOST_PIXELS:
+        raise ZsktError(
+            f"{member}: expected at most {_MOST_PIXELS:,} pixels, found {image.height} x {image.width}; resize it"
+        )
+    return image
+
+
+def _native(image: Image.Image) -> Size:
+    return _CHANNELS[image.mode], image.height, image.width
+
+
+def _fit(member: Member, content: bytes, shape: Size, like: Member | None) -> tuple[Pixels, list[str]]:
+    """One image as `shape` = (C, H, W) uint8, and what was changed: nothing may be if it must be `like` the first."""
+    image = _opened(member, content)
+    native = _native(image)
+    if like is not None and native != shape:
+        found = f"{shape} in {like} and {native} in {member}"
+        raise ZsktError(f"expected images of one size (C, H, W), found {found}; resize them or give --input-size")
+    if image.width * image.height <= _LARGE:
+        return _fitted(member, image, shape)
+    with _ONE_AT_A_TIME:
+        return _fitted(member, image, shape)
+
+
+def _fitted(member: Member, image: Image.Image, shape: Size) -> tuple[Pixels, list[str]]:
+    native = _native(image)
+    with failing(f"{member} cannot be decoded", "replace or remove it"):
+        image.load()
+    channels, height, width = shape
     changes = []
     if image.has_transparency_data:
         image = image.convert("RGBA")  # because Pillow warns about palette to RGB

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from zskt.errors import ZsktError, failing, system_errors
+from zskt.files import regular
 
 Notice = Callable[[str], None]  # one line for the user
 
@@ -57,10 +58,10 @@ class Member:
 def members_of(path: Path, notice: Notice) -> list[Member]:
     """The visible files of one source. An archive stays open as long as its members exist."""
     with failing(f"{path} is damaged", "fetch it again"), system_errors("read", path):
-        whole = Member(path, path.name, path.stat().st_size, path.read_bytes)
         if path.is_dir():
-            found = _walk(path, notice)
-        elif zipfile.is_zipfile(path):
+            return _visible(_walk(path, notice))
+        whole = Member(path, path.name, regular(path).stat().st_size, path.read_bytes)
+        if zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
             found = [
                 Member(path, e.filename, e.file_size, partial(archive.read, e), e.compress_size)
@@ -75,7 +76,11 @@ def members_of(path: Path, notice: Notice) -> list[Member]:
             found = [Member(path, name, length, partial(bytes, span)) for name, length, span in spans]
         else:
             found = [whole]
-    return [member for member in found if not _HIDDEN.fullmatch(member.name)]
+    return _visible(found)
+
+
+def _visible(members: list[Member]) -> list[Member]:
+    return [member for member in members if not _HIDDEN.fullmatch(member.name)]
 
 
 def _walk(folder: Path, notice: Notice) -> list[Member]:

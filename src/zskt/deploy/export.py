@@ -71,6 +71,7 @@ class Exported:
     timings: tuple[Timing, ...] = ()  # of teacher and student, where a teacher was given
 
 
+@torch.random.fork_rng(devices=[])  # tracing and comparing draw from them
 def export(
     source: "DistillResult | Classifier | Source | str | Path",
     path: str | Path,

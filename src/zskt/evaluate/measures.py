@@ -21,12 +21,23 @@ RESAMPLES = 1_000
 
 
 def check_images(network: Classifier, images: Tensor, labels: Tensor | None = None) -> None:
-    """Raise ZsktError unless images (M, C, H, W) and labels (M,) fit a network."""
+    """Raise ZsktError unless images (M, C, H, W), uint8 or in [0, 1], and labels (M,) fit a network."""
+    for what, tensor in (("images", images), ("labels", labels)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ZsktError(f"expected {what} as a torch.Tensor, found {type(tensor).__name__}; use torch.as_tensor")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ZsktError(f"expected images of uint8 or floating point, found {images.dtype}; convert them by .byte()")
+    if images.is_floating_point() and images.numel() and not 0 <= images.amin() <= images.amax() <= 1:
+        found = f"{float(images.amin()):.4g} to {float(images.amax()):.4g}"
+        raise ZsktError(f"expected floating-point images in [0, 1], found {found}; divide 0..255 by 255")
     if tuple(images.shape[1:]) != network.input_size:
         expected, found = (" x ".join(map(str, s)) for s in (network.input_size, images.shape[1:]))
         raise ZsktError(f"expected images of {expected}, found {found}; resize them or give other data")
     if labels is None:
         return
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        found = f"shape {tuple(labels.shape)} of {labels.dtype}"
+        raise ZsktError(f"expected labels as class numbers (M,), found {found}; of one-hot labels, take argmax(1)")
     if len(labels) != len(images) or not len(labels):
         found = f"{len(images)} images and {len(labels)} labels"
         raise ZsktError(f"expected at least one image and a label for each, found {found}; check the data")

@@ -185,6 +185,9 @@ class BankDistillation:
     def modules(self) -> dict[str, nn.Module]:
         return {"student": self.student, "generator": self.synthesis.generator}
 
+    def updates(self) -> dict[str, Updates]:
+        return {"generator": self.synthesis.updates, "student": self.student_updates}
+
     def optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {"student": self.student_updates.optimizer, **self.synthesis.optimisers()}
 

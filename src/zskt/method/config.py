@@ -246,6 +246,25 @@ class Config:
             raise UsageError("replay.capacity and replay.kind = buffer go together: set both or neither")
         self._check_bank()
         divergences = ("kl", "l1", "jensen_shannon")
+        for name, value in vars(loss).items():
+            if name in divergences and value > 0:
+                raise UsageError(
+                    f"generator.loss.{name} = {value}: expected 0 or a negative weight, as the generator looks for "
+                    "images on which the networks disagree"
+                )
+            if isinstance(value, float) and name not in divergences and value < 0:
+                raise UsageError(f"generator.loss.{name} = {value}: expected 0 or a positive weight")
+        for name, value in vars(student.loss).items():
+            if isinstance(value, float) and value < 0:
+                raise UsageError(
+                    f"student.loss.{name} = {value}: expected 0 or a positive weight, as the student learns to agree"
+                )
+        for name, updates in (("generator", self.generator.updates), ("student", student.updates)):
+            if updates > MOST_UPDATES:
+                raise UsageError(
+                    f"{name}.updates = {updates:,}: expected at most {MOST_UPDATES:,}, as a run is logged, saved and "
+                    "stopped between steps; set more steps"
+                )
         if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
             raise UsageError("all weights of student.loss are 0: set student.loss.kl")
         if not any(value for name, value in vars(loss).items() if name not in ("kl_scale", "kl_where")):
@@ -319,6 +338,7 @@ class Config:
 
 
 FORMAT = 2
+MOST_UPDATES = 100_000  # of one network in a step
 OTHER_FORMAT = "finish or read that run with the version of zskt that wrote it, which student.json names"
 
 _POSITIVE = {

@@ -141,6 +141,9 @@ class BeliefMatching:
     def modules(self) -> dict[str, nn.Module]:
         return {"student": self.student, "generator": self.generator}
 
+    def updates(self) -> dict[str, Updates]:
+        return {"generator": self.generator_updates, "student": self.student_updates}
+
     def optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {"student": self.student_updates.optimizer, "generator": self.generator_updates.optimizer}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zskt.errors import ZsktError
 from zskt.method.config import Config
+from zskt.method.updates import Updates
 from zskt.networks.classifier import Classifier
 
 
@@ -72,6 +73,15 @@ class Growing(Protocol):
 
     def load_rows(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
         """Replace everything by what `rows` returned, in consecutive parts."""
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A method whose updates know what was not finite first."""
+
+    def updates(self) -> Mapping[str, Updates]:
+        """The updates of its networks, by name."""
         ...
 
 

@@ -18,6 +18,7 @@ from zskt.method.budget import FLIPS, Cost, expected_seconds, fit, probe
 from zskt.method.build import METHODS
 from zskt.method.config import Config
 from zskt.method.generator import choose_width
+from zskt.method.memory import check_memory
 from zskt.method.protocol import Make
 from zskt.method.stage_pairs import stage_pairs
 from zskt.networks.checks import check_pair
@@ -105,6 +106,7 @@ def plan(
     make = method or METHODS[config.method]
     cost = None
     if method is None:
+        check_memory(teacher, student, config)
         config, cost = settle_by_probe(config, teacher, student, make, begun, "steps" in settings)
     return Plan(config, reason, make, cost)
 

@@ -63,6 +63,8 @@ class Updates:
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.fused = all(group.get("fused") for group in self.optimizer.param_groups)
         self.healthy = torch.ones((), dtype=torch.bool, device=self.parameters[0].device)
+        self.seen: Tensor | None = None
+        """terms and gradient norms (T + P,) of the newest update, or of the first that was not finite"""
 
     def update(self, record: Any) -> Losses:
         """One update on the loss of `record`.
@@ -79,7 +81,11 @@ class Updates:
         torch.autograd.backward(total, inputs=self.parameters)  # leaves all other gradients alone
         if self.done == 0 and all(p.grad is None for p in self.parameters):
             raise ZsktError("the loss does not depend on the network that is trained; compute it from that network")
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # As `nn.utils.get_total_norm`, which does not say which parameter's gradient it was.
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = [norm.to(total.dtype) for norm in torch._foreach_norm(gradients)]  # () each
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self._remember(torch.stack([*(term.detach() for term in terms.values()), *norms]))
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         self.healthy.logical_and_(total.detach().isfinite() & norm.isfinite())
@@ -88,6 +94,26 @@ class Updates:
         return Losses(
             torch.where(self.healthy, total.detach(), math.nan), {name: term.detach() for name, term in terms.items()}
         )
+
+    def _remember(self, numbers: Tensor) -> None:
+        """Keep numbers (T + P,) until an update was skipped; on the device, and in place, as a recorded step needs."""
+        if self.seen is None or self.seen.shape != numbers.shape:
+            self.seen = numbers
+        else:
+            self.seen.copy_(torch.where(self.healthy, numbers, self.seen))
+
+    def first_bad(self, names: Mapping[int, str]) -> str:
+        """What was not finite in the first update that was skipped, in words; empty if none was.
+
+        `names` are those of parameters, by their `id`. This waits for the device.
+        """
+        if self.seen is None or bool(self.healthy):
+            return ""
+        words = [f"the loss term {name}" for name in self.loss]
+        reached = [p for p in self.parameters if p.grad is not None]
+        words += [f"the gradient of {names.get(id(p), 'a parameter')}" for p in reached]
+        finite = self.seen.isfinite().tolist()
+        return words[finite.index(False)] if False in finite else "the norm of all gradients"
 
     def _step(self) -> None:
         if self.fused:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from zskt.errors import ZsktError, failing, system_errors
-from zskt.files import read_tensors
+from zskt.files import read_tensors, regular
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 2**36  # 64 GiB in total, unpacked
@@ -56,7 +56,7 @@ def open_archive(path: Path) -> zipfile.ZipFile:
 
 def kind_of(path: Path) -> Kind:
     """What a torch file holds, by the names of its members; a file that is no zip archive can only be weights."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(regular(path)):
         return "weights"
     with open_archive(path) as archive:
         names = {name.partition("/")[2] or name for name in archive.namelist()}
@@ -73,7 +73,7 @@ def read_weights(path: Path) -> Any:
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    with system_errors("read", path), path.open("rb") as file:
+    with system_errors("read", path), regular(path).open("rb") as file:
         zipped = zipfile.is_zipfile(file)
     if zipped:
         again = "fetch or save it again"

@@ -5,10 +5,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from zskt.errors import ZsktError, failing
+from zskt.errors import ZsktError, failing, short
 from zskt.networks.classifier import Classifier, Output
 from zskt.networks.models import Size
-from zskt.networks.observe import answer, check_state, evaluating, fixed_batch, logits_of
+from zskt.networks.observe import answer, batchnorm_layers, check_state, evaluating, fixed_batch, logits_of
 
 SMALLEST = 1e-12  # probabilities are clamped to this before the logarithm, so that its gradient is finite
 
@@ -43,6 +43,7 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
     with failing("the network cannot be copied and frozen", advice), torch.no_grad():
         teacher = copy.deepcopy(classifier) if copied else classifier
         check_state(teacher.module, "network")
+        check_values(teacher.module, "network")
         for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_
             parameter.requires_grad_(False)
         teacher.eval()
@@ -55,6 +56,16 @@ def as_teacher(classifier: Classifier, *, copied: bool = True) -> Classifier:
         teacher.module = Logarithm(teacher.module).eval()
     teacher.probed = (teacher.module,)
     return teacher
+
+
+def check_values(module: nn.Module, who: str) -> None:
+    """Raise ZsktError for NaN or infinity in parameters or BatchNorm statistics, which outputs may not show."""
+    normalising = set(batchnorm_layers(module))
+    layers = [(name, layer) for name, layer in module.named_modules() if layer in normalising]
+    statistics = [(f"{name}.{kind}", tensor) for name, layer in layers for kind, tensor in layer.named_buffers()]
+    for name, tensor in (*module.named_parameters(), *statistics):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ZsktError(f"{short(name)} of the {who} contains NaN or infinity; train it again or fetch it again")
 
 
 def output_kind(outputs: Tensor) -> Output:
@@ -156,6 +167,7 @@ def check_training(student: nn.Module, images: Tensor, shape: torch.Size) -> Non
 def check_pair(teacher: Classifier, student: nn.Module) -> None:
     """Raise ZsktError unless the student accepts the teacher's images, has its classes and can be trained."""
     check_state(student, "student")
+    check_values(student, "student")
     like = next((p for p in student.parameters() if p.requires_grad), None)
     if like is None:
         raise ZsktError("expected a student with trainable parameters, found none; call student.requires_grad_()")

@@ -64,6 +64,7 @@ def load_student(folder: str | Path, *, module: nn.Module | None = None, trust: 
     return load_network(folder, module=module, trust=trust, stem="student")
 
 
+@torch.random.fork_rng(devices=[])  # networks are built with random weights first
 def load_network(
     folder: str | Path, *, module: nn.Module | None = None, trust: bool = False, stem: str | None = None
 ) -> Classifier:
@@ -111,8 +112,9 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
         size = checked_size(metadata["input_size"])
         make = functools.partial(rebuild_module, how, path, metadata["num_classes"], size, trust=trust)
         if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
-            with unallocated():  # a short file can describe a network too large for memory
-                fill(make(), {name: torch.empty(shape) for name, shape in tensor_shapes(weights).items()})
+            shapes = tensor_shapes(weights)
+            with unallocated(len(shapes)):  # a short file can describe a network too large for memory
+                fill(make(), {name: torch.empty(shape) for name, shape in shapes.items()})
         module = make()
     tensors, _ = read_tensors(weights)
     for tensor in tensors.values():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zskt.errors import ZsktError, failing, first_line
+from zskt.files import strict_json
 from zskt.networks.classifier import unit_normalisation
 from zskt.networks.foreign import Found, quiet
 
@@ -94,7 +95,7 @@ def _read_beside(found: Found, text: str, path: Path) -> None:
     """Complete what was found by the zskt.json that `zskt export` put into the file at `path`."""
     kinds = ValueError, TypeError, KeyError, AttributeError
     with failing(f"zskt.json in {path} is damaged", "export the network again", kinds=kinds):
-        facts = json.loads(text)
+        facts = strict_json(text)
         fed, names = facts["input"].partition(":")[0], [str(name) for name in json.loads(facts["class_names"])]
         mean, std = json.loads(facts["mean"]), json.loads(facts["std"])
         if fed == "fraction":  # the graph normalises

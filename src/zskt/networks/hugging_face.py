@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zskt.errors import ZsktError, failing
-from zskt.files import read_json, tensor_shapes
+from zskt.files import read_json, regular, tensor_shapes
 from zskt.networks.archives import read_weights
 from zskt.networks.classifier import count_parameters, unit_normalisation
 from zskt.networks.foreign import Found, optional, quiet
@@ -41,13 +41,17 @@ def read_folder(folder: Path) -> Found:
             f"expected *.safetensors or one pytorch_model.bin in {folder}, found {there}; save the network again with "
             "save_pretrained"
         )
+    for path in folder.iterdir():  # transformers opens some of them itself
+        if not path.is_dir():
+            regular(path)
     written = read_json(folder / "config.json")
     with failing(f"cannot load {folder}", "check it", named=True), quiet():
         config, kind = _config_and_class(transformers, written, folder / "config.json")
         weights = None if tensors else read_weights(pickled[0])  # never by the library, which may unpickle
-        held = sum(math.prod(shape) for path in tensors for shape in tensor_shapes(path).values())
-        held += sum(tensor.numel() for tensor in find_state_dict(weights).values()) if weights is not None else 0
-        with unallocated():
+        shapes = [shape for path in tensors for shape in tensor_shapes(path).values()]
+        shapes += [tuple(tensor.shape) for tensor in find_state_dict(weights).values()] if weights is not None else []
+        held = sum(math.prod(shape) for shape in shapes)
+        with unallocated(len(shapes)):
             wanted = count_parameters(kind(config))
         if wanted > 2 * held + 1_000_000:  # absent ones are reported below
             raise ZsktError(

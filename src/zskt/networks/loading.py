@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
@@ -84,6 +85,7 @@ def load_pretrained(what: str | Path, *, trust: bool, revision: str | None) -> C
     return load_teacher(folder, trust=trust)
 
 
+@torch.random.fork_rng(devices=[])  # networks are built with random weights first
 def load(
     what: str | Path,
     weights: str | Path | None = None,

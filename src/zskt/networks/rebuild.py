@@ -38,10 +38,34 @@ class _Untouched(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def unallocated() -> Iterator[None]:
-    """Networks built inside have shapes and no values: quick, and without memory or random numbers."""
-    with torch.device("meta"), _Untouched():
-        yield
+def unallocated(most: int | None = None) -> Iterator[None]:
+    """Networks built inside have shapes and no values: quick, and without memory or random numbers.
+
+    With `most`, the number of tensors in their weights file, ZsktError is raised once they have far more layers: a
+    short file can describe a million of them.
+    """
+    layers = 0
+
+    def count(*_: Any) -> None:
+        nonlocal layers
+        layers += 1
+        if most is not None and layers > LAYERS_PER_TENSOR * (most + 100):
+            raise ZsktError(
+                f"expected a network that fits {most:,} tensors of weights, found a far deeper one; check it"
+            )
+
+    handle = nn.modules.module.register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"), _Untouched():
+            yield
+    finally:
+        handle.remove()
+
+
+LAYERS_PER_TENSOR = 20
+"""More modules than this for each tensor, in a network from a file, are taken for a mistake."""
+LARGEST_ENTRY = 10**6
+"""Largest whole number in a config of transformers: there are lists of such lengths."""
 
 
 def describe_module(module: nn.Module, num_classes: int, input_size: Size) -> dict[str, Any]:
@@ -130,6 +154,13 @@ def without_code(config: Any, where: Path, num_classes: int | None = None) -> An
         if type(count) is not int or not 1 <= count <= models.MOST or num_classes not in (None, count):
             expected = f"{num_classes:,}" if num_classes else f"at most {models.MOST:,}"
             raise ZsktError(f"expected {expected} classes in {where}, found {short(count)}; save the network again")
+    for name, item in config.items():
+        sizes = item if isinstance(item, list) else [item]
+        if any(type(size) is int and abs(size) > LARGEST_ENTRY for size in sizes):
+            found = short(f"{name} = {item}")
+            raise ZsktError(
+                f"expected numbers up to {LARGEST_ENTRY:,} in {where}, found {found}; save the network again"
+            )
     return {name: without_code(item, where) for name, item in config.items() if name not in _RUNS_CODE}
 
 

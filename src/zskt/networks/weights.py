@@ -114,6 +114,7 @@ def find_renaming(
     return {key: ".".join((*target[path[:-1]], path[-1])) for key, path in parts.items()}
 
 
+@torch.random.fork_rng(devices=[])  # networks are built with random weights first
 def import_weights(
     path: Path,
     spec: str,

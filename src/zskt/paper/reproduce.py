@@ -20,6 +20,7 @@ from zskt.paper.tables import Cell, Read, Reproduction, measured
 from zskt.paper.training import updates_in
 from zskt.run.checkpoint import read_lines
 from zskt.run.plots import average_transitions, class_histograms, few_shot_curves, nature_of_pseudo_data
+from zskt.run.report import saved_samples
 
 NAMES = ("table-1", "table-2", "figure-2", "figure-3", "figure-4", "figure-5", "toy", "mmrazor")
 
@@ -273,8 +274,8 @@ def figure_3(request: Request) -> Reproduction:
         folder = next((p[0].folder(root) for p in runs.values() if p[0].measured(root)), None)
         if folder is None:
             return None
-        lines, samples = read_lines(folder / "metrics.jsonl"), sorted((folder / "samples").glob("*.png"))
-        return nature_of_pseudo_data(lines, samples, study.test.class_names, f"{folder.name}{note}")
+        lines = read_lines(folder / "metrics.jsonl")
+        return nature_of_pseudo_data(lines, saved_samples(folder), study.test.class_names, f"{folder.name}{note}")
 
     title = f"Figure 3: the nature of the pseudo images, {study.model} → {study.student}, {request.data}"
     return Reproduction("figure-3", title, tuple(cells), draw)

@@ -117,26 +117,29 @@ class Supervised:
             decayed(network.module, training.weight_decay), lr=1.0, momentum=0.9, nesterov=True, fused=True
         )
         rate = learning_rate(SCHEDULES[training.schedule], training.learning_rate, training.updates)
-        self.updates = Updates(1, optimizer, {"loss": loss}, rate=rate)
+        self.updater = Updates(1, optimizer, {"loss": loss}, rate=rate)
         self.batches: Iterator[Images] | None = None
 
     def step(self) -> dict[str, Tensor]:
         if self.batches is None:
-            self.batches = endless_batches(self.train, self.training, self.updates.done, self.device)
+            self.batches = endless_batches(self.train, self.training, self.updater.done, self.device)
         self.network.module.train()
-        return {self.name: self.updates.update(next(self.batches)).total}
+        return {self.name: self.updater.update(next(self.batches)).total}
 
     def modules(self) -> dict[str, nn.Module]:
         return {self.name: self.network.module}
 
+    def updates(self) -> dict[str, Updates]:
+        return {self.name: self.updater}
+
     def optimisers(self) -> dict[str, torch.optim.Optimizer]:
-        return {self.name: self.updates.optimizer}
+        return {self.name: self.updater.optimizer}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"done": torch.tensor(self.updates.done)}
+        return {"done": torch.tensor(self.updater.done)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.updates.done = int(state["done"])
+        self.updater.done = int(state["done"])
         self.batches = None
 
     def close(self) -> None:

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, failing, system_errors
-from zskt.files import TEMPORARY, digest, make_folder, read_sealed, read_tensors, read_text, remove, write_tensors
+from zskt.files import (
+    TEMPORARY,
+    digest,
+    make_folder,
+    read_sealed,
+    read_tensors,
+    read_text,
+    remove,
+    strict_json,
+    write_tensors,
+)
 from zskt.method.config import Config, read_config
 from zskt.runtime import restore_generator
 from zskt.settings import flat
@@ -57,7 +67,7 @@ def load(
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             tensors, texts = read_tensors(path)
-            metadata = json.loads(texts["metadata"])
+            metadata = strict_json(texts["metadata"])
             verify(metadata)
             return tensors, metadata, [str(problem).split("; ")[0] for problem in problems]
         except ZsktError as error:
@@ -169,14 +179,35 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     texts = read_text(path).splitlines()
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            line["step"] + 0
-        except (ValueError, TypeError, KeyError) as error:
+            line = strict_json(text)
+            if not _is_sound(line):
+                raise ValueError("no line of a log")
+        except ValueError as error:
             if number < len(texts):
                 raise ZsktError(f"line {number} of {path} is damaged; repair or remove it") from error
         else:
             lines.append(line)
     return lines
+
+
+def _is_sound(line: Any) -> bool:
+    """Whether a line of a log holds what its names say: the kinds that reports and plots rely on."""
+
+    def numbers(values: Any, *kinds: type) -> bool:
+        return isinstance(values, list) and bool(values) and all(type(value) in kinds for value in values)
+
+    def sound(name: str, value: Any) -> bool:
+        if name.endswith("_loss"):  # one number per update
+            return numbers(value, int, float)
+        if name.endswith("_counts"):  # one number per class
+            return numbers(value, int) and min(value) >= 0
+        if name.endswith("_terms"):
+            return isinstance(value, dict) and all(type(term) in (int, float) for term in value.values())
+        if name == "warnings":
+            return numbers(value, str)
+        return type(value) in (int, float)
+
+    return isinstance(line, dict) and "step" in line and all(sound(name, value) for name, value in line.items())
 
 
 FREE = ("log_every", "evaluate_every", "checkpoint_every")
@@ -223,10 +254,14 @@ def check_unused(folder: Path) -> None:
             )
 
 
+DIVERGED = "diverged.safetensors"
+"""The networks and optimisers of a run as they were when it was found to have diverged."""
+
 HALF_WAY = "generator-half-way"
 """File of the generator half-way through a run."""
 
-_OURS = {"config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows", f"{HALF_WAY}.safetensors"}
+_OURS = {DIVERGED, f"{HALF_WAY}.safetensors", "config.toml", "metrics.jsonl", "timing.jsonl"}
+_OURS |= {"samples", "checkpoint", "rows"}
 """What a run may have written before its first checkpoint is complete."""
 
 
@@ -260,7 +295,7 @@ def exists(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def owning(folder: Path | None) -> Iterator[None]:
-    """Lock a folder, created if missing, and remove it if the work fails before there is something to resume."""
+    """Lock a folder, created if missing, and remove it if the work fails before there is something to keep."""
     if folder is None:
         yield
         return
@@ -277,7 +312,7 @@ def owning(folder: Path | None) -> Iterator[None]:
             remove(path)
         yield
     except BaseException:
-        if fresh and not exists(folder / "checkpoint"):
+        if fresh and not exists(folder / "checkpoint") and not (folder / DIVERGED).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:

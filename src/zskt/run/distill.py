@@ -3,6 +3,7 @@
 Nothing here reads data: test images come in as tensors and never reach the training.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +16,20 @@ from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
-from zskt.files import expanded, read_sealed, read_tensors, write_tensors, write_text
+from zskt.files import expanded, read_sealed, read_tensors, tensor_shapes, write_tensors, write_text
 from zskt.method.bank import bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
 from zskt.method.generator import SAMPLES, Generator, pseudo_images
 from zskt.method.matching import BeliefMatching
+from zskt.method.memory import naming_batch_that_fits
 from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import save_network
 from zskt.networks.observe import evaluating, logits_of
-from zskt.networks.rebuild import describe_module
+from zskt.networks.rebuild import describe_module, unallocated
 from zskt.run import checkpoint
 from zskt.run.checkpoint import HALF_WAY
 from zskt.run.cuda_graph import CapturedStep
@@ -99,7 +101,7 @@ def distill(
     (images (M, C, H, W) uint8 or [0, 1], labels (M,)), for evaluation only. With `out` the run is saved to that folder;
     `resume` continues it, bit for bit on the same kind of CPU with the same number of threads. `stop_after` ("90s",
     "9m", "2h" or a number of steps) stops early. The teacher is left unchanged. Raises ZsktError, with one line of
-    advice, for anything that cannot work.
+    advice, for anything that cannot work. One run at a time in a process: torch's seed and threads are shared.
     """
     started = time.monotonic()
     parse_limit(stop_after)
@@ -127,6 +129,7 @@ def distill(
 
     with (
         checkpoint.owning(folder),
+        naming_batch_that_fits(teacher, student, config) if config.method in METHODS else contextlib.nullcontext(),
         threads(config.machine.threads),
         arithmetic(),
         seeded(stream(config.seed, "run"), device),
@@ -282,15 +285,21 @@ def saved_generator(folder: Path, network: Classifier, config: Config, name: str
         raise ZsktError(
             f"expected a number for generator.width in {folder / 'config.toml'}, found auto; restore the number"
         )
-    generator = make_generator(network, config)
+    weights = folder / f"{name}.safetensors"
     with checkpoint.restoring(folder):
-        generator.load_state_dict(read_tensors(folder / f"{name}.safetensors")[0])
+        with unallocated():  # a short file can describe a generator too large for memory
+            twin = make_generator(network, config).state_dict()
+        if {name: tuple(tensor.shape) for name, tensor in twin.items()} != tensor_shapes(weights):
+            raise ZsktError(f"{weights} does not fit the generator in {folder / 'config.toml'}; restore both")
+        generator = make_generator(network, config)
+        generator.load_state_dict(read_tensors(weights)[0])
     return generator
 
 
 Sample = Callable[[int, int], Tensor]  # (n, seed) -> pseudo images (n, C, H, W), normalised
 
 
+@torch.random.fork_rng(devices=[])  # networks are built with random weights first
 def sampler(
     folder: str | Path, network: Classifier, *, method: Make | None = None, teacher: Classifier | None = None
 ) -> Sample:

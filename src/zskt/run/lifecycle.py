@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from zskt.errors import ZsktError, short
-from zskt.files import digest, remove
+from zskt.files import digest, remove, write_tensors
 from zskt.method.config import FORMAT, OTHER_FORMAT
-from zskt.method.protocol import Growing, Repeatable
+from zskt.method.protocol import Growing, Repeatable, Watched
 from zskt.run import checkpoint
 from zskt.run.shards import Shards
 from zskt.runtime import cpu_name, parse_limit, versions
@@ -86,6 +86,8 @@ class Lifecycle:
         seconds, count = parse_limit(stop_after)
         last = min(self.steps, self.step + count)
         advance = self.advance or self.repeated.step
+        if self.folder is not None:
+            remove(self.folder / checkpoint.DIVERGED)
         if self.step == 0 and self.folder is not None:  # what a killed process left before its first checkpoint
             for log in self.logs.values():
                 log.cut(0)
@@ -116,6 +118,7 @@ class Lifecycle:
             line |= describe(losses)
         if self.finished or self.step % self.evaluate_every == 0:
             self._check_losses(losses)
+            self._check_networks()
             line |= (measured := self.evaluate(self.step))
             for name, value in measured.items():
                 if isinstance(value, float) and not math.isfinite(value):
@@ -130,17 +133,11 @@ class Lifecycle:
     def save(self) -> None:
         """Write a checkpoint; raises ZsktError if the run has diverged."""
         self._check_losses(self.losses)
-        tensors: dict[str, Tensor] = {}
-        for name, module in self.repeated.modules().items():
-            tensors |= checkpoint.prefixed(name, module.state_dict())
-        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
-        if broken:
-            self._diverged(f"{broken[0]} contains NaN or infinity", broken[0].split("/")[0])
+        self._check_networks()
         if self.folder is None:
             return
         self._check_folder()
-        for name, optimiser in self.repeated.optimisers().items():
-            tensors |= checkpoint.prefixed(f"optimiser:{name}", checkpoint.optimizer_state(optimiser))
+        tensors = self._networks()
         tensors |= checkpoint.prefixed("state", self.repeated.state_dict())
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -157,6 +154,21 @@ class Lifecycle:
         }
         checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata, self.saved)
         self.saved = self.step
+
+    def _networks(self) -> dict[str, Tensor]:
+        """Networks and optimisers, as a checkpoint holds them."""
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.repeated.modules().items():
+            tensors |= checkpoint.prefixed(name, module.state_dict())
+        for name, optimiser in self.repeated.optimisers().items():
+            tensors |= checkpoint.prefixed(f"optimiser:{name}", checkpoint.optimizer_state(optimiser))
+        return tensors
+
+    def _check_networks(self) -> None:
+        """Raise ZsktError if a tensor of a network or optimiser contains NaN or infinity."""
+        for name, tensor in self._networks().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                self._diverged(f"{name} contains NaN or infinity", name.split("/")[0].removeprefix("optimiser:"))
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint, truncating the logs to it; from the start if there is none."""
@@ -223,8 +235,19 @@ class Lifecycle:
                 self._diverged(f"the loss of the {name} is {value.flatten()[-1]:g}", name.split(".")[0])
 
     def _diverged(self, found: str, network: str) -> NoReturn:
+        """Raise ZsktError, with what went wrong first; the state, which no checkpoint may replace, is kept aside."""
+        first = ""
+        if isinstance(self.repeated, Watched):
+            modules = self.repeated.modules().items()
+            names = {id(p): f"{module}/{name}" for module, held in modules for name, p in held.named_parameters()}
+            seen = [updates.first_bad(names) for updates in self.repeated.updates().values()]
+            first = "".join(f", first in {words}" for words in seen if words)
+        aside = ""
+        if self.folder is not None:
+            write_tensors(self.folder / checkpoint.DIVERGED, self._networks(), {"step": str(self.step), "found": found})
+            aside = f"; its state is in {self.folder / checkpoint.DIVERGED}"
         advice = self.advice.format(name=network)
-        raise ZsktError(f"{found} at step {self.step:,}: the run has diverged; {advice}")
+        raise ZsktError(f"{found} at step {self.step:,}{first}: the run has diverged; {advice}{aside}")
 
 
 def describe(losses: Mapping[str, Tensor]) -> dict[str, Any]:

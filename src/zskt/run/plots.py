@@ -1,6 +1,7 @@
 """Plots as PNGs: curves over a run's steps, grids of pseudo images, transition curves."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from zskt.errors import printable, short
 from zskt.evaluate.transitions import Transitions
 from zskt.files import replacing
 
@@ -36,9 +38,10 @@ def styled() -> AbstractContextManager[None]:
     )
 
 
-def visible(name: str) -> str:
-    """A name for a legend, from which matplotlib omits those that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name
+def visible(name: object) -> str:
+    """A name to be drawn: short, without control characters or the underscore by which matplotlib hides it."""
+    line = short(name, 60)
+    return f" {line}" if line.startswith("_") else line
 
 
 def image_grid(images: Tensor, *, columns: int = 8, smallest: int = 32, captions: Sequence[str] = ()) -> Image.Image:
@@ -76,7 +79,7 @@ def believed_grid(
     for letter, logits in beliefs.items():
         confidence, classes = logits.float().softmax(dim=1).cpu().max(dim=1)  # (N,), (N,)
         for i, (probability, k) in enumerate(zip(confidence.tolist(), classes.tolist(), strict=True)):
-            name = str(class_names[k])[:6] if class_names else str(k)
+            name = printable(class_names[k])[:6] if class_names else str(k)
             captions[i] += f"{letter} {name}: {100 * probability:.0f}%\n"
     return image_grid(images, columns=columns, smallest=72, captions=[caption.rstrip() for caption in captions])
 
@@ -181,7 +184,7 @@ def single_transitions(
             target = (start + 1 + turn) % (targets + 1)
             for curves, style in zip(transitions.examples[:, i, turn], ("-", "--"), strict=True):
                 axes.plot(range(steps), curves, style)
-            words = [class_names[k] if class_names else str(k) for k in (start, target)]
+            words = [visible(class_names[k]) if class_names else str(k) for k in (start, target)]
             axes.set(title=" → ".join(words), ylim=(-0.03, 1.03))
             inset = axes.inset_axes((0.02, 0.66, 0.32, 0.32))
             image = transitions.images[i : i + 1]  # (1, C, H, W)
@@ -204,7 +207,9 @@ def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with warnings.catch_warnings():  # about letters that matplotlib's font does not have: they become boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
@@ -226,7 +231,7 @@ def few_shot_curves(
         for i, (label, values) in enumerate(levels.items()):
             axes.axhline(100 * float(np.mean(values)), color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)])
             axes.plot([], [], color="0.4", linewidth=1, linestyle=LEVELS[i % len(LEVELS)], label=f"{label}, all images")
-        axes.set(title=title, xlabel="real images per class, M", ylabel="test accuracy, %")
+        axes.set(title=visible(title), xlabel="real images per class, M", ylabel="test accuracy, %")
         axes.legend()
         return _png(figure)
 
@@ -238,8 +243,8 @@ def class_histograms(counts: Mapping[str, Sequence[int]], class_names: Sequence[
         panels = figure.subplots(len(counts), 1, squeeze=False, sharex=True).flatten()
         for axes, (label, numbers) in zip(panels, counts.items(), strict=True):
             _histogram(axes, numbers, class_names)
-            axes.set_ylabel(label, rotation=0, ha="right", va="center")
-        figure.suptitle(title, fontsize=9)
+            axes.set_ylabel(visible(label), rotation=0, ha="right", va="center")
+        figure.suptitle(visible(title), fontsize=9)
         return _png(figure)
 
 
@@ -280,7 +285,7 @@ def nature_of_pseudo_data(
                 axes.imshow(np.asarray(image.convert("RGB").crop(quarter)))
             axes.set_title(f"step {int(path.stem):,}")
             axes.set_axis_off()
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(visible(title), fontsize=9)
         return _png(figure)
 
 
@@ -291,6 +296,6 @@ def _histogram(axes: Axes, counts: Sequence[int], class_names: Sequence[str] | N
     axes.axhline(1 / len(counts), color="0.4", linewidth=1, linestyle=":")
     axes.set_ylim(0, None)
     if len(counts) <= 20:
-        names = [str(name)[:10] for name in class_names or classes]
+        names = [visible(name)[:10] for name in class_names or classes]
         long = max(map(len, names)) > 2
         axes.set_xticks(classes, names, rotation=45 if long else 0, ha="right" if long else "center")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zskt.errors import UsageError, ZsktError, failing
-from zskt.files import expanded, read_json, write_text
+from zskt.errors import UsageError, ZsktError, failing, printable
+from zskt.files import MOST_TEXT, expanded, read_json, regular, write_text
 from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
 from zskt.method.recipe import load_recipe, recipe_texts
@@ -68,13 +68,19 @@ def read_run(folder: Path) -> dict[str, Any]:
         )
     student = folder / "student.json"
     return {
-        "name": folder.resolve().name,
+        "name": printable(folder.resolve().name),
         "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "metadata": read_finished(folder) if student.exists() else {},
         "without_data": read_json(examined) if (examined := folder / FILE).exists() else None,
-        "samples": sorted((folder / "samples").glob("*.png")),
+        "samples": saved_samples(folder),
     }
+
+
+def saved_samples(folder: Path) -> list[Path]:
+    """The sample images of a run, in order. Links are left out: a report would publish what they lead to."""
+    there = sorted((folder / "samples").glob("*.png"))
+    return [path for path in there if path.stem.isdecimal() and not path.is_symlink()]
 
 
 def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -
     runs = [read_run(folder) for folder in paths]
     if len({run["name"] for run in runs}) < len(runs):
         for run, folder in zip(runs, paths, strict=True):
-            run["name"] = str(folder)
+            run["name"] = printable(folder)
     what = f"metrics.jsonl or student.json in {', '.join(map(str, paths))} is damaged"
     with failing(what, "restore or omit it", kinds=(LookupError, TypeError, ValueError, AttributeError)):
         page = _page(runs)
@@ -213,7 +219,7 @@ def _samples(paths: list[Path]) -> str:
         return "<p class=note>none saved</p>"
     shown = [paths[round(i * (len(paths) - 1) / 5)] for i in range(6)] if len(paths) > 6 else paths
     figures = [
-        f'<figure><img alt="pseudo images" src="{_inline(p.read_bytes())}">'
+        f'<figure><img alt="pseudo images" src="{_inline(regular(p, MOST_TEXT).read_bytes())}">'
         f"<figcaption>step {html.escape(p.stem.lstrip('0'))}</figcaption></figure>"
         for p in shown
     ]
