@@ -18,7 +18,8 @@ from small import refused
 from torture import RUNS, outcome
 from zskt.files import CHECKSUM, read_tensors, write_tensors
 from zskt.networks.folder import load_network
-from zskt.run.distill import HALF_WAY, begun_config, sampler
+from zskt.run.checkpoint import HALF_WAY
+from zskt.run.distill import begun_config, sampler
 from zskt.run.report import METADATA, read_run
 
 

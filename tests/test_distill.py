@@ -28,7 +28,7 @@ from zskt.method.generator import SAMPLES
 from zskt.method.protocol import Make
 from zskt.networks import checks, models
 from zskt.run import checkpoint
-from zskt.run.checkpoint import Interrupted, read_lines
+from zskt.run.checkpoint import HALF_WAY, Interrupted, read_lines
 from zskt.run.distill import DistillResult, distill, sampler
 from zskt.run.lifecycle import Event
 from zskt.runtime import stream
@@ -446,12 +446,12 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-LEFT = [".lock", "config.toml", "metrics.jsonl", "rows/"]
+LEFT = [".lock", "config.toml", "metrics.jsonl", "rows/", f"{HALF_WAY}.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("left", "resume"),
-    [*((LEFT[:n], resume) for n in (1, 2, 4) for resume in (True, False)), (["samples/", ".config.toml.x.tmp"], False)],
+    [*((LEFT[:n], resume) for n in (1, 2, 5) for resume in (True, False)), (["samples/", ".config.toml.x.tmp"], False)],
 )
 def test_what_a_run_leaves_that_is_killed_at_once_does_not_stand_in_its_way(
     left: list[str], resume: bool, tmp_path: Path

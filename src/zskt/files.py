@@ -194,7 +194,7 @@ CHECKSUM = "zskt.sha256"
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of its entries, which `read_sealed` verifies; first, so that its line can go."""
-    return {CHECKSUM: _entries_digest(document), **document}
+    return {CHECKSUM: _entries_digest(document)} | {name: value for name, value in document.items() if name != CHECKSUM}
 
 
 def read_sealed(path: Path) -> Any:
@@ -214,7 +214,7 @@ def _entries_digest(document: Mapping[str, Any]) -> str:
 
 def digest(path: Path, size: int | None = None) -> str:
     """SHA-256 of a file, or of its first `size` bytes."""
-    with system_errors("read", path), path.open("rb") as file:
+    with system_errors("read", path), regular(path).open("rb") as file:
         if size is None:
             return hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(file.read(size)).hexdigest()

@@ -257,7 +257,11 @@ def check_unused(folder: Path) -> None:
 DIVERGED = "diverged.safetensors"
 """The networks and optimisers of a run as they were when it was found to have diverged."""
 
-_OURS = {DIVERGED, "config.toml", "metrics.jsonl", "timing.jsonl", "samples", "checkpoint", "rows"}
+HALF_WAY = "generator-half-way"
+"""File of the generator half-way through a run."""
+
+_OURS = {DIVERGED, f"{HALF_WAY}.safetensors", "config.toml", "metrics.jsonl", "timing.jsonl"}
+_OURS |= {"samples", "checkpoint", "rows"}
 """What a run may have written before its first checkpoint is complete."""
 
 

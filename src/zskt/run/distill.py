@@ -31,15 +31,13 @@ from zskt.networks.folder import save_network
 from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module, unallocated
 from zskt.run import checkpoint
+from zskt.run.checkpoint import HALF_WAY
 from zskt.run.cuda_graph import CapturedStep
 from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.shards import saved_rows
 from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads
 from zskt.settings import flat, to_toml
-
-HALF_WAY = "generator-half-way"
-"""File of the generator half-way through a run."""
 
 
 @dataclass

@@ -22,7 +22,8 @@ from zskt.method.config import Config, read_config
 from zskt.method.generator import Generator, pseudo_images
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import evaluating, forward_flops
-from zskt.run.distill import HALF_WAY, saved_generator
+from zskt.run.checkpoint import HALF_WAY, read_finished
+from zskt.run.distill import saved_generator
 from zskt.runtime import stream
 
 FILE = "without-data.json"
@@ -48,7 +49,7 @@ def inspect_run(
     other networks. Raises ZsktError for networks that do not fit together or a teacher that is not the run's.
     """
     students = dict(others or {})
-    recorded = read_json(folder / "student.json").get("teacher_fingerprint")
+    recorded = read_finished(folder).get("teacher_fingerprint")
     if teacher is not None and (found := teacher.fingerprint()) != recorded:
         raise ZsktError(
             f"expected the teacher of {folder}, {str(recorded)[:12]}, found {found[:12]}; give the same one"
@@ -155,7 +156,7 @@ def rank_correlations(folders: Sequence[str | Path]) -> dict[str, Any]:
         raise UsageError(f"expected at least three runs to correlate, found {len(folders)}; give more")
     accuracies, found, teachers = [], [], set()
     for folder in map(expanded, folders):
-        facts = read_json(folder / "student.json")
+        facts = read_finished(folder)
         if "accuracy" not in facts.get("measured", {}):
             raise ZsktError(
                 f"expected a run that was evaluated on test images, found no accuracy in {folder}; give those with one"
