@@ -34,7 +34,6 @@ from zskt.run.report import write_report
 from zskt.settings import replace
 
 SIZES = {
-    "recipe": "zskt-prior",
     "steps": 3,
     "batch-size": 8,
     "generator.width": 8,

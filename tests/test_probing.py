@@ -70,7 +70,7 @@ def test_logits_of_whatever_a_network_returns(after: Callable[[Tensor, Tensor], 
     plain.load_state_dict(teacher.module.state_dict())
     assert torch.equal(teacher(x), plain(x))
     assert (teacher.num_classes, teacher.output, teacher.notes) == (5, "logits", ())
-    result = zskt.distill(teacher, Small(after=after), steps=1, settings=TINY)  # a student may return the same
+    result = zskt.distill(teacher, Small(after=after), steps=2, settings=TINY)  # a student may return the same
     assert result.finished
 
 
@@ -100,7 +100,8 @@ def test_classes_and_sizes(classes: int, size: tuple[int, int, int]) -> None:
         teacher = teacher_of(module, size)
         assert (teacher.num_classes, teacher.has_batchnorm) == (classes, False)
         assert module.training  # whoever handed it in still has it as it was
-    assert zskt.distill(teacher, student_for(teacher), steps=1, settings=TINY).finished
+    few = TINY | {"bank.batch_size": 4, "bank.horizontal_flip": False}
+    assert zskt.distill(teacher, student_for(teacher), steps=2, settings=few).finished
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 1e4])

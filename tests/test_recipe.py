@@ -110,6 +110,17 @@ def test_a_bank_of_no_published_length_has_rounds_for_its_steps(name: str) -> No
         plan(teacher, student, name, {"steps": 1})
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_batches_shrink_with_the_pixels_of_large_images_unless_given(name: str) -> None:
+    whole, given = load_recipe(name), {"steps": 400, "bank.horizontal_flip": False}
+    for side, share in ((64, 1), (128, 1 / 4), (256, 1 / 16)):
+        teacher = make_teacher(size=(3, side, side))
+        config = plan(teacher, models.wide_resnet(10, 1), name, given).config
+        assert (config.batch_size, config.bank.batch_size) == (whole.batch_size * share, whole.bank.batch_size * share)
+    config = plan(teacher, models.wide_resnet(10, 1), name, given | {"batch_size": 50}).config
+    assert (config.batch_size, config.bank.batch_size) == (50, whole.bank.batch_size / 16)
+
+
 def test_a_width_left_open_is_settled_by_cost() -> None:
     teacher, student = make_teacher(), models.wide_resnet(10, 1)
     config = settle_sizes(load_recipe("zskt-prior"), teacher, student)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zskt.errors import ZsktError
 from zskt.files import write_json
 from zskt.paper.jobs import Job
 from zskt.paper.tables import Cell, Reproduction, markdown_table, measured, write_result
@@ -179,7 +180,7 @@ def test_nan_is_refused_and_the_old_result_kept(tmp_path: Path) -> None:
     write(tmp_path, found)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     (found.jobs[0].folder(tmp_path) / "belief.json").write_text(json.dumps({"accuracy": math.nan}))
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ZsktError, match="not a finite number"):
         write(tmp_path, found)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 

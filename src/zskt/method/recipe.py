@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from zskt.settings import flat, from_toml, replace
 AUTO = "auto"
 OURS = ("bank", "bank-adversary")
 """Recipes without a published length: their size follows from a time, or from the number of steps."""
+LARGE = 64 * 64
+"""Pixels of an image beyond which batches shrink."""
 UNASKED = 1_800  # seconds that a run without steps or budget takes at the most
 BF16_COMPARED = ("zskt-prior", "zskt")
 """Recipes that lost less than a standard deviation over three seeds in bf16 (benchmarks/precision.py)."""
@@ -93,7 +96,7 @@ def plan(
         config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
         if config.method not in METHODS:
             raise custom_method(config.method)
-    settings = _rounds(config, settings) | settings
+    settings = _rounds(config, settings) | _batches(config, teacher) | settings
     config = settle_precision(replace(config, settings), teacher)
     config, unable = settle_layout(config, teacher, student)
     if unable:
@@ -133,6 +136,15 @@ def _rounds(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
     rounds = max(warmup + 1, round(scale * config.bank.rounds))
     updates = min(config.generator.updates, max(1, steps // 2))
     return {"bank.warmup": warmup, "bank.rounds": rounds, "generator.updates": updates}
+
+
+def _batches(config: Config, teacher: Classifier) -> dict[str, Any]:
+    """Smaller batches for large images, in a recipe without a published length, as memory grows with their pixels."""
+    share = LARGE / math.prod(teacher.input_size[1:])
+    if config.recipe not in OURS or share >= 1:
+        return {}
+    sizes = {"batch_size": config.batch_size, "bank.batch_size": config.bank.batch_size}
+    return {name: max(8, round(share * size)) for name, size in sizes.items()}
 
 
 def _own(method: Make, recipe: str | Config, settings: Mapping[str, Any]) -> Config:
