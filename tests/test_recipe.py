@@ -117,6 +117,7 @@ def test_batches_shrink_with_the_pixels_of_large_images_unless_given(name: str) 
         teacher = make_teacher(size=(3, side, side))
         config = plan(teacher, models.wide_resnet(10, 1), name, given).config
         assert (config.batch_size, config.bank.batch_size) == (whole.batch_size * share, whole.bank.batch_size * share)
+    assert plan(teacher, models.wide_resnet(10, 1), config, given).config == config  # settled once
     config = plan(teacher, models.wide_resnet(10, 1), name, given | {"batch_size": 50}).config
     assert (config.batch_size, config.bank.batch_size) == (50, whole.bank.batch_size / 16)
 

@@ -96,7 +96,8 @@ def plan(
         config, reason = (recipe, "as given") if isinstance(recipe, Config) else choose(recipe, teacher)
         if config.method not in METHODS:
             raise custom_method(config.method)
-    settings = _rounds(config, settings) | _batches(config, teacher) | settings
+    sizes = {} if isinstance(recipe, Config) else _batches(config, teacher)
+    settings = _rounds(config, settings) | sizes | settings
     config = settle_precision(replace(config, settings), teacher)
     config, unable = settle_layout(config, teacher, student)
     if unable:
