@@ -40,6 +40,8 @@ import zskt
 from small import Payload, coloured, run, write_images
 from zskt.cli.main import main
 from zskt.networks.folder import save_teacher
+from zskt.run.checkpoint import HALF_WAY
+from zskt.run.without_data import FILE
 
 SECONDS = 5  # of processor time
 MEMORY = 2**30  # bytes beyond what is imported
@@ -272,8 +274,14 @@ def formats(root: Path) -> dict[str, Format]:
     tiny = TINY.split()
     run("distill", teacher, "--student", "convnet-1", "--out", finished, *MATCHING, *tiny, *LONG)
     shutil.copytree(finished, root / "begun")
-    for done in ("student.json", "student.safetensors", "report.html"):
-        (root / "begun" / done).unlink()
+    bank = ["--recipe", "bank", "--set", "bank.rounds=2", "bank.warmup=1", "bank.batch_size=4", "bank.random_crop=1"]
+    bank += [*tiny, "--steps", "4", "--checkpoint-every", "3"]
+    run("distill", teacher, "--student", "convnet-1", "--out", root / "begun bank", *bank)
+    for folder in (root / "begun", root / "begun bank"):
+        for done in ("student.json", "student.safetensors", "report.html"):
+            (folder / done).unlink()
+    run("inspect", finished, "--teacher", teacher)
+    run("evaluate", teacher, "--data", data)  # fills the cache
     evaluate = ["evaluate", str(teacher), "--data", "{}"]
     texts, settings, images = (mutated, json_mutated, json_mutated), (mutated, toml_mutated), {}
 
@@ -312,6 +320,13 @@ def formats(root: Path) -> dict[str, Format]:
         "config.toml": Format(copy(finished), "config.toml", ["sample", "{}", "--out", "{out}.png"], settings),
         "generator": Format(copy(finished), "generator.safetensors", ["sample", "{}", "--out", "{out}.png"]),
         "checkpoint": Format(copy(root / "begun"), "checkpoint/*", resume),
+        "bank": Format(copy(root / "begun bank"), "checkpoint/*", [*resume[:7], *bank]),
+        "rows of a bank": Format(copy(root / "begun bank"), "rows/*", [*resume[:7], *bank]),
+        "found without data": Format(copy(finished), FILE, ["report", "{}", "--out", "{out}.html"], texts),
+        "half-way": Format(copy(finished), f"{HALF_WAY}.safetensors", ["inspect", "{}", "--teacher", str(teacher)]),
+        "cache": Format(
+            lambda folder: shutil.copytree(root / "cache", folder / "cache"), "cache/*", [*evaluate[:-1], str(data)]
+        ),
         "resumed log": Format(copy(root / "begun"), "*.jsonl", resume, texts),
         "settings file": Format(
             lambda folder: shutil.copy(finished / "config.toml", folder / "c.toml"), "c.toml", distill, settings
@@ -334,7 +349,8 @@ def formats(root: Path) -> dict[str, Format]:
     return found
 
 
-SELDOM = dict.fromkeys(("student.json", "metrics.jsonl", "checkpoint", "resumed log", "settings file"), 1)
+SELDOM = dict.fromkeys(("student.json", "metrics.jsonl", "found without data", "half-way"), 1)
+SELDOM |= dict.fromkeys(("checkpoint", "resumed log", "settings file", "bank", "rows of a bank"), 1)
 """Formats whose commands take long, as they draw or train."""
 
 
@@ -447,6 +463,11 @@ class Fuzzer:
         kept = [path for path in self.root.rglob("*") if "cache" not in path.parts and "case" not in path.parts]
         return {f"{path} {path.stat().st_size}" for path in kept if not path.is_dir()}
 
+    def make(self, name: str, folder: Path) -> None:
+        """Write the files of a format, and have the cache of images where they are if it is one of them."""
+        self.formats[name].make(folder)
+        os.environ["ZSKT_CACHE"] = str(folder / "cache" if name == "cache" else self.root / "cache")
+
     def case(self, number: int) -> tuple[str, int, str]:
         """The format, exit status and problem of a case."""
         rng = random.Random(number)
@@ -460,7 +481,7 @@ class Fuzzer:
             arguments = arguments_mutated(line, rng)
         else:
             form = self.formats[name]
-            form.make(folder)
+            self.make(name, folder)
             path = rng.choice(sorted(folder.glob(form.mutable)))
             path.write_bytes(rng.choice(form.mutations)(path.read_bytes(), rng))
             arguments = [word.replace("{}", str(folder)).replace("{out}", str(out)) for word in form.command]

@@ -48,7 +48,7 @@ def test_every_format_is_read_before_it_is_mutated(fuzzer: fuzz.Fuzzer, tmp_path
     for name, form in fuzzer.formats.items():
         folder = tmp_path / name / "in"
         folder.mkdir(parents=True)
-        form.make(folder)
+        fuzzer.make(name, folder)
         assert list(folder.glob(form.mutable)), name
         out = str(tmp_path / name / "out")
         outcome = fuzz.forked([word.replace("{}", str(folder)).replace("{out}", out) for word in form.command])

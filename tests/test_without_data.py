@@ -14,7 +14,7 @@ import zskt
 from small import call, edit, fails, make_teacher, refused, run, student_for
 from zskt.evaluate.measures import wilson
 from zskt.evaluate.transitions import renormalised
-from zskt.files import read_tensors
+from zskt.files import read_tensors, sealed
 from zskt.method.config import read_config
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import forward_flops
@@ -27,6 +27,7 @@ from zskt.run.without_data import (
     inspect_run,
     probe_count,
     rank_correlations,
+    read_inspected,
     spearman,
     told,
 )
@@ -156,7 +157,7 @@ def test_what_a_run_is_found_to_be(made: tuple[Path, Classifier], teacher: Class
     torch.manual_seed(5)
     other = student.like(student_for(teacher)).eval()
     found = inspect_run(folder, student, teacher, {"other": other})
-    assert json.loads((folder / FILE).read_text()) == found
+    assert read_inspected(folder) == sealed(found)
     assert list(found["students"]) == ["other"]
     probes = draw_probes(folder, student, 100)
     with torch.no_grad():
@@ -166,8 +167,28 @@ def test_what_a_run_is_found_to_be(made: tuple[Path, Classifier], teacher: Class
     assert all(each["images"] == 100 for each in found["teacher"].values())
     itself = inspect_run(folder, student, others={"copy": student})
     assert {kind: each["per_100"] for kind, each in itself["students"]["copy"].items()} == dict.fromkeys(KINDS, 0)
-    kept = json.loads((folder / FILE).read_text())  # what was found before stays
-    assert kept == {"students": found["students"] | itself["students"], "teacher": found["teacher"]}
+    kept = {"students": found["students"] | itself["students"], "teacher": found["teacher"]}
+    assert read_inspected(folder) == sealed(kept)  # what was found before stays
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"students": None},
+        {"teacher": {"noise": {"per_100": 1}}},
+        {"teacher": {"noise": {"per_100": 200.0, "low": 0.0, "high": 300.0, "images": 1}}},
+        {"teacher": {"odd": {"per_100": 1.0, "low": 0.0, "high": 3.0, "images": 1}}},
+        {"teacher": []},
+    ],
+)
+def test_a_changed_file_is_not_believed(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = made_up(tmp_path, 0, 0.5, pseudo=1)
+    path = folder / FILE
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(sealed(found) | change))
+    assert "is not as it was written" in refused(lambda: read_inspected(folder))
+    path.write_text(json.dumps(found | change))  # the checksum taken out
+    assert "is damaged" in refused(lambda: read_inspected(folder))
 
 
 def test_another_teacher_is_refused(made: tuple[Path, Classifier], teacher: Classifier) -> None:
@@ -226,13 +247,17 @@ def test_rank_correlation_is_scipys(first: list[float], second: list[float]) -> 
     assert spearman(first, second) == pytest.approx(float(spearmanr(first, second).statistic))
 
 
+def interval(per_100: float) -> dict[str, float]:
+    return {"per_100": per_100, "low": 0.0, "high": 100.0, "images": 100}
+
+
 def made_up(root: Path, number: int, accuracy: float | None, teacher: str = "abc", **per_100: float) -> Path:
     """A run folder with what the correlation reads."""
     folder = root / str(number)
     folder.mkdir()
     measured = {} if accuracy is None else {"accuracy": accuracy}
     (folder / "student.json").write_text(json.dumps({"measured": measured, "teacher_fingerprint": teacher}))
-    kinds = {kind: {"per_100": value} for kind, value in per_100.items()}
+    kinds = {kind: interval(value) for kind, value in per_100.items()}
     (folder / FILE).write_text(json.dumps({"teacher": kinds, "students": {}}))
     return folder
 
@@ -246,7 +271,7 @@ def test_correlations_over_runs(tmp_path: Path) -> None:
     ]
     edit(
         folders[0] / FILE,
-        disagreements={"teacher": {"pseudo": {"per_100": 1.0}, "noise": {"per_100": 60.0}, "mixed": {}}},
+        teacher={"pseudo": interval(1.0), "noise": interval(60.0), "mixed": interval(1.0)},
     )
     found = rank_correlations(folders)
     assert found["runs"] == 4

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from zskt.errors import UsageError, ZsktError, failing, printable
-from zskt.files import MOST_TEXT, expanded, read_json, regular, write_text
+from zskt.files import MOST_TEXT, expanded, regular, write_text
 from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
 from zskt.method.recipe import load_recipe, recipe_texts
 from zskt.run.checkpoint import read_finished, read_lines
 from zskt.run.plots import run_classes, run_curves
-from zskt.run.without_data import FILE, told
+from zskt.run.without_data import read_inspected, told
 from zskt.settings import flat
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -72,7 +72,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "config": flat(read_config(folder / "config.toml")),
         "lines": read_lines(folder / "metrics.jsonl"),
         "metadata": read_finished(folder) if student.exists() else {},
-        "without_data": read_json(examined) if (examined := folder / FILE).exists() else None,
+        "without_data": read_inspected(folder),
         "samples": saved_samples(folder),
     }
 

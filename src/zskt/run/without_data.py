@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zskt.errors import UsageError, ZsktError
+from zskt.errors import UsageError, ZsktError, failing
 from zskt.evaluate.measures import check_networks, wilson
 from zskt.evaluate.transitions import renormalised
-from zskt.files import expanded, read_json, write_json
+from zskt.files import expanded, read_json, read_sealed, sealed, write_json
 from zskt.method.build import METHODS
 from zskt.method.config import Config, read_config
 from zskt.method.generator import Generator, pseudo_images
@@ -49,6 +49,7 @@ def inspect_run(
     other networks. Raises ZsktError for networks that do not fit together or a teacher that is not the run's.
     """
     students = dict(others or {})
+    before = read_inspected(folder) or {"students": {}}
     recorded = read_finished(folder).get("teacher_fingerprint")
     if teacher is not None and (found := teacher.fingerprint()) != recorded:
         raise ZsktError(
@@ -63,9 +64,25 @@ def inspect_run(
     }
     if teacher is not None:
         result["teacher"] = disagreements(student, teacher, probes)
-    before = read_json(folder / FILE) if (folder / FILE).exists() else {"students": {}}
-    write_json(folder / FILE, before | result | {"students": before["students"] | result["students"]})
+    write_json(folder / FILE, sealed(before | result | {"students": before["students"] | result["students"]}))
     return result
+
+
+def read_inspected(folder: Path) -> dict[str, Any] | None:
+    """What `inspect_run` found of a run, if it was asked; raises ZsktError if its file is not as it was written."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    found: dict[str, Any] = read_sealed(path)
+    what = f"{path} is damaged"
+    with failing(
+        what, "delete it and ask again with zskt inspect", kinds=(LookupError, TypeError, AttributeError, ValueError)
+    ):
+        for kinds in (found.get("teacher", {}), *found["students"].values()):
+            for kind, numbers in kinds.items():
+                if not (kind in KINDS and 0 <= numbers["low"] <= numbers["per_100"] <= numbers["high"] <= 100):
+                    raise ValueError(f"{kind}: {numbers}")
+    return found
 
 
 def probe_count(*networks: Classifier) -> int:
@@ -163,7 +180,7 @@ def rank_correlations(folders: Sequence[str | Path]) -> dict[str, Any]:
             )
         accuracies.append(facts["measured"]["accuracy"])
         teachers.add(facts.get("teacher_fingerprint"))
-        found.append(read_json(folder / FILE).get("teacher", {}))
+        found.append((read_inspected(folder) or {}).get("teacher", {}))
     if len(teachers) > 1:
         raise ZsktError(f"expected runs of one teacher, found {len(teachers)}; correlate those of each teacher alone")
     kinds = [kind for kind in KINDS if all(kind in each for each in found)]
