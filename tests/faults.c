@@ -1,5 +1,5 @@
 /* To be preloaded: counts the calls that change anything in a folder and, at a chosen one, kills the process before,
-   during or after it, or lets it fail. cc -shared -fPIC -o faults.so faults.c -ldl */
+   during or after it, lets it fail, or sets the clock. cc -shared -fPIC -o faults.so faults.c -ldl */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -10,15 +10,17 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { NOTHING, BEFORE, HALFWAY, AFTER, ONCE, FROM_THEN_ON };
+enum { NOTHING, BEFORE, HALFWAY, AFTER, ONCE, FROM_THEN_ON, CLOCK };
 
 static char folder[PATH_MAX];
 static long calls, chosen;
 static int how, number;
 
-/* Start counting; at call `at` of those in the folder do `what`, failures with the error number `with`. */
+/* Start counting; at call `at` of those in the folder do `what`: failures with the error number `with`; CLOCK sets the
+   time of day `with` seconds ahead, as an operator or NTP may. */
 void faults_arm(const char *where, long at, int what, int with) {
     snprintf(folder, sizeof folder, "%s", where);
     calls = 0, chosen = at, how = what, number = with;
@@ -51,9 +53,12 @@ static int due(int inside) {
     if (!inside || how == NOTHING) return NOTHING;
     calls++;
     if (calls == chosen && how == BEFORE) die();
+    if (how == CLOCK) return NOTHING;
     if (calls == chosen || (how == FROM_THEN_ON && calls > chosen)) return how;
     return NOTHING;
 }
+
+static int ahead(void) { return how == CLOCK && calls >= chosen ? number : 0; }
 
 #define REAL(name) __typeof__(name) *real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name)
 
@@ -122,3 +127,16 @@ OPEN(open, (const char *path, int flags, ...), is_inside(path), path, flags)
 OPEN(open64, (const char *path, int flags, ...), is_inside(path), path, flags)
 OPEN(openat, (int directory, const char *path, int flags, ...), is_inside_at(directory, path), directory, path, flags)
 OPEN(openat64, (int directory, const char *path, int flags, ...), is_inside_at(directory, path), directory, path, flags)
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    REAL(clock_gettime);
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec += ahead();
+    return result;
+}
+time_t time(time_t *now) {
+    struct timespec found;
+    clock_gettime(CLOCK_REALTIME, &found);
+    if (now) *now = found.tv_sec;
+    return found.tv_sec;
+}

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable
@@ -13,8 +14,19 @@ from typing import Any
 import pytest
 import torch
 
+from small import refused
 from zskt.errors import UsageError, ZsktError, unknown
-from zskt.files import appearing, read_json, read_tensors, replacing, write_json, write_tensors, write_text
+from zskt.files import (
+    appearing,
+    held,
+    make_folder,
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 def interrupted(path: Path, error: BaseException) -> None:
@@ -226,3 +238,18 @@ def test_nothing_appears_where_something_is_or_cannot_be(tmp_path: Path) -> None
         with pytest.raises(ZsktError, match=r"choose another (place with )?--out"), appearing(path):
             raise AssertionError("no place should have been given")
     assert {path.name for path in tmp_path.iterdir()} == {"link", "file"}
+
+
+def test_a_folder_that_is_held_is_not_made_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with held(run):
+        make_folder(tmp_path / "other" / "deep")
+        for path in (run / "a.json", run / "deep" / "a.json"):
+            assert f"{run} is gone; put it back" in refused(lambda path=path: write_json(path, {}))
+        assert not run.exists()
+        run.mkdir()
+        write_json(run / "deep" / "a.json", {})
+    write_json(tmp_path / "run 2" / "a.json", {})
+    shutil.rmtree(run)
+    write_json(run / "a.json", {})
+    assert run.exists()

@@ -4,9 +4,9 @@ python tests/torture.py --kills 200 --others 80     (or: make torture KILLS=200)
 
 Each run of belief matching, of a bank and of a teacher's training is killed up to four times, resumed to its end, and
 compared with one that was left alone: weights, optimiser states, rows, sample images and log must be equal to the last
-bit. The others get a signal, a disk that fails, is full or read-only, or a limit to the size of files. The last line is
-JSON: how many kills, how many runs, how many of these ended identical. Linux only; without a C compiler there are no
-faults at chosen calls.
+bit. The others get a signal, a disk that fails, is full or read-only, a limit to the size of files, a clock that jumps,
+or lose their folder for a while. The last line is JSON: how many kills, how many runs, how many of these ended
+identical. Linux only; without a C compiler there are no faults at chosen calls.
 """
 
 import argparse
@@ -117,15 +117,20 @@ class Fault(NamedTuple):
     number: int = 0
 
 
-BEFORE, HALFWAY, AFTER, ONCE, FROM_THEN_ON = range(1, 6)  # as in faults.c
+BEFORE, HALFWAY, AFTER, ONCE, FROM_THEN_ON, CLOCK = range(1, 7)  # as in faults.c
+DAY = 24 * 60 * 60
 
 
 class Hindrance(NamedTuple):
-    """What happens to a process: signals after so many seconds each, a fault, the largest size of a file in bytes."""
+    """What happens to a process: signals after so many seconds each, a fault, the largest size of a file in bytes.
+
+    `taken` is after how many seconds its folder is renamed; it is put back once the process has ended.
+    """
 
     signals: Sequence[tuple[float, int]] = ()
     fault: Fault | None = None
     largest: int | None = None
+    taken: float | None = None
 
 
 def attempt(kind: str, out: Path, hindrance: Hindrance = Hindrance()) -> tuple[int, str]:  # noqa: B008
@@ -145,7 +150,17 @@ def attempt(kind: str, out: Path, hindrance: Hindrance = Hindrance()) -> tuple[i
         time.sleep(seconds)
         if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(process, number)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said.read_text()
+    away = out.with_suffix(".away")
+    if hindrance.taken is not None:
+        time.sleep(hindrance.taken)
+        if out.exists():
+            out.rename(away)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if away.exists():
+        if out.exists():
+            return 70, f"it made another folder in place of the one that was taken away: {os.listdir(out)}"
+        away.rename(out)
+    return status, said.read_text()
 
 
 def work(kind: str, out: Path, hindrance: Hindrance, said: Path) -> int:
@@ -204,8 +219,8 @@ def differences(kind: str, out: Path, whole: Path) -> list[str]:
 class Torture:
     """Runs in a temporary folder, one after another, and what became of them."""
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
-        self.folder, self.rng = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int = 0, stopped: float | None = None) -> None:
+        self.folder, self.rng, self.stopped = folder, random.Random(seed), stopped
         self.has_faults = hasattr(ctypes.CDLL(None), "faults_arm")
         self.count: Counter[str] = Counter()
         self.problems: list[str] = []
@@ -265,7 +280,8 @@ class Torture:
             "SIGTERM": (sent(signal.SIGTERM), {0, 143, -signal.SIGTERM}),
             "SIGINT": (sent(signal.SIGINT), {0, 130}),
             "SIGINT twice": (sent(signal.SIGINT, signal.SIGINT), {0, 130}),
-            "SIGSTOP": (sent(signal.SIGSTOP, signal.SIGCONT), {0}),
+            "SIGSTOP": (self.stop(sent(signal.SIGSTOP, signal.SIGCONT)), {0}),
+            "folder taken away": (Hindrance(taken=self.moment(kind)), {0, 1}),
             "small files": (Hindrance(largest=self.rng.randrange(100_000)), {0, 1}),
         }
         if self.has_faults:
@@ -275,7 +291,13 @@ class Torture:
             for number in (errno.ENOSPC, errno.EROFS):
                 name = f"{errno.errorcode[number]} from then on"
                 found[name] = Hindrance(fault=Fault(call, FROM_THEN_ON, number)), {0, 1}
+            found["clock"] = Hindrance(fault=Fault(call, CLOCK, self.rng.choice((-DAY, DAY)))), {0}
         return found
+
+    def stop(self, hindrance: Hindrance) -> Hindrance:
+        """Stopped for as long as asked for, if that was."""
+        (first, stop), (moment, go) = hindrance.signals
+        return Hindrance(signals=[(first, stop), (moment if self.stopped is None else self.stopped, go)])
 
     def moment(self, kind: str) -> float:
         return self.rng.uniform(0, 1.1 * self.seconds[kind])
@@ -312,6 +334,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--others", type=int, default=None, help="runs that are hindered otherwise; default: kills / 2")
+    parser.add_argument("--stopped", type=float, help="seconds for which processes are stopped; default: a moment")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     begun = time.monotonic()
@@ -321,7 +344,7 @@ def main() -> int:
             environment = os.environ | {"LD_PRELOAD": str(library), "CUDA_VISIBLE_DEVICES": ""}
             return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
         torch.set_num_threads(1)  # threads do not survive a fork
-        torture = Torture(folder, arguments.seed)
+        torture = Torture(folder, arguments.seed, arguments.stopped)
         kinds = itertools.cycle(RUNS)
         while torture.count["kills"] < arguments.kills:
             times = torture.rng.randint(1, 4)

@@ -109,9 +109,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         _sync(path.parent)
 
 
+_HELD: set[Path] = set()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within, a folder that somebody takes away is not made anew: it would hold half of a run, and look like one."""
+    _HELD.add(folder)
+    try:
+        yield
+    finally:
+        _HELD.discard(folder)
+
+
 def make_folder(path: Path) -> None:
-    """Create a folder, and those above it, where they are missing; what is new is durable."""
+    """Create a folder, and those above it, where they are missing; what is new is durable. Not one that is `held`."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    if gone := _HELD.intersection(missing):
+        raise ZsktError(f"{gone.pop()} is gone; put it back and resume, or start again")
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)  # another process may make it at the same time
         _sync(folder.parent)

@@ -21,6 +21,7 @@ from zskt.errors import ZsktError, failing, system_errors
 from zskt.files import (
     TEMPORARY,
     digest,
+    held,
     make_folder,
     read_sealed,
     read_tensors,
@@ -310,7 +311,8 @@ def owning(folder: Path | None) -> Iterator[None]:
     try:
         for path in folder.rglob(TEMPORARY):  # left behind by a killed process
             remove(path)
-        yield
+        with held(folder):
+            yield
     except BaseException:
         if fresh and not exists(folder / "checkpoint") and not (folder / DIVERGED).exists():
             shutil.rmtree(folder, ignore_errors=True)
