@@ -245,7 +245,7 @@ def test_a_folder_that_is_held_is_not_made_anew(tmp_path: Path) -> None:
     with held(run):
         make_folder(tmp_path / "other" / "deep")
         for path in (run / "a.json", run / "deep" / "a.json"):
-            assert f"{run} is gone; put it back" in refused(lambda path=path: write_json(path, {}))
+            assert f"{run} is gone; put it back" in refused(partial(write_json, path, {}))
         assert not run.exists()
         run.mkdir()
         write_json(run / "deep" / "a.json", {})
