@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from zskt.data import matlab
 from zskt.data.sources import Member
 from zskt.errors import ZsktError, failing
 
@@ -112,15 +113,13 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def _read_svhn(files: dict[str, Member], split: Split) -> Arrays:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ZsktError('SVHN needs SciPy, which is not installed: pip install "zskt[data]"') from error
+    """MATLAB arrays X (32, 32, 3, N) and y (N, 1), whose 10 is the digit 0."""
     (member,) = _take(files, [f"{split}_32x32.mat"])
-    data = io.BytesIO(member.read())
     with failing(f"{member} is not an SVHN file of cropped digits", "fetch it again"):
-        content = loadmat(data, variable_names=["X", "y"])
+        content = matlab.read_arrays(member.read(), ["X", "y"])
         images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1)  # (N, 3, 32, 32), (N,)
+        if images.dtype != np.uint8:
+            raise ValueError(f"pixels of type {images.dtype}")
     return images, np.where(labels == 10, 0, labels), "svhn"
 
 
