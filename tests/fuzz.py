@@ -40,7 +40,7 @@ import zskt
 from small import Payload, coloured, run, write_images
 from zskt.cli.main import main
 from zskt.networks.folder import save_teacher
-from zskt.run.checkpoint import HALF_WAY
+from zskt.run.checkpoint import DIVERGED, HALF_WAY
 from zskt.run.without_data import FILE
 
 SECONDS = 5  # of processor time
@@ -65,7 +65,7 @@ class Outcome:
         """What is wrong with it, or nothing."""
         if self.status not in (0, 1, 2):
             return f"exit {self.status}" if self.status > 0 else f"killed by {signal.Signals(-self.status).name}"
-        if b"Traceback" in self.err or b"unexpected " in self.err:
+        if b"Traceback" in self.err or b"please report it" in self.err:
             return "an unexpected error"
         if self.status and self.out:
             return "a result beside an error"
@@ -484,8 +484,14 @@ class Fuzzer:
             self.make(name, folder)
             path = rng.choice(sorted(folder.glob(form.mutable)))
             path.write_bytes(rng.choice(form.mutations)(path.read_bytes(), rng))
+            shutil.copytree(folder, folder.with_name("kept"))
             arguments = [word.replace("{}", str(folder)).replace("{out}", str(out)) for word in form.command]
         outcome = forked(arguments)
+        if outcome.status in (-signal.SIGKILL, -signal.SIGXCPU):  # a busy machine, unless it is so again
+            shutil.rmtree(out, ignore_errors=True)
+            if name != "command line":
+                shutil.copytree(folder.with_name("kept"), folder, dirs_exist_ok=True)
+            outcome = forked(arguments)
         problem = outcome.problem() or self.left_behind(out, outcome.status)
         if problem:
             problem += f": {' '.join(arguments)!r}: {outcome.err[-300:]!r}"
@@ -498,7 +504,8 @@ class Fuzzer:
             return "code was executed"
         if half := [path for path in out.parent.rglob(".*") if path.suffix == ".tmp" or path.name.startswith(".out")]:
             return f"left {half[0]}"
-        if status and (there := [path for path in out.parent.glob("out*")]):
+        aside = (out / DIVERGED).exists()  # the state of a run that diverged is kept
+        if status and not aside and (there := [path for path in out.parent.glob("out*")]):
             return f"failed and left {there[0]}"
         return ""
 

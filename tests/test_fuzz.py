@@ -99,12 +99,29 @@ def test_the_fuzzer_sees_what_it_looks_for(command: Any, problem: str, monkeypat
     assert re.search(problem, fuzz.forked([]).problem())
 
 
+def test_a_case_at_the_limit_has_a_second_try(fuzzer: fuzz.Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine may be busy; what really hangs hangs twice, on the same files."""
+    statuses, seen = [-9, 0, -9, -24], []
+
+    def ended(arguments: Sequence[str]) -> fuzz.Outcome:
+        files = [path.read_bytes() for path in sorted((fuzzer.root / "case" / "in").rglob("*")) if path.is_file()]
+        seen.append((list(arguments), files))
+        return fuzz.Outcome(statuses.pop(0), b"", b"", 0, b"")
+
+    monkeypatch.setattr(fuzz, "forked", ended)
+    assert fuzzer.case(1)[1:] == (0, "")
+    assert seen[0] == seen[1]
+    assert fuzzer.case(1)[2].startswith("killed by SIGXCPU")
+
+
 def test_the_fuzzer_sees_what_is_left_behind(fuzzer: fuzz.Fuzzer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert fuzzer.left_behind(out, 1) == ""
     out.mkdir()
     assert fuzzer.left_behind(out, 0) == ""
     assert "failed and left" in fuzzer.left_behind(out, 1)
+    (out / "diverged.safetensors").touch()  # kept on purpose
+    assert fuzzer.left_behind(out, 1) == ""
     (tmp_path / ".x.tmp").touch()
     assert "left" in fuzzer.left_behind(out, 0)
     fuzzer.canary.mkdir()

@@ -1,8 +1,10 @@
 """A report: one page that needs nothing else, true numbers, safe whatever runs are called; grids of images."""
 
+import io
 import json
 import re
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from small import call
 from zskt.errors import ZsktError
 from zskt.files import write_json, write_text
 from zskt.method.config import Config
 from zskt.run import report
-from zskt.run.plots import image_grid, run_curves, save_image, series
+from zskt.run.plots import image_grid, readable_curves, run_curves, save_image, series
 from zskt.run.report import write_report
 from zskt.settings import replace, to_toml
 
@@ -54,7 +57,7 @@ def test_a_page_is_self_contained(tmp_path: Path) -> None:
     assert len(sources) == 7  # the curves, and six of twenty samples
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     text = re.sub(r'"data:[^"]*"', '""', page)
-    assert not re.search(r"https?:|//|url\(|@import|<script .*src|<link|<iframe", text)
+    assert not re.search(r"https?:|//|url\(|@import|<script [^>]*src|<link|<iframe", text)
     assert page.startswith("<!doctype html>")
     assert "charset" in text[:80]
     assert [int(step) for step in re.findall(r"step (\d+)<", text)] == [1, 5, 9, 12, 16, 20]  # first and last included
@@ -166,13 +169,62 @@ def test_an_unfinished_run_says_so_and_has_no_numbers(tmp_path: Path) -> None:
 def test_curves_of_every_run_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
 
-    def watched(runs: Any) -> bytes:
+    def watched(runs: Any) -> Any:
         drawn.append(runs)
-        return run_curves(runs)
+        return readable_curves(runs)
 
-    monkeypatch.setattr(report, "run_curves", watched)
+    monkeypatch.setattr(report, "readable_curves", watched)
     write_report([make_run(tmp_path / "seed0" / "run"), make_run(tmp_path / "seed1" / "run")], tmp_path / "report.html")
     assert len(drawn[0]) == 2  # also where two folders have one name
+
+
+def test_values_can_be_read_off_where_the_picture_has_them(tmp_path: Path) -> None:
+    """The place of a value is where the curve's colour is in the picture."""
+    ramp: list[dict[str, Any]] = [{"step": step, "accuracy": step / 100} for step in (1, 40, 100)]
+    png, panels = readable_curves({"a": ramp})
+    (panel,) = [panel for panel in panels if panel["title"] == "test accuracy"]
+    assert panel["curves"][0] == {"label": "student", "steps": [1, 40, 100], "values": [0.01, 0.4, 1.0]}
+    left, top, width, height = panel["box"]
+    with Image.open(io.BytesIO(png)) as image:
+        picture = np.asarray(image.convert("RGB")).astype(int)
+    rows, columns = picture.shape[:2]
+    blue = np.abs(picture - np.array([31, 119, 180])).sum(axis=2) < 60  # C0
+    first, last = panel["steps"]
+    for step in (20, 40, 70):  # on the straight lines between the points
+        x = round(columns * (left + width * (step - first) / (last - first)))
+        found = np.flatnonzero(blue[round(rows * top) : round(rows * (top + height)), x])
+        assert len(found) > 0
+        low, high = (0.01 - 0.05 * 0.99, 1 + 0.05 * 0.99)  # margins of matplotlib
+        assert high - (high - low) * found.mean() / (rows * height) == pytest.approx(step / 100, abs=0.02)
+    page = page_of([make_run(tmp_path / "<script><b>"), make_run(tmp_path / "b")], tmp_path / "report.html")
+    text = page.split('<script type="application/json">')[1].split("</script>")[0]
+    assert json.loads(text)[0]["curves"][0]["label"] == "<script><b> last update of a step"
+
+
+def test_a_report_follows_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "a", finished=False)
+    page = folder / "report.html"
+    seen: list[bool] = []
+
+    def sleep(seconds: float) -> None:
+        seen.append('http-equiv="refresh" content="10"' in page.read_text())
+        if len(seen) == 2:
+            make_run(tmp_path / "b")
+            (tmp_path / "b" / "student.json").rename(folder / "student.json")
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    status, out, err = call("report", folder, "--follow")
+    assert (status, json.loads(out)["report"]) == (0, str(page)), err
+    assert seen == [True, True]
+    assert "Ctrl-C ends it" in err
+    assert "refresh" not in page.read_text()
+    (folder / "student.json").unlink()
+    seen[:] = [True] * 3
+    assert call("report", folder, "--follow")[0] == 0
+    assert len(seen) == 9
+    assert "refresh" not in page.read_text()
 
 
 def test_a_run_is_named_also_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Subcommands for distillation runs. Their docstrings are the help texts."""
 
+import contextlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +25,7 @@ from zskt.cli.teachers import (
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_networks, measure
 from zskt.evaluate.transitions import renormalised
-from zskt.files import read_text
+from zskt.files import expanded, read_text
 from zskt.method.budget import BUDGETED, disk, duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
 from zskt.method.config import FORMAT, Config
@@ -326,7 +328,11 @@ def run_images(
     }
 
 
-def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = None) -> Result:
+FOLLOWING = 10
+"""Seconds from one report to the next."""
+
+
+def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = None, follow: bool = False) -> Result:
     """Write an HTML report on one run, or on several with mean and standard deviation.
 
     Example: zskt report runs/seed-0 runs/seed-1 runs/seed-2 --out report.html
@@ -334,11 +340,19 @@ def run_report(runs: tyro.conf.Positional[tuple[Path, ...]], /, *, out: File = N
     Args:
         runs: one or more run folders.
         out: the report; by default report.html in the run folder, or in the current folder for several runs.
+        follow: write it anew every ten seconds until all runs have finished; the open page follows.
     """
     if not runs:
         raise UsageError("expected at least one run folder, found none")
     if out is not None:
         check_suffix(out, ".html")
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    if follow:
+        write_report(runs, path, reload=FOLLOWING)
+        notice(f"{path} is written every {FOLLOWING} s until the runs have finished; Ctrl-C ends it")
+        with contextlib.suppress(KeyboardInterrupt):  # the last one does not load itself anew
+            while not all((expanded(run) / "student.json").exists() for run in runs):
+                time.sleep(FOLLOWING)
+                write_report(runs, path, reload=FOLLOWING)
     measured = write_report(runs, path)
     return {"report": str(path), **measured}

@@ -117,7 +117,17 @@ PANELS: dict[str, dict[str, tuple[str, int | None]]] = {
 
 def run_curves(runs: Mapping[str, Lines]) -> bytes:
     """A PNG of losses, confidences, class entropy and accuracy over the steps of one or several runs."""
+    return readable_curves(runs)[0]
+
+
+def readable_curves(runs: Mapping[str, Lines]) -> tuple[bytes, list[dict[str, Any]]]:
+    """The PNG of `run_curves`, and what a page needs to read values off it: a dictionary for each panel.
+
+    `box` is left, top, width and height of the axes in fractions of the picture, `steps` the first and last step shown;
+    each of the `curves` has a label, its steps and its values.
+    """
     panels = dict(PANELS)
+    readable: list[dict[str, Any]] = []
     for key in sorted({key for lines in runs.values() for line in lines for key in line if key.endswith("_loss")}):
         panels.setdefault(key.replace("_", " "), {"": (key, -1)})
     rows = -(-len(panels) // 3)
@@ -127,9 +137,14 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
             unused.remove()
         for axes, (title, curves) in zip(figure.axes, panels.items(), strict=True):
             measured = False
+            drawn: list[dict[str, Any]] = []
             for (label, (key, pick)), style in zip(curves.items(), ("-", ":"), strict=False):
-                for i, lines in enumerate(runs.values()):
+                for i, (name, lines) in enumerate(runs.items()):
                     steps, values = series(lines, key, pick)
+                    words = " ".join(word for word in (printable(name) if len(runs) > 1 else "", label) if word)
+                    drawn.append(
+                        {"label": words, "steps": steps, "values": [float(f"{value:.4g}") for value in values]}
+                    )
                     axes.plot(steps, values, style, color=f"C{i % 10}", linewidth=1)
                     measured |= bool(steps)
                 axes.plot([], [], style, color="black", linewidth=1, label=label)
@@ -140,10 +155,16 @@ def run_curves(runs: Mapping[str, Lines]) -> bytes:
                 axes.legend()
             if not measured:
                 axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
+            readable.append({"title": title, "curves": drawn})
         if len(runs) > 1:
             generator = figure.axes[1]  # the panel with room for the runs' names
             generator.legend(generator.lines[: len(runs)], [visible(name) for name in runs])
-        return _png(figure)
+        png = _png(figure)
+    for axes, panel in zip(figure.axes, readable, strict=True):
+        place = axes.get_position()  # final once it is drawn
+        panel["box"] = [round(x, 4) for x in (place.x0, 1 - place.y1, place.width, place.height)]
+        panel["steps"] = list(axes.get_xlim())
+    return png, readable
 
 
 def average_transitions(panels: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> bytes:

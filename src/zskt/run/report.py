@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from zskt.method.budget import BUDGETED
 from zskt.method.config import read_config
 from zskt.method.recipe import load_recipe, recipe_texts
 from zskt.run.checkpoint import read_finished, read_lines
-from zskt.run.plots import run_classes, run_curves
+from zskt.run.plots import readable_curves, run_classes
 from zskt.run.without_data import read_inspected, told
 from zskt.settings import flat
 
@@ -26,6 +27,8 @@ figcaption,.note{color:#666;font-size:.85em}.samples img{width:32rem}
 figure[hidden]{display:none}.samples input{width:min(32rem,100%)}.samples input:not([hidden]){display:block}
 :root{color-scheme:light dark}@media(prefers-color-scheme:dark){body{background:#181a1b;color:#ddd}
 td,th{border-color:#444}.warning{color:#222}figcaption,.note{color:#aaa}}
+.curves div{position:relative}.curves img{display:block}.curves i{position:absolute;border-left:1px solid #888;pointer-events:none}
+output{display:block;min-height:1.5em}
 @media print{figure[hidden]{display:inline-block!important}input{display:none}}"""
 
 SLIDER = """document.querySelectorAll(".samples").forEach(box => {
@@ -36,6 +39,29 @@ slider.hidden = false
 slider.oninput()
 })"""
 """Shows one picture of a run at a time; without scripts and in print there are all."""
+
+READING = """document.querySelectorAll(".curves").forEach(box => {
+const panels = JSON.parse(box.querySelector("script").textContent)
+const picture = box.querySelector("img"), line = box.querySelector("i"), words = box.querySelector("output")
+picture.onpointermove = event => {
+const x = event.offsetX / picture.clientWidth, y = event.offsetY / picture.clientHeight
+const panel = panels.find(({box: [left, top, width, height]}) =>
+x >= left && x <= left + width && y >= top && y <= top + height)
+line.hidden = !panel
+if (!panel) return
+const [first, last] = panel.steps, [left, top, width, height] = panel.box
+const step = first + (x - left) / width * (last - first)
+const found = panel.curves.filter(curve => curve.steps.length).map(({label, steps, values}) => {
+let i = steps.findIndex(each => each >= step)
+if (i < 0) i = steps.length - 1
+if (i && step - steps[i - 1] < steps[i] - step) i -= 1
+return `${label} ${values[i]} at step ${steps[i].toLocaleString("en")}`.trim()
+})
+words.textContent = `${panel.title}: ${found.join(" \u00b7 ") || "nothing"}`
+line.style.cssText = `left:${100 * x}%;top:${100 * top}%;height:${100 * height}%`
+}
+})"""
+"""Says the values nearest to the pointer, or to a finger, below the curves."""
 
 UNKNOWN = (
     "nobody knows how good the student is: no number here is an accuracy, and no warning is no proof. A hundred "
@@ -83,9 +109,12 @@ def saved_samples(folder: Path) -> list[Path]:
     return [path for path in there if path.stem.isdecimal() and not path.is_symlink()]
 
 
-def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -> dict[str, Any]:
+def write_report(
+    folders: str | Path | Sequence[str | Path], path: str | Path, *, reload: int | None = None
+) -> dict[str, Any]:
     """Write the report on these runs to `path`; returns each measure over the runs: values, mean and std.
 
+    A browser loads the page anew every `reload` seconds; without, once.
     Mean and std are None for runs that differ in more than their seed and the machine: those are not repetitions.
     """
     paths = [expanded(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
@@ -97,14 +126,14 @@ def write_report(folders: str | Path | Sequence[str | Path], path: str | Path) -
             run["name"] = printable(folder)
     what = f"metrics.jsonl or student.json in {', '.join(map(str, paths))} is damaged"
     with failing(what, "restore or omit it", kinds=(LookupError, TypeError, ValueError, AttributeError)):
-        page = _page(runs)
+        page = _page(runs, reload)
         repeated = not differences(runs)
         summaries = {key: summary for key in MEASURES if (summary := summarise(runs, key, repeated)) is not None}
     write_text(expanded(path), page)
     return summaries
 
 
-def _page(runs: Sequence[Mapping[str, Any]]) -> str:
+def _page(runs: Sequence[Mapping[str, Any]], reload: int | None) -> str:
     title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
     body = [f"<h1>{html.escape(title)}</h1>", _results(runs), _without_data(runs)]
     for run in runs:
@@ -113,8 +142,7 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
             if warning:
                 named = warning if len(runs) == 1 or warning == unfinished else f"{run['name']}: {warning}"
                 body.append(f'<p class="warning">{html.escape(named)}</p>')
-    curves = run_curves({run["name"]: run["lines"] for run in runs})
-    body += ["<h2>Curves</h2>", f'<div class="wide"><img alt="curves over the steps" src="{_inline(curves)}"></div>']
+    body += ["<h2>Curves</h2>", _curves(runs)]
     for run in runs:
         if histogram := run_classes(run["lines"], run["metadata"].get("class_names")):
             body += [f"<h2>Classes of the pseudo images of {html.escape(run['name'])}</h2>"]
@@ -124,7 +152,8 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> str:
     body.append(f'<p class="note">{words}</p>')
     body.append(_settings(runs))
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    style, script = f"<style>{STYLE}</style>", f"<script>{SLIDER}</script>"
+    head += f'<meta http-equiv="refresh" content="{reload}">' if reload else ""
+    style, script = f"<style>{STYLE}</style>", f"<script>{SLIDER}\n{READING}</script>"
     return f"{head}<title>{html.escape(title)}</title>{style}{''.join(body)}{script}</html>\n"
 
 
@@ -212,6 +241,16 @@ def _without_data(runs: Sequence[Mapping[str, Any]]) -> str:
             lines = told(run["without_data"])
         body.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>")
     return "".join(body)
+
+
+def _curves(runs: Sequence[Mapping[str, Any]]) -> str:
+    png, panels = readable_curves({run["name"]: run["lines"] for run in runs})
+    data = json.dumps(panels, separators=(",", ":")).replace("<", "\\u003c")  # no name may end the script
+    return (
+        f'<div class="wide curves"><div><img alt="curves over the steps" src="{_inline(png)}"><i hidden></i></div>'
+        f'<output class="note">Point at a curve to read its values.</output>'
+        f'<script type="application/json">{data}</script></div>'
+    )
 
 
 def _samples(paths: list[Path]) -> str:
