@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -38,6 +38,7 @@ from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
 from zskt.run.distill import begun_config, distill, sampler
+from zskt.run.loggers import to_tensorboard
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.run.synthetic import UPDATES, synthesise, write_synthetic
@@ -67,6 +68,7 @@ def run_distill(
     config: File = None,
     method: Text = None,
     evaluate: Annotated[Data, tyro.conf.arg(name="eval")] = (),
+    log: Annotated[Literal["tensorboard"] | None, tyro.conf.arg(metavar="tensorboard", help_behavior_hint="")] = None,
     stop_after: Time = None,
     resume: bool = False,
     settings: Annotated[Assignments, tyro.conf.arg(name="set")] = (),
@@ -90,6 +92,7 @@ def run_distill(
         config: a TOML file of settings that override the recipe's, such as another run's config.toml.
         method: file.py:function or package.module:function that builds a custom method; runs that code, needs --trust.
         evaluate: labelled test images, used for evaluation only, never for training.
+        log: also for TensorBoard: tensorboard --logdir OUT shows it while the run goes on.
         stop_after: stop after a time (90s, 9m, 2h) or a number of steps; continue with --resume.
         resume: continue the run in --out from its last checkpoint.
         settings: short for the options below, with the names that `zskt recipes NAME` prints.
@@ -118,6 +121,7 @@ def run_distill(
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
+    loggers = [] if log is None else [to_tensorboard(out)]
     with distilling() as callback:
         result = distill(
             network,
@@ -125,7 +129,7 @@ def run_distill(
             planned,
             out=out,
             evaluate=images,
-            callbacks=[callback],
+            callbacks=[callback, *loggers],
             stop_after=stop_after,
             resume=resume,
         )

@@ -30,6 +30,18 @@ class Event:
     line: dict[str, Any] | None
     repeated: Repeatable
 
+    def numbers(self) -> dict[str, float]:
+        """The numbers of `line` by name, for a logger: of several updates the last, terms as student_terms/kl."""
+        found: dict[str, Any] = {}
+        for name, value in (self.line or {}).items():
+            if name.endswith("_loss"):
+                found[name] = value[-1]
+            elif isinstance(value, Mapping):
+                found |= {f"{name}/{term}": each for term, each in value.items()}
+            else:
+                found[name] = value
+        return {name: float(value) for name, value in found.items() if type(value) in (int, float) and name != "step"}
+
 
 Callback = Callable[[Event], None]
 

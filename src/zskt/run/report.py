@@ -27,8 +27,8 @@ figcaption,.note{color:#666;font-size:.85em}.samples img{width:32rem}
 figure[hidden]{display:none}.samples input{width:min(32rem,100%)}.samples input:not([hidden]){display:block}
 :root{color-scheme:light dark}@media(prefers-color-scheme:dark){body{background:#181a1b;color:#ddd}
 td,th{border-color:#444}.warning{color:#222}figcaption,.note{color:#aaa}}
-.curves div{position:relative}.curves img{display:block}.curves i{position:absolute;border-left:1px solid #888;pointer-events:none}
-output{display:block;min-height:1.5em}
+.curves div{position:relative}.curves img{display:block}
+.curves i{position:absolute;border-left:1px solid #888;pointer-events:none}output{display:block;min-height:1.5em}
 @media print{figure[hidden]{display:inline-block!important}input{display:none}}"""
 
 SLIDER = """document.querySelectorAll(".samples").forEach(box => {
