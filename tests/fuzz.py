@@ -10,6 +10,7 @@ their exit statuses by format, and the failures, whose files are kept.
 import argparse
 import contextlib
 import functools
+import gc
 import gzip
 import io
 import json
@@ -229,7 +230,7 @@ def arguments_mutated(arguments: Sequence[object], rng: random.Random) -> list[s
     words = [str(argument) for argument in arguments]
     odd = [*ODD_WORDS, *words]
     for _ in range(rng.choice((1, 1, 2, 3))):
-        at = rng.randrange(len(words) - 2)
+        at = rng.randrange(max(1, len(words) - 2))
         words[at : at + rng.choice((0, 1, 1))] = rng.choice(([], [rng.choice(odd)], [rng.choice(odd)]))
     return [word.replace("\0", "") for word in words]
 
@@ -457,6 +458,7 @@ class Fuzzer:
         self.lines = command_lines(self.root)
         self.canary = self.root / "canary"
         self.before = self.content()
+        gc.freeze()  # a collection in a fork would touch, and so copy, all that was imported: two thirds of its time
 
     def content(self) -> set[str]:
         """The files that no case may change or add to."""
@@ -522,6 +524,8 @@ def fuzz(root: Path, cases: range, seconds: float = float("inf"), keep: Path | N
         name, status, problem = fuzzer.case(number)
         counts.setdefault(name, Counter())[status] += 1
         done += 1
+        if done % 500 == 0:
+            print(f"{done:,} of {len(cases):,} cases", file=sys.stderr, flush=True)
         if problem:
             failures[number] = f"{name}: {problem}"
             print(f"case {number}: {name}: {problem}", file=sys.stderr, flush=True)
