@@ -1,6 +1,9 @@
 """What is repeated is logged, stopped, kept and resumed, whatever it is."""
 
 import errno
+import os
+import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import zskt
+from small import make_teacher
+from zskt.errors import ZsktError
 from zskt.files import read_tensors
+from zskt.networks import models
 from zskt.run import checkpoint, lifecycle
 from zskt.run.lifecycle import Lifecycle, describe
 
@@ -270,3 +276,48 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_returned(folder: bool,
 def test_losses_become_lines() -> None:
     losses = {"student": torch.tensor([1.0, 2.0]), "student.kl": torch.tensor(2.0), "teacher": torch.tensor(3.0)}
     assert describe(losses) == {"student_loss": [1.0, 2.0], "student_terms": {"kl": 2.0}, "teacher_loss": [3.0]}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_may_not_be_written_is_said_in_a_line(resume: bool) -> None:
+    """In a process of an ordinary user: root may write everywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        out = Path(name, "run")
+        teacher = make_teacher(models.convnet(2, num_classes=3, channels=1), size=(1, 8, 8))
+        settings = {"steps": 4, "batch_size": 4, "generator.width": 4, "generator.latent": 4}
+
+        def work(out: Path, **options: Any) -> None:
+            student = models.convnet(1, num_classes=3, channels=1)
+            zskt.distill(teacher, student, "zskt-prior", settings=settings, out=out, **options)
+
+        work(Path(name, "other"))  # imports what this user may not read
+        if resume:
+            work(out, stop_after=2)
+        else:
+            out.mkdir()
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for path in (out, *(each for each in out.rglob("*") if each.is_dir())):
+            path.chmod(0o555)
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                work(out, resume=resume)
+                os.write(writer, b"it wrote")
+            except ZsktError as error:
+                os.write(writer, str(error).encode())
+            except BaseException as error:
+                os.write(writer, b"unexpected\n" + repr(error).encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        said = os.read(reader, 10_000).decode()
+        os.close(reader)
+        os.close(writer)
+        assert re.fullmatch(rf"cannot \w+ {out}.*: Permission denied; check the permissions.*", said), said
+        for path in (out, *(each for each in out.rglob("*") if each.is_dir())):
+            path.chmod(0o755)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
