@@ -82,6 +82,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_the_code_of_own_methods_runs(workplace: Path) -> None:
     namespace: dict[str, object] = {}
     found = blocks(ROOT / "docs" / "own-method.md", "python")
+    found = [code for code in found if "import wandb" not in code and "import mlflow" not in code]  # test_loggers.py
     assert len(found) == 2
     for block in found:
         exec(block.replace("2_000", "2").replace("1_000", "2"), namespace)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 
+from zskt.cli.again import recall, remember
 from zskt.cli.options import Assignments, File, Text, Time, options, typed
 from zskt.cli.progress import bar, distilling, notice, say_if_busy, warn
 from zskt.cli.teachers import (
@@ -58,10 +59,12 @@ LONG_WORK = 3e13
 
 
 def run_distill(
-    teacher: tyro.conf.Positional[Network],
+    teacher: tyro.conf.Positional[
+        Annotated[str | None, tyro.conf.arg(metavar="NETWORK", help_behavior_hint="")]
+    ] = None,
     /,
     *,
-    student: str,
+    student: Text = None,
     student_args: Assignments = (),
     out: Path,
     recipe: Text = None,
@@ -94,10 +97,21 @@ def run_distill(
         evaluate: labelled test images, used for evaluation only, never for training.
         log: also for TensorBoard: tensorboard --logdir OUT shows it while the run goes on.
         stop_after: stop after a time (90s, 9m, 2h) or a number of steps; continue with --resume.
-        resume: continue the run in --out from its last checkpoint.
+        resume: continue the run in --out from its last checkpoint; with nothing else, by the command that began it.
         settings: short for the options below, with the names that `zskt recipes NAME` prints.
         overrides: settings.
     """
+    if resume and teacher is None and student is None:
+        words, foreign = recall(out, foreign.trust)
+        teacher, student = words["teacher"], words["student"]
+        student_args, method = words.get("student_args", ()), words.get("method")
+        evaluate, log = evaluate or words.get("evaluate", ()), log or words.get("log")
+        config = config or expanded(out) / "config.toml"
+    if teacher is None or student is None:
+        missing = "a teacher" if teacher is None else "--student"
+        raise UsageError(f"expected a teacher and --student, found no {missing.removeprefix('a ')}; give {missing}")
+    words = {"teacher": teacher, "student": student, "student_args": student_args, "method": method}
+    words |= {"evaluate": evaluate, "log": log}
     network = open_network(teacher, foreign).teacher
     make = None if method is None else open_method(method, foreign.trust)
     base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS), make)
@@ -121,7 +135,7 @@ def run_distill(
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     images = test_images(evaluate, network) if evaluate else None
-    loggers = [] if log is None else [to_tensorboard(out)]
+    loggers = [remember(out, words, foreign), *([] if log is None else [to_tensorboard(out)])]
     with distilling() as callback:
         result = distill(
             network,

@@ -262,7 +262,7 @@ HALF_WAY = "generator-half-way"
 """File of the generator half-way through a run."""
 
 _OURS = {DIVERGED, f"{HALF_WAY}.safetensors", "config.toml", "metrics.jsonl", "timing.jsonl"}
-_OURS |= {"samples", "checkpoint", "rows", "tensorboard"}
+_OURS |= {"samples", "checkpoint", "rows", "tensorboard", "command.json"}
 """What a run may have written before its first checkpoint is complete."""
 
 
