@@ -141,3 +141,14 @@ def test_disk_space_is_about_what_a_run_leaves(tmp_path: Path) -> None:
             zskt.distill(teacher, student, planned, out=tmp_path / recipe, stop_after=3)
         found = sum(path.stat().st_size for path in (tmp_path / recipe).rglob("*.safetensors"))
         assert 0.5 < found / disk(teacher, student, planned.config) < 1.2
+
+
+def test_a_cpu_that_emulates_bf16_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(precision: str, device: str, able: bool, machine: str = "x86_64") -> str:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        progress.say_if_emulated(precision, device)
+        return capsys.readouterr().err
+
+    assert "emulates it" in said("bf16", "cpu", False)
+    assert said("bf16", "cpu", True) == said("fp32", "cpu", False) == said("bf16", "cpu", False, "arm64") == ""

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +15,7 @@ from rich.text import Text
 from zskt.errors import to_stderr
 from zskt.method.budget import duration
 from zskt.run.lifecycle import Event
+from zskt.runtime import pick_device
 
 EVERY = 30.0
 """Seconds between two lines of progress where stderr is no terminal."""
@@ -59,6 +61,13 @@ def say_if_busy(threads: int | str = "auto") -> None:
             f"note: other programs keep this machine busy (load {load:.1f} on {cores} cores); --threads 1, or "
             "OMP_WAIT_POLICY=passive in the environment, may be several times as fast"
         )
+
+
+def say_if_emulated(precision: str, device: str = "auto") -> None:
+    """A line if this CPU has no arithmetic in bfloat16: it computes in float32 and rounds, 10 to 15 times slower."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if precision == "bf16" and x86 and pick_device(device).type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        notice("note: this CPU has no bf16 arithmetic and emulates it, 10 times slower than fp32: --precision fp32")
 
 
 def console() -> Console:

@@ -11,7 +11,7 @@ import tyro
 
 from zskt.cli.again import recall, remember
 from zskt.cli.options import Assignments, File, Text, Time, options, typed
-from zskt.cli.progress import bar, distilling, notice, say_if_busy, warn
+from zskt.cli.progress import bar, distilling, notice, say_if_busy, say_if_emulated, warn
 from zskt.cli.teachers import (
     FOREIGN,
     Data,
@@ -124,6 +124,7 @@ def run_distill(
     chosen = planned.config
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
     say_if_busy(chosen.machine.threads)
+    say_if_emulated(chosen.machine.precision, chosen.machine.device)
     if make is None and not resume:
         cost, work = planned.cost, operations(network, module, chosen)
         if cost is None and work > LONG_WORK:

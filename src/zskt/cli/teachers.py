@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from zskt.cli.options import Assignments, File, ImageSize, Reals, Text, Time, Words, options, typed
-from zskt.cli.progress import bar, console, notice, teaching, warn
+from zskt.cli.progress import bar, console, notice, say_if_emulated, teaching, warn
 from zskt.data.images import KNOWN, Dataset, read
 from zskt.errors import UsageError, ZsktError, printable
 from zskt.evaluate.measures import measure, noise_classes
@@ -206,6 +206,7 @@ def run_teach(
     chosen = {"random_crop": min(size[1:]) // 8, "horizontal_flip": flips} | typed(given)
     updates = updates_in(epochs, len(train.images), chosen.get("batch_size", Training.batch_size))
     training = Training(updates=updates, **chosen)
+    say_if_emulated(training.precision, training.device)
     with seeded(training.seed):
         module = models.build(model, len(train.class_names), size)
     with teaching() as callback:
