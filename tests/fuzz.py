@@ -328,6 +328,7 @@ def formats(root: Path) -> dict[str, Format]:
         "cache": Format(
             lambda folder: shutil.copytree(root / "cache", folder / "cache"), "cache/*", [*evaluate[:-1], str(data)]
         ),
+        "command.json": Format(copy(root / "begun"), "command.json", ["distill", "--resume", "--out", "{}"], texts),
         "resumed log": Format(copy(root / "begun"), "*.jsonl", resume, texts),
         "settings file": Format(
             lambda folder: shutil.copy(finished / "config.toml", folder / "c.toml"), "c.toml", distill, settings
@@ -351,7 +352,7 @@ def formats(root: Path) -> dict[str, Format]:
 
 
 SELDOM = dict.fromkeys(("student.json", "metrics.jsonl", "found without data", "half-way"), 1)
-SELDOM |= dict.fromkeys(("checkpoint", "resumed log", "settings file", "bank", "rows of a bank"), 1)
+SELDOM |= dict.fromkeys(("checkpoint", "resumed log", "settings file", "bank", "rows of a bank", "command.json"), 1)
 """Formats whose commands take long, as they draw or train."""
 
 

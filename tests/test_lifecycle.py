@@ -278,7 +278,7 @@ def test_losses_become_lines() -> None:
     assert describe(losses) == {"student_loss": [1.0, 2.0], "student_terms": {"kl": 2.0}, "teacher_loss": [3.0]}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to become an ordinary user")
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_that_may_not_be_written_is_said_in_a_line(resume: bool) -> None:
     """In a process of an ordinary user: root may write everywhere."""

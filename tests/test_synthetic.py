@@ -54,14 +54,14 @@ def test_the_network_recognises_them_and_they_look_like_its_images(teacher: Clas
     calls: list[tuple[int, int]] = []
     lines: list[str] = []
     found = synthesise(
-        teacher, 30, updates=60, progress=lambda *call: calls.append(call), notice=lambda line: lines.append(line)
+        teacher, 30, updates=120, progress=lambda *call: calls.append(call), notice=lambda line: lines.append(line)
     )
     assert (found.images.shape, found.images.dtype) == ((30, *SIZE), torch.uint8)
     assert torch.bincount(found.targets).tolist() == [10, 10, 10]
-    assert found.recognised > 0.6  # a third by chance; the rounding of the CPU moves it by a few of the thirty
+    assert found.recognised > 0.8  # a third by chance
     noise = torch.randint(256, (30, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert prior(teacher, found.images) < 0.5 * prior(teacher, noise)
-    assert calls == [(i + 1, 60) for i in range(60)]
+    assert calls == [(i + 1, 120) for i in range(120)]
     assert "30 images in batches of 30, about" in lines[0]
     assert len(lines) == 1
     assert teacher.fingerprint() == before
