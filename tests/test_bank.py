@@ -99,7 +99,7 @@ def test_cached_logits_are_the_teachers_for_what_the_student_sees(teacher: Class
     """Unrounded, in float64, and asked in the same batches: bit for bit."""
     double = make_teacher(size=SIZE).double()
     bank, images = stored(double, views=3)
-    assert len(bank.rows()["views"].unique(dim=1)) == 24
+    assert len(bank.rows(0)["views"].unique(dim=1)) == 24
     for start in range(0, 24, 8):
         for number in range(3):
             shown = view(images[start : start + 8], bank.views[start : start + 8, number], 1)

@@ -7,6 +7,7 @@ the version, zskt --tyro-print-completion bash (zsh, tcsh) a script that complet
 
 import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 import tyro
 from rich.table import Table
 
+import zskt.ranks as ranks
 from zskt.bench import step_time as bench
 from zskt.bench.roofline import PHASES
 from zskt.cli import demo
@@ -170,7 +172,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"zskt {__version__}")
         return 0
     with silence("--quiet" in arguments):
-        return _run([argument for argument in arguments if argument != "--quiet"])
+        command = [argument for argument in arguments if argument != "--quiet"]
+        return _run_as_rank(command) if ranks.started() else _run(command)
+
+
+SHARED = ("distill", "teach")
+"""Commands that several processes can work on."""
+
+
+def _run_as_rank(arguments: list[str]) -> int:
+    """Run one subcommand as one of several processes: rank 0 speaks for all, or else the first one that fails."""
+    try:
+        with ranks.joined():
+            if ranks.is_main():
+                if arguments[:1] and arguments[0] not in SHARED:
+                    to_stderr(f"zskt: {arguments[0]} is for one process, only {' and '.join(SHARED)} are for several")
+                    return 2
+                status = _run(arguments)
+                ranks.reports_failure() if status else None
+                return status
+            said = io.StringIO()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                status = _run(arguments) if arguments[:1] and arguments[0] in SHARED else 2
+            if status and ranks.reports_failure():
+                to_stderr(f"process {ranks.rank()}: {said.getvalue().strip().splitlines()[-1]}")
+            return status
+    except ZsktError as error:
+        to_stderr(f"zskt: {error}")
+        return 1
 
 
 def _run(arguments: list[str]) -> int:
@@ -212,7 +241,9 @@ def _run(arguments: list[str]) -> int:
         return 130
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        if out_of_memory(error):
+        if ranks.lost(error):
+            to_stderr("zskt: another process of this run has ended or does not answer; see why, then resume")
+        elif out_of_memory(error):
             to_stderr("zskt: out of memory; use a smaller --batch-size, network or generator.width")
         elif os.environ.get("ZSKT_TRACEBACK"):
             raise

@@ -3,12 +3,14 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
 
+import zskt.ranks as ranks
 from zskt.cli.again import recall, remember
 from zskt.cli.options import Assignments, File, Text, Time, options, typed
 from zskt.cli.progress import bar, distilling, notice, say_if_busy, say_if_emulated, warn
@@ -27,7 +29,7 @@ from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_networks, measure
 from zskt.evaluate.transitions import renormalised
 from zskt.files import expanded, read_text
-from zskt.method.budget import BUDGETED, disk, duration, expected_seconds, operations, probe
+from zskt.method.budget import BUDGETED, Cost, disk, duration, expected_seconds, operations, probe
 from zskt.method.build import METHODS
 from zskt.method.config import FORMAT, Config
 from zskt.method.generator import SAMPLES
@@ -38,6 +40,7 @@ from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
+from zskt.run import checkpoint
 from zskt.run.distill import begun_config, distill, sampler
 from zskt.run.loggers import to_tensorboard
 from zskt.run.plots import believed_grid, save_image
@@ -101,6 +104,7 @@ def run_distill(
         settings: short for the options below, with the names that `zskt recipes NAME` prints.
         overrides: settings.
     """
+    resume = resume or checkpoint.restarted(expanded(out))
     if resume and teacher is None and student is None:
         words, foreign = recall(out, foreign.trust)
         teacher, student = words["teacher"], words["student"]
@@ -129,7 +133,7 @@ def run_distill(
         cost, work = planned.cost, operations(network, module, chosen)
         if cost is None and work > LONG_WORK:
             notice("timing a few steps")
-            cost = probe(network, module, chosen, planned.make)
+            cost = Cost(**ranks.from_main(lambda: asdict(probe(network, module, chosen, planned.make))))
         takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost))}, "
         space = disk(network, module, chosen) / 1e6
         notice(f"this takes {takes}{work / 1e15:.2g} PFLOP and about {max(1, space):,.0f} MB in {out}")
@@ -150,6 +154,8 @@ def run_distill(
         )
     for line in result.warnings:
         warn(line)
+    if not ranks.is_main():
+        return {}
     found = {}
     if result.finished:
         found = inspect_run(out, result.network.cpu(), network.cpu())

@@ -34,6 +34,7 @@ from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
+from zskt.run import checkpoint
 from zskt.run.without_data import inspect_run, told
 from zskt.runtime import seeded
 
@@ -219,7 +220,7 @@ def run_teach(
             std=unit_std,
             class_names=train.class_names,
             out=out,
-            resume=resume,
+            resume=resume or checkpoint.restarted(out),
             stop_after=stop_after,
             callbacks=[callback],
         )

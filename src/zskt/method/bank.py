@@ -10,6 +10,7 @@ forwards of the teacher are most of the work where a method asks again for each 
 N batch, M images in the bank, V views of each, K classes, images C x H x W.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import zskt.ranks as ranks
 from zskt.errors import ZsktError
 from zskt.method.synthesis import Synthesis
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
@@ -29,8 +31,12 @@ from zskt.runtime import restore_generator
 
 def bank_images(network: Classifier, stored: Tensor, n: int, seed: int) -> Tensor:
     """Images (n, C, H, W) drawn by the seed from those stored (M, C, H, W), in the network's normalised space."""
-    chosen = torch.randint(len(stored), (n,), generator=torch.Generator().manual_seed(seed))  # (n,)
-    return _normalised(network, stored[chosen.to(stored.device)])
+    return _normalised(network, stored[drawn(len(stored), n, seed).to(stored.device)])
+
+
+def drawn(count: int, n: int, seed: int) -> Tensor:
+    """Numbers (n,) of rows, of `count`, that the seed draws."""
+    return torch.randint(count, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 def _normalised(network: Classifier, stored: Tensor) -> Tensor:
@@ -41,6 +47,7 @@ class Bank:
     """Images (M, C, H, W), by default as bytes, with V views (M, V, 3) and the teacher's logits for them (M, V, K).
 
     It only grows, up to its capacity: a run saves what is new. Without views the teacher is asked at every update.
+    Of several ranks each holds the rows that it made or read; a batch is drawn from those of all.
     """
 
     def __init__(
@@ -57,7 +64,11 @@ class Bank:
     ) -> None:
         """`ask` gives the teacher's outputs for normalised images; `rng` draws views and batches, on its device."""
         self.teacher, self.ask, self.rng, self.augmentation = teacher, ask, rng, augmentation
-        self.count = 0
+        self.owner = torch.empty(capacity, dtype=torch.int64, device=rng.device)  # (M,) the rank that has row m
+        self.place = torch.empty(capacity, dtype=torch.int64, device=rng.device)  # (M,) and where
+        self.counts = [0] * ranks.size()  # rows of each rank
+        if ranks.size() > 1:
+            capacity = capacity // ranks.size() + 1
         kind = torch.uint8 if as_bytes else next(teacher.parameters()).dtype
         self.images = torch.empty(capacity, *teacher.input_size, dtype=kind, device=rng.device)
         self.views = torch.empty(capacity, views, 3, dtype=torch.uint8, device=rng.device)
@@ -65,57 +76,98 @@ class Bank:
 
     @torch.no_grad()
     def add(self, images: Tensor) -> None:
-        """Store normalised images (N, C, H, W) and ask the teacher about each of their views."""
-        new = slice(self.count, self.count + len(images))
+        """Store normalised images (N, C, H, W), each rank its share, and ask the teacher about each view of them."""
+        n = ranks.size() * len(images)
+        new = self._place(n)[1]
         self.images[new] = self._stored(images)
         for number in range(self.views.shape[1]):
-            self.views[new, number] = self._draw(len(images))
-            self.logits[new, number] = self.ask(self._shown(new, self.views[new, number])).logits
+            self.views[new, number] = ranks.own(self._draw(n))
+            self.logits[new, number] = self.ask(self._shown(self.images[new], self.views[new, number])).logits
         if not bool(self.logits[new].isfinite().all()):
             raise ZsktError(
                 f"the teacher's logits for pseudo images overflow {self.logits.dtype}; use machine.precision=fp32"
             )
-        self.count = new.stop
+
+    @property
+    def count(self) -> int:
+        """Rows of all ranks."""
+        return sum(self.counts)
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows."""
+        return slice(0, self.counts[ranks.rank()])
+
+    def _place(self, n: int) -> tuple[slice, slice]:
+        """Room for n new rows, of which each rank gets the next share: which are this rank's, and where they go."""
+        share, before = -(-n // ranks.size()), list(self.counts)
+        new, number = slice(self.count, self.count + n), torch.arange(n, device=self.owner.device)  # (N,)
+        owner = number.div(share, rounding_mode="floor")
+        self.owner[new] = owner
+        self.place[new] = torch.tensor(before, device=owner.device)[owner] + number % share
+        first = [min(n, share * rank) for rank in range(ranks.size() + 1)]
+        self.counts = [count + b - a for count, (a, b) in zip(before, itertools.pairwise(first), strict=True)]
+        mine = ranks.rank()
+        return slice(first[mine], first[mine + 1]), slice(before[mine], self.counts[mine])
 
     @torch.no_grad()
     def draw(self, n: int) -> Batch:
-        """A batch of views (n, C, H, W), drawn from all images, with the teacher's outputs for them."""
-        images = torch.randint(self.count, (n,), generator=self.rng, device=self.rng.device)  # (N,)
+        """A batch of views (n, C, H, W), drawn from all images, with the teacher's outputs for them.
+
+        Of several ranks each gets its share of the batch, wherever its images lie.
+        """
+        chosen = torch.randint(self.count, (n,), generator=self.rng, device=self.rng.device)  # (N,)
+        images = self._fetch(self.images, chosen)  # (N, C, H, W)
         if self.views.shape[1] == 0:
-            shown = self._shown(images, self._draw(n))
+            shown = self._shown(images, ranks.own(self._draw(n)))
             return Batch(shown, teacher=self.ask(shown))
-        numbers = torch.randint(self.views.shape[1], (n,), generator=self.rng, device=self.rng.device)  # (N,)
-        shown = self._shown(images, self.views[images, numbers])
-        return Batch(shown, teacher=Observation(self.logits[images, numbers].to(shown.dtype)))
+        number = torch.randint(self.views.shape[1], (n,), generator=self.rng, device=self.rng.device)  # (N,)
+        shown = self._shown(images, self._fetch(self.views, chosen, number))
+        return Batch(shown, teacher=Observation(self._fetch(self.logits, chosen, number).to(shown.dtype)))
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """Stored images (n, C, H, W), normalised, as the seed draws them."""
-        return bank_images(self.teacher, self.images[: self.count], n, seed)
+        """Stored images (n, C, H, W), normalised, as the seed draws them; a rank that is alone knows its own only."""
+        if ranks.size() == 1:
+            return bank_images(self.teacher, self.images[self.own], n, seed)
+        chosen = drawn(self.count, n, seed).to(self.images.device)
+        return _normalised(self.teacher, ranks.whole(self._fetch(self.images, chosen)))
 
     def _draw(self, n: int) -> Tensor:
         return random_views(n, self.augmentation, self.rng)
 
-    def _shown(self, chosen: slice | Tensor, views: Tensor) -> Tensor:
-        """Views (N, 3) of the chosen images, normalised."""
-        return _normalised(self.teacher, view(self.images[chosen], views, self.augmentation.random_crop))
+    def _fetch(self, rows: Tensor, chosen: Tensor, view: Tensor | None = None) -> Tensor:
+        """This rank's share of the chosen rows (N,), or of one `view` (N,) of each."""
+        owner, place = self.owner[chosen], self.place[chosen]
+        if view is not None:
+            rows, place = rows.flatten(0, 1), place * rows.shape[1] + view
+        return ranks.fetch(rows, owner, place)
+
+    def _shown(self, images: Tensor, views: Tensor) -> Tensor:
+        """Views (N, 3) of stored images (N, C, H, W), normalised."""
+        return _normalised(self.teacher, view(images, views, self.augmentation.random_crop))
 
     def _stored(self, images: Tensor) -> Tensor:
         if self.images.dtype != torch.uint8:
             return images
         return (self.teacher.denormalise(images.float()) * 255).round().to(torch.uint8)
 
-    def rows(self) -> dict[str, Tensor]:
-        """Everything stored so far, each (M, ...)."""
+    def rows(self, first: int) -> dict[str, Tensor]:
+        """What is stored from row `first` on, each (M - first, ...); ranks have to ask for it together."""
         stored = {"images": self.images, "views": self.views, "logits": self.logits}
-        return {name: tensor[: self.count] for name, tensor in stored.items()}
+        count = self.count - first
+        if ranks.size() == 1 or not count:
+            return {name: tensor[first : first + count] for name, tensor in stored.items()}
+        padded = -(-count // ranks.size()) * ranks.size()  # equal shares
+        chosen = torch.arange(first, first + padded, device=self.owner.device).clamp(max=self.count - 1)
+        return {name: ranks.whole(self._fetch(tensor, chosen))[:count] for name, tensor in stored.items()}
 
     def load_rows(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
         """Replace everything by saved rows."""
-        self.count = 0
+        self.counts = [0] * ranks.size()
         for rows in parts:
-            new = slice(self.count, self.count + len(rows["images"]))
-            self.images[new], self.views[new], self.logits[new] = rows["images"], rows["views"], rows["logits"]
-            self.count = new.stop
+            mine, new = self._place(len(rows["images"]))
+            self.images[new], self.views[new] = rows["images"][mine], rows["views"][mine]
+            self.logits[new] = rows["logits"][mine]
 
 
 class BankDistillation:
@@ -180,7 +232,7 @@ class BankDistillation:
         """Images (n, C, H, W) from the bank or, while it is empty, from the round that goes on."""
         if self.bank.count:
             return self.bank.sample(n, seed)
-        return bank_images(self.bank.teacher, self.synthesis.images, n, seed)
+        return bank_images(self.bank.teacher, ranks.whole(self.synthesis.images), n, seed)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"student": self.student, "generator": self.synthesis.generator}
@@ -191,8 +243,8 @@ class BankDistillation:
     def optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {"student": self.student_updates.optimizer, **self.synthesis.optimisers()}
 
-    def rows(self) -> dict[str, Tensor]:
-        return self.bank.rows()
+    def rows(self, first: int) -> dict[str, Tensor]:
+        return self.bank.rows(first)
 
     def load_rows(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
         self.bank.load_rows(parts)

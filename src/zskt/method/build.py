@@ -23,6 +23,7 @@ from zskt.method.updates import Updates
 from zskt.method.views import Augmentation
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import Observation, Observer, find_stages
+from zskt.networks.synchronised import synchronise
 from zskt.runtime import stream
 
 
@@ -52,6 +53,7 @@ def belief_matching(teacher: Classifier, student: nn.Module, config: Config) -> 
     like = next(p for p in student.parameters() if p.requires_grad)
     generator = make_generator(teacher, config).to(like.device, like.dtype)
     arrange(generator, config)
+    synchronise(generator, "generator")
     replays: dict[str, Callable[[], Replay]] = {
         "same": Same,
         "fresh": Fresh,
@@ -97,6 +99,7 @@ def bank(teacher: Classifier, student: nn.Module, config: Config) -> BankDistill
     generator: nn.Module = FreePixels(teacher.mean, teacher.std) if box.pixels else make_generator(teacher, config)
     generator.to(like.device, like.dtype)
     arrange(generator, config)
+    synchronise(generator, "generator")
     shape = teacher.input_size if box.pixels else (side.latent,)
     latents = torch.empty(box.batch_size, *shape, device=like.device, dtype=like.dtype, requires_grad=True)
     adam = functools.partial(torch.optim.Adam, betas=(side.beta1, 0.999), fused=config.machine.fused)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import zskt.ranks as ranks
 from zskt.errors import ZsktError
 from zskt.networks.observe import Observation, Resolution, at_least_float32
 
@@ -145,7 +146,8 @@ def class_balance(teacher: Tensor) -> Tensor:
     """sum_k p_k log p_k of the batch-mean teacher probability p (K,): minus its entropy in nats. Source: DAFL, DFQ."""
     log_probabilities = F.log_softmax(at_least_float32(teacher), dim=1)  # (N, K)
     # By logarithms: a class that no image belongs to underflows to 0, where the gradient of p log p is infinite.
-    log_mean = torch.logsumexp(log_probabilities, dim=0) - math.log(len(teacher))  # (K,)
+    log_sums = ranks.gather(torch.logsumexp(log_probabilities, dim=0))  # (R, K)
+    log_mean = torch.logsumexp(log_sums, dim=0) - math.log(ranks.size() * len(teacher))  # (K,)
     return (log_mean.exp() * log_mean).sum()
 
 

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import zskt.ranks as ranks
 from zskt.method.generator import pseudo_images
 from zskt.method.replay import Replay, Same
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
@@ -96,7 +97,8 @@ class BeliefMatching:
     def sample_latent(self) -> Latent:
         like = next(self.generator.parameters())
         size = (self.batch_size, self.latent)
-        return Latent(torch.randn(size, generator=self.rng, dtype=like.dtype, device=like.device))  # (N, Z)
+        z = torch.randn(size, generator=self.rng, dtype=like.dtype, device=like.device)  # (N, Z)
+        return Latent(ranks.own(z))
 
     def update_generator(self, latent: Latent) -> tuple[Batch | None, list[Losses]]:
         """Move the pseudo images to where student and teacher disagree; returns them if the replay wants them."""

@@ -67,12 +67,12 @@ class Method(Repeatable, Protocol):
 class Growing(Protocol):
     """A method with state that is only ever added to, such as a bank: a run saves what is new, beside checkpoints."""
 
-    def rows(self) -> Mapping[str, Tensor]:
-        """Everything added so far, by name, each (M, ...) with the same M."""
+    def rows(self, first: int) -> Mapping[str, Tensor]:
+        """What was added from row `first` on, by name, each (M, ...) with the same M."""
         ...
 
     def load_rows(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
-        """Replace everything by what `rows` returned, in consecutive parts."""
+        """Replace everything by what `rows(0)` returned, in consecutive parts."""
         ...
 
 

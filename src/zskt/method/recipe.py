@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import zskt.ranks as ranks
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.method.budget import FLIPS, Cost, expected_seconds, fit, probe
 from zskt.method.build import METHODS
@@ -212,7 +213,8 @@ def settle_by_probe(
     if begun is not None and begun.budget == config.budget and begun.method == config.method:
         kept = ("bank.horizontal_flip", *(("steps", "bank.rounds", "bank.warmup") if sized else ()))
         return replace(config, {name: flat(begun)[name] for name in kept}), None
-    found = probe(teacher, student, config, make)
+    # As one process; rank 0 measures for all, as sizes have to be the same.
+    found = Cost(**ranks.from_main(lambda: dataclasses.asdict(probe(teacher, student, config, make))))
     if flips:
         config = replace(config, {"bank.horizontal_flip": found.flips >= FLIPS})
     if sized and config.budget:

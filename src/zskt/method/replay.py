@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+import zskt.ranks as ranks
 from zskt.method.updates import Batch
 from zskt.runtime import restore_generator
 
@@ -94,10 +95,14 @@ class ReplayBuffer:
         self.labels = None if newest.labels is None else self._kept(self.labels, newest.labels)
         self.slot.add_(1).remainder_(self.capacity)
         images = self.images.flatten(0, 1)  # (filled N, C, H, W)
+        n = ranks.size() * len(newest.images)
         for _ in range(updates):
-            chosen = torch.randint(len(images), (len(newest.images),), generator=self.rng, device=images.device)  # (N,)
-            labels = None if self.labels is None else self.labels.flatten()[chosen]
-            yield ask(Batch(images[chosen].to(newest.images.dtype), labels))
+            chosen = torch.randint(ranks.size() * len(images), (n,), generator=self.rng, device=images.device)  # (N,)
+            slot, number = chosen.div(n, rounding_mode="floor"), chosen % n
+            owner = number.div(len(newest.images), rounding_mode="floor")
+            place = slot * len(newest.images) + number % len(newest.images)  # (N,)
+            labels = None if self.labels is None else ranks.fetch(self.labels.flatten(), owner, place)
+            yield ask(Batch(ranks.fetch(images, owner, place).to(newest.images.dtype), labels))
 
     def _kept(self, ring: Tensor | None, newest: Tensor) -> Tensor:
         """The ring (filled, N, ...) after adding the newest entry (N, ...)."""
@@ -108,13 +113,19 @@ class ReplayBuffer:
         return ring.index_copy_(0, self.slot, newest.unsqueeze(0))
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"images": self.images, "labels": self.labels, "slot": self.slot, "rng": self.rng.get_state()}
-        return {name: tensor for name, tensor in state.items() if tensor is not None}
+        rings = {"images": self.images, "labels": self.labels}
+        state = {name: ranks.whole(ring, dim=1) for name, ring in rings.items() if ring is not None}
+        return state | {"slot": self.slot, "rng": self.rng.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore_generator(self.rng, state["rng"])
         self.slot.copy_(state["slot"])
         if "images" in state:
-            self.images = state["images"].to(self.rng.device)
+            self.images = _own(state["images"]).to(self.rng.device)
         if "labels" in state:
-            self.labels = state["labels"].to(self.rng.device)
+            self.labels = _own(state["labels"]).to(self.rng.device)
+
+
+def _own(ring: Tensor) -> Tensor:
+    """This rank's share of each batch in a ring (filled, N, ...)."""
+    return ranks.own(ring.transpose(0, 1)).transpose(0, 1).contiguous()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import zskt.ranks as ranks
 from zskt.method.terms import ADVERSARIES, teacher_terms
 from zskt.method.updates import Batch, Beliefs, Losses, Updates
 from zskt.method.views import Augmentation, jitter
@@ -124,7 +125,8 @@ class Synthesis:
         self.autocast = autocast
         n, device = len(latents), latents.device
         self.labels = torch.zeros(n, dtype=torch.int64, device=device)  # (N,)
-        self.images = torch.zeros(n, *size, dtype=latents.dtype, device=device)  # those of the lowest loss
+        # Those of the lowest loss; of several ranks each has its share, while all have all latents and labels.
+        self.images = ranks.own(torch.zeros(n, *size, dtype=latents.dtype, device=device))
         self.lowest = torch.full((), torch.inf, device=device)
 
     def update(self) -> tuple[Losses, Batch | None]:
@@ -135,12 +137,13 @@ class Synthesis:
         self.generator.train()
         self.ask_student.module.eval()
         with self.autocast():
-            images = self.generator(self.latents)  # (N, C, H, W)
+            images = self.generator(ranks.own(self.latents))  # (N, C, H, W)
             seen = jitter(images, self.augmentation, self.rng)
             teacher = self.statistics(self.ask_teacher(seen))
-            record: Batch | Beliefs = Batch(seen, self.labels, teacher)
+            labels = ranks.own(self.labels)  # (N,)
+            record: Batch | Beliefs = Batch(seen, labels, teacher)
             if any(name in ADVERSARIES for name in self.updates.loss):
-                record = Beliefs(seen, self.labels, teacher, self.ask_student(seen))
+                record = Beliefs(seen, labels, teacher, self.ask_student(seen))
         losses = self.updates.update(record)
         self.keep(images.detach(), losses.total)
         if self.meta is not None:
@@ -150,7 +153,7 @@ class Synthesis:
         self.statistics.end_round()
         if self.meta is not None:
             self.meta.end_round()
-        return losses, Batch(self.images, self.labels)
+        return losses, Batch(self.images, labels)
 
     @torch.no_grad()
     def begin_round(self) -> None:
@@ -182,7 +185,7 @@ class Synthesis:
         return {
             "latents": self.latents.detach(),
             "labels": self.labels,
-            "images": self.images,
+            "images": ranks.whole(self.images),
             "lowest": self.lowest,
             "done": torch.tensor(self.updates.done),
             "rng": self.rng.get_state(),
@@ -197,8 +200,9 @@ class Synthesis:
             names = [name for name in state if name.startswith(f"{prefix}.")]
             return [state[f"{prefix}.{index}"].to(self.latents.device) for index in range(len(names))]
 
-        for name in ("latents", "labels", "images", "lowest"):
+        for name in ("latents", "labels", "lowest"):
             getattr(self, name).copy_(state[name])
+        self.images.copy_(ranks.own(state["images"]))
         self.statistics.averages = listed("average")
         if self.meta is not None:
             for parameter, saved in zip(self.meta.parameters, listed("meta"), strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import zskt.ranks as ranks
 from zskt.errors import ZsktError
 from zskt.networks.observe import Observation
 
@@ -83,17 +84,17 @@ class Updates:
             raise ZsktError("the loss does not depend on the network that is trained; compute it from that network")
         # As `nn.utils.get_total_norm`, which does not say which parameter's gradient it was.
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        total, terms = total.detach(), {name: term.detach() for name, term in terms.items()}
+        ranks.average_([*gradients, total, *terms.values()])
         norms = [norm.to(total.dtype) for norm in torch._foreach_norm(gradients)]  # () each
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        self._remember(torch.stack([*(term.detach() for term in terms.values()), *norms]))
+        self._remember(torch.stack([*terms.values(), *norms]))
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        self.healthy.logical_and_(total.detach().isfinite() & norm.isfinite())
+        self.healthy.logical_and_(total.isfinite() & norm.isfinite())
         self._step()
         self.done += 1
-        return Losses(
-            torch.where(self.healthy, total.detach(), math.nan), {name: term.detach() for name, term in terms.items()}
-        )
+        return Losses(torch.where(self.healthy, total, math.nan), terms)
 
     def _remember(self, numbers: Tensor) -> None:
         """Keep numbers (T + P,) until an update was skipped; on the device, and in place, as a recorded step needs."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import zskt.ranks as ranks
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -57,5 +59,6 @@ def jitter(images: Tensor, augmentation: Augmentation, rng: torch.Generator) -> 
     x = F.pad(images, (padding,) * 4, mode="replicate")[:, :, top : top + height, left : left + width]
     if not augmentation.horizontal_flip:
         return x
-    flipped = torch.randint(0, 2, (len(x), 1, 1, 1), generator=rng, device=rng.device).bool()
+    everywhere = (ranks.size() * len(x), 1, 1, 1)
+    flipped = ranks.own(torch.randint(0, 2, everywhere, generator=rng, device=rng.device)).bool()  # (N, 1, 1, 1)
     return torch.where(flipped, x.flip(3), x)

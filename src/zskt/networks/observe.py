@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
+import zskt.ranks as ranks
 from zskt.errors import ZsktError, failing, first_line, short
 
 T = TypeVar("T")
@@ -111,6 +112,18 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def over_ranks(layers: Sequence[ChannelStatistics]) -> list[ChannelStatistics]:
+    """Statistics of the whole batch, from those of this rank's share, in one message for all layers."""
+    if ranks.size() == 1 or not layers:
+        return list(layers)
+    channels = [len(layer.mean) for layer in layers]
+    mean, variance = ranks.moments(
+        torch.cat([layer.mean for layer in layers]), torch.cat([layer.variance for layer in layers])
+    )  # (all C,) each
+    both = zip(layers, torch.split(mean, channels), torch.split(variance, channels), strict=True)
+    return [layer._replace(mean=m, variance=v) for layer, m, v in both]
+
+
 class Observer:
     """Calls a network and records stage outputs and BatchNorm input statistics by hooks, until closed.
 
@@ -158,7 +171,7 @@ class Observer:
             if unseen := [name for name in self._names if name not in self._outputs]:
                 raise ZsktError(f"{unseen[0]} is not a stage, as the network does not call it; name another stage")
             stages = [self._outputs[name][0] for name in self._names]
-            return Observation(logits, stages, list(self._statistics))
+            return Observation(logits, stages, over_ranks(self._statistics))
         finally:
             self._outputs.clear()
             self._statistics.clear()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import zskt.ranks as ranks
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.evaluate.measures import check_images, judge, predict
 from zskt.files import remove
@@ -29,9 +30,10 @@ from zskt.method.updates import Updates
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import check_teacher_folder, save_network
 from zskt.networks.observe import memory_format
+from zskt.networks.synchronised import separate, synchronise
 from zskt.run import checkpoint
 from zskt.run.lifecycle import Callback, Lifecycle
-from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream
+from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, versions
 from zskt.settings import check_bounds
 
 Images = tuple[Tensor, Tensor]  # uint8 images (M, C, H, W) and their labels (M,)
@@ -107,6 +109,7 @@ class Supervised:
         self.device = network.mean.device
         layout = memory_format(network.module, network.input_size)
         network.module.to(memory_format=layout)  # type: ignore[call-overload]
+        synchronise(network.module, name)
 
         def loss(batch: Images) -> Tensor:
             x = network.normalise(batch[0]).to(memory_format=layout)  # (N, C, H, W)
@@ -144,6 +147,7 @@ class Supervised:
 
     def close(self) -> None:
         self.network.module.eval().zero_grad()
+        separate(self.network.module)
 
 
 def fit(
@@ -172,13 +176,13 @@ def fit(
     """
     folder = Path(out) if out is not None else None
     begun = folder is not None and checkpoint.exists(folder / "checkpoint")
-    if folder is not None and not (begun and resume):  # what was killed after it had finished is finished again
+    if folder is not None and not (begun and resume) and ranks.is_main():  # killed after it had finished: goes on
         check_teacher_folder(folder)
     if (resume or stop_after) and folder is None:
         raise UsageError("resume and stop_after need a folder for the training: set out")
     if begun and not resume:
         raise ZsktError(f"{folder} holds an unfinished training run; continue it with --resume or choose another --out")
-    if folder is not None and not begun:
+    if folder is not None and not begun and ranks.is_main():
         checkpoint.check_unused(folder)
     parse_limit(stop_after)
     device = pick_device(training.device)
@@ -196,11 +200,18 @@ def fit(
     machine = {name: settings.pop(name) for name in ("device", "precision")}
 
     def measure(step: int) -> dict[str, Any]:
-        return judge(predict(network, test[0]), test[1], answers)
+        if not ranks.is_main():
+            return {}
+        with ranks.alone():
+            return judge(predict(network, test[0]), test[1], answers)
 
+    ranks.check_divides(batch_size=training.batch_size)
+    chosen = {name: str(value) for name, value in settings.items()}
+    ranks.check_same({**versions(), "images": digest(*train), **chosen})
+    ranks.copy_from_main(network.module)
     every = max(1, training.updates // 20)
     with (
-        checkpoint.owning(folder),
+        checkpoint.owning(folder if ranks.is_main() else None),
         arithmetic(),
         seeded(stream(training.seed, "augmentation"), device),
         closing(Supervised(stem, network, train, training, objective)) as repeated,
@@ -227,7 +238,7 @@ def fit(
         life.run(callbacks, stop_after)
         repeated.close()
         result = TrainingResult(network, measure(life.step), life.step, life.finished, life.warnings)
-        if result.finished and folder is not None:
+        if result.finished and folder is not None and ranks.is_main():
             how = {**settings, **machine, "images": len(train[0]), **metadata, "seconds": round(life.seconds, 1)}
             if teacher is not None:
                 how["teacher_fingerprint"] = teacher.fingerprint()
@@ -251,7 +262,8 @@ def endless_batches(train: Images, training: Training, first: int, device: torch
     """Augmented batches (N, C, H, W) and labels (N,) on the device, one per update from `first` on.
 
     Each pass over the images has its own order, determined by the seed and its number, so that any update can be the
-    first. Augmentation draws from torch's global random numbers.
+    first. Augmentation draws from torch's global random numbers. Of several ranks each gets its share; the last batch
+    of a pass loses up to R - 1 images if they cannot share it equally.
     """
     in_pass = updates_in(1, len(train[0]), training.batch_size)
     images, labels = (tensor.to(device) if train[0].nbytes <= ON_DEVICE else tensor for tensor in train)
@@ -261,10 +273,8 @@ def endless_batches(train: Images, training: Training, first: int, device: torch
             rng = torch.Generator().manual_seed(stream(training.seed, f"pass {number}"))
             order = torch.randperm(len(images), generator=rng).to(images.device)  # (M,)
         chosen = order[place * training.batch_size :][: training.batch_size]  # (N,)
-        yield (
-            augment(images[chosen].to(device), training.random_crop, training.horizontal_flip),
-            labels[chosen].to(device),
-        )
+        augmented = augment(images[chosen].to(device), training.random_crop, training.horizontal_flip)
+        yield ranks.own(augmented), ranks.own(labels[chosen].to(device))
 
 
 def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import filelock
 import torch
 from torch import Tensor
 
+import zskt.ranks as ranks
 from zskt.errors import ZsktError, failing, system_errors
 from zskt.files import (
     TEMPORARY,
@@ -294,6 +295,11 @@ def exists(folder: Path) -> bool:
     return any(folder.glob("[0-9]*.safetensors"))
 
 
+def restarted(folder: Path) -> bool:
+    """Whether torchrun starts anew, since one of its processes had died, what has a checkpoint in `folder`."""
+    return ranks.restarted() and exists(folder / "checkpoint")
+
+
 @contextlib.contextmanager
 def owning(folder: Path | None) -> Iterator[None]:
     """Lock a folder, created if missing, and remove it if the work fails before there is something to keep."""
@@ -336,7 +342,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
-    """A request to stop after `seconds` or, with `signals` (main thread), at SIGINT or SIGTERM; the next one acts."""
+    """A request to stop after `seconds` or, with `signals` (main thread), at SIGINT or SIGTERM; the second one acts.
+
+    Only of its kind: torchrun sends SIGTERM after a Ctrl-C that all processes have got.
+    """
     request = StopRequest(time.monotonic() + seconds)
     if not signals or threading.current_thread() is not threading.main_thread():
         yield request
@@ -349,7 +358,7 @@ def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
 
     def handle(signum: int, frame: types.FrameType | None) -> None:
         request.signum = signum
-        put_back()
+        signal.signal(signum, before[signal.Signals(signum)])
 
     for number in before:
         signal.signal(number, handle)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import zskt.ranks as ranks
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
 from zskt.files import expanded, read_sealed, read_tensors, tensor_shapes, write_tensors, write_text
@@ -30,13 +31,14 @@ from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import save_network
 from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module, unallocated
+from zskt.networks.synchronised import separate, synchronise
 from zskt.run import checkpoint
 from zskt.run.checkpoint import HALF_WAY
 from zskt.run.cuda_graph import CapturedStep
 from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.shards import saved_rows
-from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads
+from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads, versions
 from zskt.settings import flat, to_toml
 
 
@@ -117,7 +119,7 @@ def distill(
         recipe = plan(teacher, student, recipe, changes, method, begun_config(out) if resume else None)
     config = recipe.config
     folder = expanded(out) if out is not None else None
-    if folder is not None:
+    if folder is not None and ranks.is_main():
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
         check_images(teacher, *evaluate)  # reject a wrong size or labels before training
@@ -126,9 +128,10 @@ def distill(
     arrange(student, config)
     frozen = as_teacher(teacher).to(device)
     arrange(frozen, config)
+    share(frozen, student, config)
 
     with (
-        checkpoint.owning(folder),
+        checkpoint.owning(folder if ranks.is_main() else None),
         naming_batch_that_fits(teacher, student, config) if config.method in METHODS else contextlib.nullcontext(),
         threads(config.machine.threads),
         arithmetic(),
@@ -158,12 +161,13 @@ def distill(
             if life.step:
                 lines = checkpoint.read_lines(life.logs["metrics"].path)
                 examiner.past = [line for line in lines if "class_entropy" in line]
-            if folder is not None:
+            if folder is not None and ranks.is_main():
                 write_text(folder / "config.toml", to_toml(config))
             life.run(callbacks, stop_after)
         finally:
             repeated.close()
             student.eval().zero_grad()
+            separate(student)
         result = DistillResult(
             student,
             teacher,
@@ -175,13 +179,30 @@ def distill(
             warnings=life.warnings,
             out=folder,
         )
-        if result.finished:
+        beliefs = examiner.beliefs() if result.finished else {}
+        if result.finished and ranks.is_main():
             result.measured = examiner.last()
-            found = [*examiner.said(), *pseudo_image_warnings(examiner.beliefs()).values()]
+            found = [*examiner.said(), *pseudo_image_warnings(beliefs).values()]
             result.warnings += dict.fromkeys(found)  # each once
             if folder is not None:
                 write_run(folder, result, life.seconds)
     return result
+
+
+def share(teacher: Classifier, student: nn.Module, config: Config) -> None:
+    """Prepare the networks, in place, for a run of several ranks, which has to be the same on all of them."""
+    if ranks.size() == 1:
+        return
+    if config.machine.cuda_graph:
+        raise UsageError("machine.cuda_graph is for one process; leave it out")
+    ranks.check_divides(batch_size=config.batch_size)
+    if config.method == "bank":
+        ranks.check_divides(**{"bank.batch_size": config.bank.batch_size})
+    chosen = {name: str(value) for name, value in flat(config).items()}
+    ranks.check_same({**versions(), "teacher": teacher.fingerprint(), **chosen})
+    ranks.copy_from_main(student)
+    synchronise(teacher.module, "teacher")
+    synchronise(student, "student")
 
 
 def begun_config(out: str | Path | None) -> Config | None:
@@ -218,6 +239,8 @@ class Examiner:
     def examine(self, step: int) -> dict[str, Any]:
         """Both networks' beliefs about 64 pseudo images, always of the same seed, new warnings, and `measure`."""
         line = self.beliefs(step)
+        if not ranks.is_main():
+            return {}
         if warnings := new_warnings(self.past, line, step / self.method.steps):
             line["warnings"] = warnings
         self.keep_generator(step)
@@ -240,8 +263,10 @@ class Examiner:
     def beliefs(self, step: int | None = None) -> dict[str, Any]:
         """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
         with seeded(0, next(self.method.student.parameters()).device):  # a method may seed the global generator itself
-            x = self.method.sample(SAMPLES, 0)  # (64, C, H, W)
-        with evaluating(self.method.student):
+            x = self.method.sample(SAMPLES, 0)  # (64, C, H, W); ranks draw them together
+        if not ranks.is_main():
+            return {}
+        with ranks.alone(), evaluating(self.method.student):
             logits = {"T": self.teacher(x), "S": logits_of(self.method.student(x))}  # (64, K) each
         if step is not None and self.folder is not None:
             grid = believed_grid(self.teacher.denormalise(x), logits, self.teacher.class_names)
@@ -253,9 +278,10 @@ class Examiner:
         """Accuracy and agreement now; the teacher's predictions are computed once per run."""
         assert self.images is not None
         pictures, labels = self.images
-        if self.answers is None:
-            self.answers = predict(self.teacher, pictures)  # (M, K)
-        self.measured = judge(predict(self.teacher.like(self.method.student), pictures), labels, self.answers)
+        with ranks.alone():
+            if self.answers is None:
+                self.answers = predict(self.teacher, pictures)  # (M, K)
+            self.measured = judge(predict(self.teacher.like(self.method.student), pictures), labels, self.answers)
         return self.measured
 
     def last(self) -> dict[str, float]:

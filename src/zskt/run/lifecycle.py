@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+import zskt.ranks as ranks
 from zskt.errors import ZsktError, short
 from zskt.files import digest, remove, write_tensors
 from zskt.method.config import FORMAT, OTHER_FORMAT
@@ -48,7 +49,7 @@ Callback = Callable[[Event], None]
 
 @dataclass
 class Lifecycle:
-    """The state of a run, and its files if it has a folder."""
+    """The state of a run, and its files if it has a folder. Of several ranks, rank 0 alone writes and evaluates."""
 
     repeated: Repeatable
     folder: Path | None
@@ -63,6 +64,7 @@ class Lifecycle:
     started: float = field(default_factory=time.monotonic)
     step: int = 0
     saved: int | None = None  # the step of the last checkpoint written or read
+    rows: int = 0  # of a growing method, in that checkpoint
     seconds_before: float = 0.0
     warnings: list[str] = field(default_factory=list)
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # of the last step
@@ -73,6 +75,7 @@ class Lifecycle:
             **self.machine,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "processes": ranks.size(),
             "processor": cpu_name(),
             "versions": versions(),
         }
@@ -98,28 +101,30 @@ class Lifecycle:
         seconds, count = parse_limit(stop_after)
         last = min(self.steps, self.step + count)
         advance = self.advance or self.repeated.step
-        if self.folder is not None:
+        if self.folder is not None and ranks.is_main():
             remove(self.folder / checkpoint.DIVERGED)
-        if self.step == 0 and self.folder is not None:  # what a killed process left before its first checkpoint
-            for log in self.logs.values():
-                log.cut(0)
-            remove(self.folder / "samples")
-            remove(self.shards.folder)
+            if self.step == 0:  # what a killed process left before its first checkpoint
+                for log in self.logs.values():
+                    log.cut(0)
+                remove(self.folder / "samples")
+                remove(self.shards.folder)
         with checkpoint.stopping(seconds, signals=self.folder is not None) as request:
             while self.step < last:
                 self.losses = losses = advance()
                 self.step += 1
                 line = self.log(losses)
-                for callback in callbacks:
-                    callback(Event(self.step, self.steps, losses, line, self.repeated))
-                leaving = request.reached() or self.step == last
+                if ranks.is_main():
+                    with ranks.alone():
+                        for callback in callbacks:
+                            callback(Event(self.step, self.steps, losses, line, self.repeated))
+                leaving = bool(ranks.most(request.reached())) or self.step == last
                 if leaving or self.step % self.checkpoint_every == 0:
                     self.save()
                 if leaving:
                     break
-        if request.signum is not None:  # everything is saved
+        if signum := ranks.most(request.signum or 0):  # everything is saved
             what = f"stopped at step {self.step:,} of {self.steps:,}; continue with --resume"
-            raise checkpoint.Interrupted(request.signum, what)
+            raise checkpoint.Interrupted(signum, what)
 
     def log(self, losses: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Write what is due after this step; returns the log line, if any. Only this waits for losses."""
@@ -137,7 +142,7 @@ class Lifecycle:
                     self._diverged(f"{name} is {value}", next(iter(self.repeated.modules())))
         if len(line) == 1:
             return None
-        if self.folder is not None:
+        if self.folder is not None and ranks.is_main():
             self.logs["metrics"].append(line)
             self.logs["timing"].append({"step": self.step, "seconds": round(self.seconds, 3)})
         return line
@@ -151,6 +156,11 @@ class Lifecycle:
         self._check_folder()
         tensors = self._networks()
         tensors |= checkpoint.prefixed("state", self.repeated.state_dict())
+        rows = self.repeated.rows(self.rows) if isinstance(self.repeated, Growing) else {}
+        self.rows += len(next(iter(rows.values()), ()))
+        before, self.saved = self.saved, self.step
+        if not ranks.is_main():
+            return
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
@@ -162,10 +172,9 @@ class Lifecycle:
             **{f"{name}_bytes": size for name, size in sizes.items()},
             **{f"{name}_sha256": digest(self.logs[name].path, size) for name, size in sizes.items()},
             "seconds": round(self.seconds, 3),
-            "shards": self.shards.append(self.repeated.rows()) if isinstance(self.repeated, Growing) else [],
+            "shards": self.shards.append(rows) if rows else [],
         }
-        checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata, self.saved)
-        self.saved = self.step
+        checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata, before)
 
     def _networks(self) -> dict[str, Tensor]:
         """Networks and optimisers, as a checkpoint holds them."""
@@ -185,7 +194,9 @@ class Lifecycle:
     def restore(self) -> None:
         """Continue from the newest whole checkpoint, truncating the logs to it; from the start if there is none."""
         assert self.folder is not None
-        if not checkpoint.exists(self.folder / "checkpoint"):
+        begun = checkpoint.exists(self.folder / "checkpoint")
+        ranks.check_same({"found": f"{'a' if begun else 'no'} checkpoint in {self.folder}"})
+        if not begun:
             return
         tensors, metadata, problems = checkpoint.load(self.folder / "checkpoint", self._check_files)
         self._check_metadata(metadata)
@@ -199,6 +210,9 @@ class Lifecycle:
                 self.repeated.load_rows(self.shards.read(metadata["shards"]))
             checkpoint.restore_random_state(tensors, self.device)
             self.step, self.seconds_before = metadata["step"], metadata["seconds"]
+            self.rows = self.shards.rows
+        ranks.check_same({"step": str(self.step)})  # from here on nobody reads
+        if ranks.is_main():
             for name, log in self.logs.items():
                 log.cut(metadata[f"{name}_bytes"])
         self.saved = self.step
@@ -228,7 +242,7 @@ class Lifecycle:
         if different:
             words = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(different))
             raise ZsktError(f"{self.folder} differs in {words}: resume it with the same")
-        before = metadata.get("machine", {})
+        before = {"processes": 1} | metadata.get("machine", {})
         changed = [
             f"{name} {value} instead of {before.get(name)}"
             for name, value in self.machine.items()
@@ -255,7 +269,7 @@ class Lifecycle:
             seen = [updates.first_bad(names) for updates in self.repeated.updates().values()]
             first = "".join(f", first in {words}" for words in seen if words)
         aside = ""
-        if self.folder is not None:
+        if self.folder is not None and ranks.is_main():
             write_tensors(self.folder / checkpoint.DIVERGED, self._networks(), {"step": str(self.step), "found": found})
             aside = f"; its state is in {self.folder / checkpoint.DIVERGED}"
         advice = self.advice.format(name=network)

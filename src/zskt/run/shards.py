@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
+import zskt.ranks as ranks
 from zskt.errors import ZsktError
 from zskt.files import digest, read_tensors, remove, write_tensors
 
@@ -31,13 +32,18 @@ class Shards:
         """as of the checkpoint that was written or read last"""
 
     def append(self, rows: Mapping[str, Tensor]) -> list[Shard]:
-        """Write the rows (M, ...) that no file has yet as one more file; returns all files for the checkpoint."""
-        first, end = sum(shard["rows"] for shard in self.known), len(next(iter(rows.values())))
-        if end > first:
-            path = self.folder / f"{first:08d}-{end:08d}.safetensors"
-            write_tensors(path, {name: tensor[first:end] for name, tensor in rows.items()})
-            self.known.append(Shard(file=path.name, rows=end - first, sha256=digest(path)))
+        """Write rows (M, ...) that no file has yet as one more file; returns all files for the checkpoint."""
+        first, new = self.rows, len(next(iter(rows.values())))
+        if new:
+            path = self.folder / f"{first:08d}-{first + new:08d}.safetensors"
+            write_tensors(path, rows)
+            self.known.append(Shard(file=path.name, rows=new, sha256=digest(path)))
         return self.known
+
+    @property
+    def rows(self) -> int:
+        """How many rows the files have."""
+        return sum(shard["rows"] for shard in self.known)
 
     def check(self, known: Sequence[Shard]) -> None:
         """Raise ZsktError if a file that a checkpoint names is damaged or missing."""
@@ -51,7 +57,7 @@ class Shards:
         self.known = list(known)
         names = {shard["file"] for shard in known}
         for path in self.folder.glob("*.safetensors"):
-            if path.name not in names:
+            if path.name not in names and ranks.is_main():
                 remove(path)
         for shard in known:
             yield read_tensors(self.folder / Path(shard["file"]).name)[0]
