@@ -440,6 +440,18 @@ def test_a_folder_that_one_process_does_not_see_is_said(tmp_path: Path) -> None:
         assert re.fullmatch(r"process 1 on .* has found no checkpoint in .*, process 0 on .* a checkpoint in .*", line)
 
 
+def test_a_port_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", **place}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ZsktError, match=r"the processes cannot meet at 127.0.0.1:\d+ .*; check address and port"):
+            ranks.joined().__enter__()
+    assert ranks.size() == 1
+
+
 # The command, by torchrun.
 
 

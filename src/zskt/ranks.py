@@ -26,6 +26,8 @@ from zskt.errors import UsageError, ZsktError, failing, short
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a rank waits for the others: evaluation is rank 0's alone."""
+MEETING = datetime.timedelta(minutes=5)
+"""How long it waits for them to appear."""
 
 _joined = False
 
@@ -70,7 +72,7 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
     with failing(f"the processes cannot meet at {place}", "check address and port", kinds=(RuntimeError, ValueError)):
-        store, number, count = next(rendezvous("env://", timeout=PATIENCE))
+        store, number, count = next(rendezvous("env://", timeout=MEETING))
         # A store may outlive processes that died; in it are their addresses.
         attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=attempt, rank=number, world_size=count, timeout=PATIENCE)
