@@ -24,6 +24,8 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    perf_counter = monotonic
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -96,22 +98,34 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == (0, f"zskt {zskt.__version__}\n", "")
 
 
-def test_a_busy_machine_is_noted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_busy_machine_on_which_one_thread_is_faster_is_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0), raising=False)
-    progress.say_if_busy(4)
-    assert "busy (load 3.0 on 4 cores); --threads 1" in capsys.readouterr().err
-    for alone in (1, "auto"):  # "auto": the tests have one thread
-        progress.say_if_busy(alone)
-    monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 0.0, 0.0), raising=False)
-    progress.say_if_busy(4)
-    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0), raising=False)
+    slow = 3.0  # times as long with four threads
+
+    def work() -> None:
+        clock.now += slow if torch.get_num_threads() == 4 else 1.0
+
+    def noted(load: float = 3.0, count: int | str = 4) -> str:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+        progress.say_if_busy(count, work)
+        assert torch.get_num_threads() == 1
+        return capsys.readouterr().err
+
+    assert "busy (load 3.0 on 4 cores), and one thread is 3.0 times as fast as 4 now: --threads 1" in noted()
+    assert noted(load=1.0) == noted(count=1) == noted(count="auto") == ""  # "auto": the tests have one thread
+    slow = 0.5
+    assert noted() == ""
+    slow = 3.0
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    progress.say_if_busy(4)
+    assert noted() == ""
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.delattr(os, "getloadavg")  # as on Windows
-    progress.say_if_busy(4)
+    progress.say_if_busy(4, work)
     assert capsys.readouterr().err == ""
 
 

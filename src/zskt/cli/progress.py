@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +16,7 @@ from rich.text import Text
 from zskt.errors import to_stderr
 from zskt.method.budget import duration
 from zskt.run.lifecycle import Event
-from zskt.runtime import pick_device
+from zskt.runtime import pick_device, threads
 
 EVERY = 30.0
 """Seconds between two lines of progress where stderr is no terminal."""
@@ -50,16 +51,29 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.2f}/s" if task.speed else "", style="progress.data.speed")
 
 
-def say_if_busy(threads: int | str = "auto") -> None:
-    """A note if other programs use this machine's processors, as several threads then wait for one another."""
-    count = threads if isinstance(threads, int) else torch.get_num_threads()
+def say_if_busy(count: int | str, work: Callable[[], object]) -> None:
+    """A note if other programs use this machine's processors and one thread does `work` faster than `count`.
+
+    Threads wait for one another, by spinning: two on a busy machine may be several times slower than one.
+    """
+    count = count if isinstance(count, int) else torch.get_num_threads()
     if count < 2 or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or not hasattr(os, "getloadavg"):
         return
-    load = os.getloadavg()[0]
-    if load > (cores := os.cpu_count() or 1) / 2:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores / 2:
+        return
+    seconds: dict[int, list[float]] = {count: [], 1: []}
+    for _ in range(4):  # in turns; the first of each, which allocates, does not count
+        for number, taken in seconds.items():
+            with threads(number):
+                begun = time.perf_counter()
+                work()
+                taken.append(time.perf_counter() - begun)
+    several, one = (statistics.median(taken[1:]) for taken in seconds.values())
+    if one < several:
         notice(
-            f"note: other programs keep this machine busy (load {load:.1f} on {cores} cores); --threads 1, or "
-            "OMP_WAIT_POLICY=passive in the environment, may be several times as fast"
+            f"note: other programs keep this machine busy (load {load:.1f} on {cores} cores), and one thread is "
+            f"{several / one:.1f} times as fast as {count} now: --threads 1, or OMP_WAIT_POLICY=passive"
         )
 
 
