@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 import zskt
 from small import make_teacher, refused
+from zskt.errors import UsageError
 from zskt.files import replacing
 from zskt.method import recipe
 from zskt.method.generator import SAMPLES
 from zskt.method.protocol import Make
+from zskt.method.recipe import load_recipe
 from zskt.networks import checks, models
 from zskt.run import checkpoint
 from zskt.run.checkpoint import HALF_WAY, Interrupted, read_lines
@@ -539,6 +541,99 @@ def test_a_run_warns_while_it_goes_on_and_alike_when_resumed(tmp_path: Path) -> 
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("checkpoint", "student.*", "*.safetensors"))
     run(killed, None, "auto", method=stuck, settings=TINY | often, resume=True)
     assert (whole / "metrics.jsonl").read_bytes() == (killed / "metrics.jsonl").read_bytes()
+
+
+def collapsing(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> zskt.Method:
+    """Its images are all the same from the third step on, unless the generator learns more gently."""
+    method = zskt.belief_matching(teacher, student, config)
+    sample = method.sample
+
+    def shown(n: int, seed: int) -> Tensor:
+        updates = method.generator_updates
+        dead = updates.gentler == 1 and updates.done >= 3
+        return torch.zeros(n, 3, 16, 16) if dead else sample(n, seed)
+
+    method.sample = shown  # type: ignore[method-assign]
+    return method
+
+
+def alike(first: nn.Module, second: nn.Module) -> bool:
+    return all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+
+
+RESTART = {"on_collapse": "restart", "evaluate_every": 1, "checkpoint_every": 1, "generator.learning_rate": 1e-2}
+
+
+def test_a_collapsed_run_goes_back_and_on_more_gently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zskt.run.distill.COLLAPSES", {"dead generator"})  # the teacher, untrained, knows few classes
+    settings = TINY | {"steps": 8} | RESTART
+    result = run(tmp_path / "whole", None, "auto", method=collapsing, settings=settings)
+    assert result.finished
+    # Step 3 is suspect, step 4 sure; step 2 was sound, after the checkpoint of step 1.
+    back = "collapse at step 4: back to step 1, with half of the generator's learning rate"
+    assert [text for text in result.warnings if "back to" in text] == [back]
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert not any("dead generator" in text for line in lines for text in line.get("warnings", []))
+
+    # From step 1 on it is the run that had been gentle from there; and stopping makes no difference.
+    def gentle(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> zskt.Method:
+        method = zskt.belief_matching(teacher, student, config)
+        step = method.step
+
+        def halved() -> dict[str, Tensor]:
+            method.generator_updates.gentler = 0.5 if method.generator_updates.done >= 1 else 1.0
+            return step()
+
+        method.step = halved  # type: ignore[method-assign]
+        return method
+
+    other = run(None, None, "auto", method=gentle, settings=settings | {"on_collapse": "warn"})
+    assert alike(result.student, other.student)
+    for steps in (2, 4, 6):
+        parts = tmp_path / f"parts-{steps}"
+        run(parts, None, "auto", method=collapsing, settings=settings, stop_after=steps)
+        again = run(parts, None, "auto", method=collapsing, settings=settings, resume=True)
+        assert alike(again.student, result.student)
+        assert (parts / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+        assert [text for text in again.warnings if "back to" in text] == [back]
+
+
+def test_it_gives_up_going_back_after_three_times(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", None, "auto", method=stuck, settings=TINY | {"steps": 8} | RESTART)
+    assert [text for text in result.warnings if "back to" in text] == [
+        "collapse at step 2: back to step 0, with half of the generator's learning rate"
+    ] * 3
+    assert any("dead generator" in text for text in result.warnings)
+    assert result.finished
+    with pytest.raises(UsageError, match="on_collapse = restart goes back to a checkpoint: set out"):
+        run(None, None, "auto", method=stuck, settings=TINY | RESTART)
+
+
+@pytest.mark.parametrize("recipe", ["bank", "dfad", "fast"])
+def test_what_a_method_has_goes_back_with_it(recipe: str, tmp_path: Path) -> None:
+    """Bank, replay buffer, optimisers, averages: from step 0 again, all is as at first."""
+    tiny = {"steps": 12, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "log_every": 1}
+    if load_recipe(recipe).method == "bank":
+        tiny |= {"bank.rounds": 4, "bank.warmup": 1, "bank.batch_size": 8, "generator.updates": 2}
+    arguments: dict[str, Any] = {"settings": tiny, "seed": 3}
+    expected = distill(make_teacher(), new_student(), recipe, **arguments)
+
+    fallen: list[int] = []
+
+    def judge(line: Mapping[str, Any]) -> str | None:
+        if line.get("step") != 7:
+            return None
+        fallen.append(7)
+        return "collapsed" if len(fallen) == 1 else "sound"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zskt.run.distill.Examiner.judge", lambda self, line: judge(line))
+        patch.setattr("zskt.run.lifecycle.Lifecycle._be_gentler", lambda life, texts: setattr(life, "restarts", texts))
+        arguments["settings"] = tiny | {"on_collapse": "restart", "checkpoint_every": 100, "evaluate_every": 7}
+        found = distill(make_teacher(), new_student(), recipe, out=tmp_path / "run", **arguments)
+    assert fallen == [7, 7]
+    assert alike(found.student, expected.student)
 
 
 def test_what_a_killed_writer_left_is_swept_by_the_next_run(tmp_path: Path) -> None:

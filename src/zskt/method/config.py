@@ -209,6 +209,9 @@ class Config:
     """steps between evaluations and sample images; auto: 20 in a run"""
     checkpoint_every: int | Literal["auto"] = "auto"
     """steps between checkpoints; auto: 50 in a run"""
+    on_collapse: Literal["warn", "restart"] = "warn"
+    """restart: at a warning of collapse or of a dead generator go back to the last good checkpoint, with half of the
+    generator's learning rate, three times at the most"""
     machine: Machine = field(default_factory=Machine)
     """device, threads and arithmetic"""
     generator: Generator = field(default_factory=Generator)

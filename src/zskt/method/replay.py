@@ -120,6 +120,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore_generator(self.rng, state["rng"])
         self.slot.copy_(state["slot"])
+        self.images = self.labels = None
         if "images" in state:
             self.images = _own(state["images"]).to(self.rng.device)
         if "labels" in state:

@@ -207,6 +207,7 @@ class Synthesis:
         if self.meta is not None:
             for parameter, saved in zip(self.meta.parameters, listed("meta"), strict=True):
                 parameter.copy_(saved)
+                parameter.grad = None
             for parameter, gradient in zip(self.meta.parameters, listed("gradient"), strict=False):
                 parameter.grad = torch.zeros_like(parameter).copy_(gradient)
         self.updates.done = int(state["done"])

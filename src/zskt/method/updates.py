@@ -58,10 +58,13 @@ class Updates:
     """largest gradient norm, over all parameters together"""
     rate: Callable[[int], float] | None = None
     """learning rate at update t; by default the optimiser's own"""
+    gentler: float = 1.0
+    """factor of the learning rate"""
     done: int = 0
 
     def __post_init__(self) -> None:
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.fused = all(group.get("fused") for group in self.optimizer.param_groups)
         self.healthy = torch.ones((), dtype=torch.bool, device=self.parameters[0].device)
         self.seen: Tensor | None = None
@@ -75,9 +78,10 @@ class Updates:
         """
         terms = {name: term(record) for name, term in self.loss.items()}
         total = torch.stack(list(terms.values())).sum()
-        if self.rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(self.done)
+        if self.rate is not None or self.gentler != 1:
+            for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
+                rate = own if self.rate is None else self.rate(self.done)
+                group["lr"] = rate if self.gentler == 1 else self.gentler * rate
         self.optimizer.zero_grad()
         torch.autograd.backward(total, inputs=self.parameters)  # leaves all other gradients alone
         if self.done == 0 and all(p.grad is None for p in self.parameters):

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,12 @@ class Interrupted(ZsktError):
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], previous: int | None = None
+    folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], kept: Collection[int] = ()
 ) -> None:
-    """Write a checkpoint as one file, complete or absent; then all others but that of step `previous` are deleted."""
+    """Write a checkpoint as one file, complete or absent; then all others but those of the steps `kept` are deleted."""
     write_tensors(_path(folder, step), tensors, {"metadata": json.dumps({"step": step, **metadata})})
     for other in folder.glob("*.safetensors"):
-        if other not in (_path(folder, step), None if previous is None else _path(folder, previous)):
+        if other not in [_path(folder, each) for each in (step, *kept)]:
             remove(other)
 
 
@@ -59,14 +59,15 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def load(
-    folder: Path, verify: Callable[[Mapping[str, Any]], None] = lambda metadata: None
+    folder: Path, verify: Callable[[Mapping[str, Any]], None] = lambda metadata: None, step: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """Tensors and metadata of the newest checkpoint that is whole, and what is wrong with newer ones.
 
-    `verify` raises ZsktError if a file that the metadata speak of is damaged. Raises ZsktError if none is whole.
+    With a `step`, of that one only. `verify` raises ZsktError if a file that the metadata speak of is damaged. Raises
+    ZsktError if none is whole.
     """
     problems: list[ZsktError] = []
-    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+    for path in sorted(folder.glob("*.safetensors"), reverse=True) if step is None else [_path(folder, step)]:
         try:
             tensors, texts = read_tensors(path)
             metadata = strict_json(texts["metadata"])

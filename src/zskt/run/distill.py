@@ -119,6 +119,8 @@ def distill(
         recipe = plan(teacher, student, recipe, changes, method, begun_config(out) if resume else None)
     config = recipe.config
     folder = expanded(out) if out is not None else None
+    if config.on_collapse == "restart" and (folder is None or config.machine.cuda_graph):
+        raise UsageError("on_collapse = restart goes back to a checkpoint: set out, and leave out machine.cuda_graph")
     if folder is not None and ranks.is_main():
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
@@ -155,6 +157,7 @@ def distill(
                 evaluate=examiner.examine,
                 advance=_captured(repeated, config, device),
                 started=started,
+                judge=examiner.judge if config.on_collapse == "restart" else None,
             )
             if resume:
                 life.restore()
@@ -176,7 +179,7 @@ def distill(
             recipe.reason,
             life.step,
             life.finished,
-            warnings=life.warnings,
+            warnings=[*life.warnings, *life.restarts],
             out=folder,
         )
         beliefs = examiner.beliefs() if result.finished else {}
@@ -223,6 +226,10 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
     return CapturedStep(method)
 
 
+COLLAPSES = {"collapse", "dead generator"}
+"""Kinds of warnings that a gentler generator may mend."""
+
+
 @dataclass
 class Examiner:
     """Evaluates a run's student: beliefs about pseudo images, accuracy and agreement on test images."""
@@ -238,6 +245,7 @@ class Examiner:
 
     def examine(self, step: int) -> dict[str, Any]:
         """Both networks' beliefs about 64 pseudo images, always of the same seed, new warnings, and `measure`."""
+        self.past = [line for line in self.past if line["step"] < step]  # the run may have gone back
         line = self.beliefs(step)
         if not ranks.is_main():
             return {}
@@ -255,6 +263,14 @@ class Examiner:
             return
         if half <= step < self.method.steps:
             write_tensors(self.folder / f"{HALF_WAY}.safetensors", generator.state_dict())
+
+    def judge(self, line: Mapping[str, Any]) -> str | None:
+        """What an evaluation's line says of the generator: sound, suspect, or collapsed once a warning is due."""
+        if "class_entropy" not in line:
+            return None
+        if any(text.split(":")[0] in COLLAPSES for text in line.get("warnings", [])):
+            return "collapsed"
+        return "suspect" if COLLAPSES & pseudo_image_warnings(line).keys() else "sound"
 
     def said(self) -> list[str]:
         """All warnings so far."""

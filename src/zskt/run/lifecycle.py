@@ -20,6 +20,9 @@ from zskt.run import checkpoint
 from zskt.run.shards import Shards
 from zskt.runtime import cpu_name, parse_limit, versions
 
+MOST_RESTARTS = 3
+VERDICTS = (None, "sound", "suspect", "collapsed")  # None: there was no evaluation
+
 
 @dataclass(frozen=True)
 class Event:
@@ -65,6 +68,9 @@ class Lifecycle:
     step: int = 0
     saved: int | None = None  # the step of the last checkpoint written or read
     rows: int = 0  # of a growing method, in that checkpoint
+    judge: Callable[[Mapping[str, Any]], str | None] | None = None  # one of VERDICTS on a line; may make it go back
+    good: int | None = None  # the step of the newest checkpoint after which an evaluation found nothing
+    restarts: list[str] = field(default_factory=list)  # in words
     seconds_before: float = 0.0
     warnings: list[str] = field(default_factory=list)
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # of the last step
@@ -108,6 +114,9 @@ class Lifecycle:
                     log.cut(0)
                 remove(self.folder / "samples")
                 remove(self.shards.folder)
+        if self.judge is not None and self.step == 0:
+            self.good = 0
+            self.save()
         with checkpoint.stopping(seconds, signals=self.folder is not None) as request:
             while self.step < last:
                 self.losses = losses = advance()
@@ -117,6 +126,8 @@ class Lifecycle:
                     with ranks.alone():
                         for callback in callbacks:
                             callback(Event(self.step, self.steps, losses, line, self.repeated))
+                if self.judge is not None and self._go_back(self.judge(line or {})):
+                    continue
                 leaving = bool(ranks.most(request.reached())) or self.step == last
                 if leaving or self.step % self.checkpoint_every == 0:
                     self.save()
@@ -173,8 +184,33 @@ class Lifecycle:
             **{f"{name}_sha256": digest(self.logs[name].path, size) for name, size in sizes.items()},
             "seconds": round(self.seconds, 3),
             "shards": self.shards.append(rows) if rows else [],
+            "restarts": self.restarts,
+            "good": self.good,
         }
-        checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata, before)
+        kept = {step for step in (before, self.good) if step is not None and step < self.step}
+        checkpoint.save(self.folder / "checkpoint", self.step, tensors, metadata, kept)
+
+    def _go_back(self, verdict: str | None) -> bool:
+        """Go back to the good checkpoint if the verdict on an evaluation, rank 0's, is that the run has collapsed."""
+        number = ranks.most(VERDICTS.index(verdict))
+        if VERDICTS[number] == "sound":
+            self.good = self.saved
+        if VERDICTS[number] != "collapsed" or len(self.restarts) == MOST_RESTARTS:
+            return False
+        fell, restarts, seconds = self.step, self.restarts, self.seconds_before
+        self._load(self.good)
+        text = f"collapse at step {fell:,}: back to step {self.step:,}, with half of the generator's learning rate"
+        self._be_gentler([*restarts, text])
+        self.seconds_before = seconds
+        self.good = self.step
+        self.save()  # newer ones go
+        return True
+
+    def _be_gentler(self, restarts: list[str]) -> None:
+        """Halve the generator's learning rate for every restart so far."""
+        self.restarts = restarts
+        if restarts and isinstance(self.repeated, Watched):
+            self.repeated.updates()["generator"].gentler = 0.5 ** len(restarts)
 
     def _networks(self) -> dict[str, Tensor]:
         """Networks and optimisers, as a checkpoint holds them."""
@@ -198,12 +234,18 @@ class Lifecycle:
         ranks.check_same({"found": f"{'a' if begun else 'no'} checkpoint in {self.folder}"})
         if not begun:
             return
-        tensors, metadata, problems = checkpoint.load(self.folder / "checkpoint", self._check_files)
+        self._load()
+
+    def _load(self, step: int | None = None) -> None:
+        """Take up the newest checkpoint, or that of a step."""
+        assert self.folder is not None
+        tensors, metadata, problems = checkpoint.load(self.folder / "checkpoint", self._check_files, step)
         self._check_metadata(metadata)
         with checkpoint.restoring(self.folder):
             for name, module in self.repeated.modules().items():
                 module.load_state_dict(checkpoint.under(name, tensors))
             for name, optimiser in self.repeated.optimisers().items():
+                optimiser.state.clear()
                 checkpoint.restore_optimizer(optimiser, checkpoint.under(f"optimiser:{name}", tensors))
             self.repeated.load_state_dict(checkpoint.under("state", tensors))
             if isinstance(self.repeated, Growing):
@@ -211,6 +253,8 @@ class Lifecycle:
             checkpoint.restore_random_state(tensors, self.device)
             self.step, self.seconds_before = metadata["step"], metadata["seconds"]
             self.rows = self.shards.rows
+            self.good = metadata.get("good")
+            self._be_gentler(metadata.get("restarts", []))
         ranks.check_same({"step": str(self.step)})  # from here on nobody reads
         if ranks.is_main():
             for name, log in self.logs.items():
