@@ -29,12 +29,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import record
-import zskt.ranks as ranks
 from zskt.bench.step_time import PAIRS, Pair
 from zskt.method.build import arrange, belief_matching
 from zskt.method.matching import BeliefMatching
 from zskt.method.recipe import load_recipe
-from zskt.networks import models
+from zskt.networks import models, ranks
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import batchnorm_layers

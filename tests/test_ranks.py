@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import zskt.ranks as ranks
 import zskt.runtime
 from small import FourStages, call, make_teacher, refused, stripes
 from zskt.errors import ZsktError
@@ -29,7 +28,7 @@ from zskt.files import read_tensors
 from zskt.method.config import Config
 from zskt.method.protocol import Method
 from zskt.method.recipe import load_recipe
-from zskt.networks import models
+from zskt.networks import models, ranks
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import save_teacher
 from zskt.networks.loading import load_teacher
@@ -183,10 +182,10 @@ AVERAGE = ranks.average_
     [
         ("zskt", "zskt.method.build.synchronise", lambda module, who: None),
         ("zskt", "zskt.run.distill.synchronise", lambda module, who: None),
-        ("zskt", "zskt.ranks.own", own_latents),
-        ("zskt", "zskt.ranks.average_", not_averaged),
-        ("zskt", "zskt.ranks.average_", clipped_before),
-        ("bank", "zskt.ranks.average_", summed),
+        ("zskt", "zskt.networks.ranks.own", own_latents),
+        ("zskt", "zskt.networks.ranks.average_", not_averaged),
+        ("zskt", "zskt.networks.ranks.average_", clipped_before),
+        ("bank", "zskt.networks.ranks.average_", summed),
         ("zskt-prior", "zskt.networks.observe.over_ranks", list),
         ("dfq", "zskt.method.losses.ranks.gather", lambda x: x.unsqueeze(0)),
     ],
@@ -507,7 +506,7 @@ def test_a_killed_process_ends_all_and_started_anew_they_go_on(
                 os.kill(os.getpid(), signal.SIGKILL)
             return most(number)
 
-        monkeypatch.setattr("zskt.ranks.most", watched)
+        monkeypatch.setattr("zskt.networks.ranks.most", watched)
         status, _, err = call(*command, "--out", tmp_path / "run", "--steps", 16)
         return status, err
 

@@ -13,7 +13,7 @@ from zskt.method.protocol import Make, Method
 from zskt.method.recipe import load_recipe
 from zskt.method.replay import Fresh, ReplayBuffer, Same
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
-from zskt.networks import models
+from zskt.networks import models, ranks
 from zskt.networks.classifier import Classifier
 from zskt.networks.folder import load_student, save_teacher
 from zskt.networks.loading import load_teacher
@@ -61,6 +61,7 @@ __all__ = [
     "losses",
     "make_student",
     "models",
+    "ranks",
     "save_teacher",
     "write_report",
 ]

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import zskt.ranks as ranks
 from zskt.errors import UsageError
 
 __version__ = "0.1.0"  # of this package; defined only here
@@ -127,8 +126,6 @@ def cpu_name() -> str:
 def pick_device(name: str) -> torch.device:
     """The device of that name; raises UsageError if there is none."""
     if name == "auto":
-        if ranks.size() > 1 and torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UsageError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")

@@ -22,7 +22,6 @@ from typing import Any
 import tyro
 from rich.table import Table
 
-import zskt.ranks as ranks
 from zskt.bench import step_time as bench
 from zskt.bench.roofline import PHASES
 from zskt.cli import demo
@@ -35,6 +34,7 @@ from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
 from zskt.errors import UsageError, ZsktError, cannot, first_line, out_of_memory, short, to_stderr
 from zskt.method.config import Config
 from zskt.method.recipe import AUTO, load_recipe, recipe_texts
+from zskt.networks import ranks
 from zskt.run.checkpoint import Interrupted
 from zskt.runtime import __version__
 from zskt.settings import flat, to_toml

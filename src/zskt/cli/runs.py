@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 
-import zskt.ranks as ranks
 from zskt.cli.again import recall, remember
 from zskt.cli.options import Assignments, File, Text, Time, options, typed
 from zskt.cli.progress import bar, distilling, notice, say_if_busy, say_if_emulated, warn
@@ -36,6 +35,7 @@ from zskt.method.generator import SAMPLES
 from zskt.method.protocol import Make
 from zskt.method.recipe import AUTO, custom_method, describe_method, load_recipe, plan
 from zskt.method.stage_pairs import describe_pairs, stage_pairs
+from zskt.networks import ranks
 from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student

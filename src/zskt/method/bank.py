@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError
 from zskt.method.synthesis import Synthesis
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
 from zskt.method.views import Augmentation, random_views, view
+from zskt.networks import ranks
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import Observation, Observer
 from zskt.runtime import restore_generator

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError
+from zskt.networks import ranks
 from zskt.networks.observe import Observation, Resolution, at_least_float32
 
 Scale = Literal["per_class", "batchmean"]

@@ -29,10 +29,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import zskt.ranks as ranks
 from zskt.method.generator import pseudo_images
 from zskt.method.replay import Replay, Same
 from zskt.method.updates import Batch, Beliefs, Losses, Updates, by_name
+from zskt.networks import ranks
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import Observer
 from zskt.runtime import restore_generator

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import zskt.ranks as ranks
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.method.budget import FLIPS, Cost, expected_seconds, fit, probe
 from zskt.method.build import METHODS
@@ -23,6 +22,7 @@ from zskt.method.generator import choose_width
 from zskt.method.memory import check_memory
 from zskt.method.protocol import Make
 from zskt.method.stage_pairs import stage_pairs
+from zskt.networks import ranks
 from zskt.networks.checks import check_pair
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import forward_flops, memory_format

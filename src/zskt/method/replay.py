@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import zskt.ranks as ranks
 from zskt.method.updates import Batch
+from zskt.networks import ranks
 from zskt.runtime import restore_generator
 
 Draw = Callable[[], Batch]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zskt.ranks as ranks
 from zskt.method.terms import ADVERSARIES, teacher_terms
 from zskt.method.updates import Batch, Beliefs, Losses, Updates
 from zskt.method.views import Augmentation, jitter
+from zskt.networks import ranks
 from zskt.networks.observe import ChannelStatistics, Observation, Observer
 from zskt.runtime import restore_generator
 

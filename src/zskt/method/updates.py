@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError
+from zskt.networks import ranks
 from zskt.networks.observe import Observation
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import zskt.ranks as ranks
+from zskt.networks import ranks
 
 
 @dataclass(frozen=True)

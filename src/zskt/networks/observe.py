@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError, failing, first_line, short
+from zskt.networks import ranks
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError
+from zskt.networks import ranks
 from zskt.networks.observe import channel_moments
 
 

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import zskt.ranks as ranks
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.evaluate.measures import check_images, judge, predict
 from zskt.files import remove
 from zskt.method.schedule import Schedule, learning_rate
 from zskt.method.updates import Updates
+from zskt.networks import ranks
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import check_teacher_folder, save_network
 from zskt.networks.observe import memory_format

@@ -17,7 +17,6 @@ import filelock
 import torch
 from torch import Tensor
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError, failing, system_errors
 from zskt.files import (
     TEMPORARY,
@@ -32,6 +31,7 @@ from zskt.files import (
     write_tensors,
 )
 from zskt.method.config import Config, read_config
+from zskt.networks import ranks
 from zskt.runtime import restore_generator
 from zskt.settings import flat
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zskt.ranks as ranks
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
 from zskt.files import expanded, read_sealed, read_tensors, tensor_shapes, write_tensors, write_text
@@ -26,6 +25,7 @@ from zskt.method.matching import BeliefMatching
 from zskt.method.memory import naming_batch_that_fits
 from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, describe_method, plan
+from zskt.networks import ranks
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import save_network

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError, short
 from zskt.files import digest, remove, write_tensors
 from zskt.method.config import FORMAT, OTHER_FORMAT
 from zskt.method.protocol import Growing, Repeatable, Watched
+from zskt.networks import ranks
 from zskt.run import checkpoint
 from zskt.run.shards import Shards
 from zskt.runtime import cpu_name, parse_limit, versions

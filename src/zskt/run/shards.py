@@ -10,9 +10,9 @@ from typing import TypedDict
 
 from torch import Tensor
 
-import zskt.ranks as ranks
 from zskt.errors import ZsktError
 from zskt.files import digest, read_tensors, remove, write_tensors
+from zskt.networks import ranks
 
 
 class Shard(TypedDict):
