@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,7 +200,8 @@ def connected() -> Iterator[Any]:
         where = "on this machine" if address is None else f"at {address}"
         raise ZsktError(f"cannot use Ray {where} ({first_line(error)}); {advice}") from error
     try:
-        yield ray
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray's own words belong
+            yield ray
     finally:
         ray.shutdown()
 
