@@ -4,6 +4,7 @@ The real cluster has two nodes on this machine, of one processor each.
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -360,10 +361,9 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", SOURCE)  # of the workers
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    from ray.cluster_utils import Cluster
-
+    kind: Any = importlib.import_module("ray.cluster_utils").Cluster
     options = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    found = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
+    found = kind(initialize_head=True, head_node_args=options | {"include_dashboard": False})
     try:
         found.second = found.add_node(**options)
         monkeypatch.setenv("RAY_ADDRESS", found.address)
@@ -440,7 +440,7 @@ def test_numbers_are_those_of_the_usual_order_and_a_failure_stays_alone(nodes: A
     words = words_for(place, "out", "student.learning_rate=2e-3,1e29", "--seed", 0, 1, steps=4)
     status, out, err = ended(begin(words))
     assert (status, out) == (1, ""), err
-    assert "Ray: 2 nodes, 2 runs at a time" in err
+    assert "Ray: 2 nodes, 2 jobs at a time" in err
     assert err.splitlines()[-1].startswith("zskt: 2 of 4 runs failed, t-to-convnet-2-zskt-")
     result = json.loads((place / "out" / "sweep.json").read_text())
     assert [(row["runs"], row["failed"]) for row in result["rows"]] == [(2, 0), (0, 2)]

@@ -24,6 +24,7 @@ from zskt.cli import sweep
 from zskt.cli.jobs import Board
 from zskt.cli.sweep import Grid, rows_of, values_of, words_of
 from zskt.cli.teachers import FOREIGN
+from zskt.data.images import read
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import measure
 from zskt.files import write_json
@@ -83,7 +84,7 @@ def facts(folder: Path) -> dict[str, Any]:
 def distilled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The runs that were begun, by name."""
     names: list[str] = []
-    actual = sweep.distill
+    actual = zskt.distill
 
     def distill(*arguments: Any, out: Path, **more: Any) -> Any:
         names.append(out.name)
@@ -156,7 +157,7 @@ def test_tables_agree_with_the_runs_and_each_other(place: Path, made: tuple[Path
     assert page[0] == head
     assert [cell.replace("\\", "") for cell in tex[0]] == head
     assert page[2:] == tex[1:]
-    images = zskt.cli.teachers.read_images([str(place / "images")], "test", None)  # type: ignore[attr-defined]
+    images = read([str(place / "images")], "test")
     for row, line, texts in zip(result["rows"], table, page[2:], strict=True):
         teacher = zskt.load_teacher(place / row["teacher"])
         folders = [out / "parts" / name for name in row["jobs"]]
@@ -219,7 +220,7 @@ def test_killed_it_goes_on_where_it_was(
     place: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: the third run is stopped after two of its three steps, as by the system."""
-    out, actual, begun = tmp_path / "out", sweep.distill, list[tuple[str, bool]]()
+    out, actual, begun = tmp_path / "out", zskt.distill, list[tuple[str, bool]]()
     words = command(place, out, RATES, "--seed", 0, 1, teachers="t0 t1")
 
     def distill(*arguments: Any, **more: Any) -> Any:
@@ -273,7 +274,7 @@ def test_a_failing_run_fails_alone(place: Path, tmp_path: Path) -> None:
 def test_neither_bugs_nor_contradictions_of_one_run_stop_the_others(
     error: Exception, words: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actual = sweep.distill
+    actual = zskt.distill
 
     def distill(*arguments: Any, **more: Any) -> Any:
         if more["out"].name.endswith("seed-0"):

@@ -61,7 +61,7 @@ def run_jobs_on_ray(
             until, here = time.time() + seconds, os.getcwd()
             order = dataclasses.replace(order, until=until, folder=here, marker=str(marker))
             check_nodes(ray, order)
-            say(f"Ray: {len(nodes)} nodes, {slots(nodes, order)} runs at a time")
+            say(f"Ray: {len(nodes)} node{'s' if len(nodes) > 1 else ''}, {slots(nodes, order)} jobs at a time")
             return _run(ray, jobs, order, bar)
 
 
