@@ -80,10 +80,10 @@ def _run(ray: Any, jobs: Sequence[Job], order: Order, bar: Bar) -> dict[str, str
                     if reason := hindered(job, failed):
                         failed[job.name] = reason
                         waiting.remove(job)
-                    elif {need.name for need in job.needs} <= finished and time.time() < order.until:
+                    elif {need.name for need in job.needs} <= finished:
                         running[task.remote(order, job.name)] = Watched(job, order.root, bar)
                         waiting.remove(job)
-                if not running:  # the time is up
+                if not running:  # the time was up, and what is left needs what is unfinished
                     break
                 done, _ = ray.wait(list(running), timeout=POLL)
                 for watched in running.values():
