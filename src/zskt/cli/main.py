@@ -30,6 +30,7 @@ from zskt.cli.options import File
 from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, notice, silence
 from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_images, run_report, run_sample
+from zskt.cli.sweep import run_sweep
 from zskt.cli.teachers import Result, run_import, run_inspect, run_teach
 from zskt.errors import UsageError, ZsktError, cannot, first_line, out_of_memory, short, to_stderr
 from zskt.method.config import Config
@@ -132,12 +133,13 @@ def run_recipes(name: tyro.conf.Positional[str | None] = None, /) -> Result:
     return summaries
 
 
-COMMANDS: dict[str, Callable[..., Result]] = {
+COMMANDS: dict[str, Callable[..., Result | None]] = {
     "demo": run_demo,
     "teach": run_teach,
     "import": run_import,
     "inspect": run_inspect,
     "distill": run_distill,
+    "sweep": run_sweep,
     "evaluate": run_evaluate,
     "belief": run_belief,
     "reproduce": run_reproduce,
@@ -223,7 +225,8 @@ def _run(arguments: list[str]) -> int:
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        print(json.dumps(result, allow_nan=False), flush=True)
+        if result is not None:  # else the command has printed lines for another program
+            print(json.dumps(result, allow_nan=False), flush=True)
     except Interrupted as error:
         to_stderr(f"zskt: {short(error, 2_000)}")
         print(json.dumps({"finished": False, "reason": short(error, 2_000)}), flush=True)
@@ -255,11 +258,11 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _guarded(command: Callable[..., Result]) -> Callable[..., Result]:
+def _guarded(command: Callable[..., Result | None]) -> Callable[..., Result | None]:
     """The command, with a sys.exit in the code of a user's network turned into an error."""
 
     @functools.wraps(command)
-    def call(*arguments: Any, **options: Any) -> Result:
+    def call(*arguments: Any, **options: Any) -> Result | None:
         try:
             return command(*arguments, **options)
         except SystemExit as error:

@@ -1,9 +1,11 @@
 """The subcommands that measure what the paper measures. Their docstrings are the help texts."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +13,13 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from zskt.cli.jobs import HERE, ClusterOptions, carry_out
 from zskt.cli.options import File, Text, Time, options, typed
-from zskt.cli.progress import bar, console, notice
+from zskt.cli.progress import bar, console, notice, silence
 from zskt.cli.teachers import (
     FOREIGN,
     Data,
+    Foreign,
     Network,
     Options,
     Result,
@@ -34,9 +38,9 @@ from zskt.method.budget import duration
 from zskt.networks.classifier import Classifier
 from zskt.paper.belief import belief_figure, belief_head, belief_rows, belief_table
 from zskt.paper.experiments import Budget
-from zskt.paper.jobs import Job, check_settings, in_order, run_jobs, time_jobs
+from zskt.paper.jobs import Job, check_settings, in_order, time_jobs
 from zskt.paper.reproduce import NAMES, Request, reproduction
-from zskt.paper.tables import markdown_table, write_result
+from zskt.paper.tables import Reproduction, markdown_table, write_result
 from zskt.paper.toy import POINT_STEPS, ROUNDS, STUDENT_STEPS, reproduce_toy, seconds_per_round, toy_table
 from zskt.run.plots import single_transitions
 from zskt.runtime import circumstances, parse_limit, pick_device
@@ -180,6 +184,7 @@ def run_reproduce(
     yes: bool = False,
     stop_after: Time = None,
     resume: bool = False,
+    cluster: ClusterOptions = HERE,
     foreign: Options = FOREIGN,
 ) -> Result:
     """Reproduce a table or a figure of the paper, from training the teachers to the numbers beside the published ones.
@@ -200,7 +205,9 @@ def run_reproduce(
         yes: start even if it takes more than ten minutes.
         stop_after: stop after a time (90s, 9m, 2h); continue with --resume.
         resume: reuse the finished jobs in --out and continue the interrupted ones.
+        cluster: where the jobs run.
     """
+    where = cluster if cluster.wanted else None
     asked, given = typed(request), typed(budget)
     seeds, scale = asked.get("seeds", Request.seeds), asked.get("scale", Request.scale)
     if name not in NAMES:
@@ -215,7 +222,7 @@ def run_reproduce(
         raise UsageError("--teacher and --model: a given teacher is a network already, leave one of them out")
     begun = time.monotonic()
     if name == "toy":
-        if data or teacher or stop_after or resume or given or asked.keys() - {"seeds", "scale"}:
+        if data or teacher or stop_after or resume or given or cluster.ray or asked.keys() - {"seeds", "scale"}:
             raise UsageError("toy takes --seeds, --scale, --out and --yes only: it generates its own data and networks")
         return reproduce_the_toy(seeds, out or fresh_folder(Path("runs"), "toy"), scale, yes)
     folder = out or Path("runs") / name
@@ -223,15 +230,8 @@ def run_reproduce(
         raise ZsktError(f"{folder} already holds jobs of a table; give --resume to reuse them, or choose another --out")
     if not data:
         raise UsageError(f"{name} needs --data: labelled images to train teachers on and to measure with")
-    network = None if teacher is None else open_network(teacher, foreign).teacher
-    train = read_images(data, "train", None if network is None else network.input_size)
-    test = read_images(data, "test", (train.images.shape[1], train.images.shape[2], train.images.shape[3]))
-    if network is not None and network.num_classes != len(test.class_names):
-        raise ZsktError(
-            f"expected data of {network.num_classes} classes, found {len(test.class_names)}; give the data that the "
-            "teacher was trained on"
-        )
-    made = reproduction(Request(name, train, test, folder, network, given, **asked))
+    wanted = Asked(name, data, teacher, tuple(asked.items()), tuple(given.items()), folder, foreign)
+    made, images = reproduction_of(wanted)
     jobs = in_order(made.jobs)
     check_settings(jobs, folder)
     seconds, _ = parse_limit(stop_after)
@@ -239,9 +239,10 @@ def run_reproduce(
         raise UsageError(f"--stop-after {stop_after}: expected a time such as 90s, 9m, 2h")
     estimate = state_cost(jobs, folder, seconds)
     refuse_long_work(name, min(estimate, seconds), yes, scale)
-    failed = run_jobs(jobs, folder, seconds - (time.monotonic() - begun), job_bar)
+    left = seconds - (time.monotonic() - begun)
+    failed = carry_out(jobs, folder, left, where, reproduced_jobs, wanted, job_bar)
     facts = circumstances() | {
-        "data": train.name,
+        "data": images,
         "seeds": list(seeds),
         "precision": asked.get("precision", Request.precision),
         "seconds": round(time.monotonic() - begun, 1),
@@ -254,6 +255,45 @@ def run_reproduce(
         job, why = next(iter(failed.items()))
         raise ZsktError(f"{len(failed)} of {len(jobs)} jobs failed, {job} first: {why}")
     return result | {"out": str(folder)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A reproduction as plain data: what it takes to build its jobs, here or in another process."""
+
+    name: str
+    data: tuple[str, ...]
+    teacher: str | None
+    request: tuple[tuple[str, Any], ...]
+    budget: tuple[tuple[str, Any], ...]
+    folder: Path
+    foreign: Foreign
+
+
+def reproduction_of(asked: Asked) -> tuple[Reproduction, str]:
+    """The table or figure, and the name of its images, which are read. Raises ZsktError if a teacher does not fit."""
+    network = None if asked.teacher is None else open_network(asked.teacher, asked.foreign).teacher
+    train = read_images(asked.data, "train", None if network is None else network.input_size)
+    test = read_images(asked.data, "test", (train.images.shape[1], train.images.shape[2], train.images.shape[3]))
+    if network is not None and network.num_classes != len(test.class_names):
+        raise ZsktError(
+            f"expected data of {network.num_classes} classes, found {len(test.class_names)}; give the data that the "
+            "teacher was trained on"
+        )
+    request = Request(asked.name, train, test, asked.folder, network, dict(asked.budget), **dict(asked.request))
+    return reproduction(request), train.name
+
+
+@functools.lru_cache(maxsize=1)  # a worker reads the images once
+def all_jobs(asked: Asked) -> list[Job]:
+    """The jobs of a reproduction, made in another process."""
+    with silence(True):
+        return in_order(reproduction_of(asked)[0].jobs)
+
+
+def reproduced_jobs(asked: Asked, name: str) -> list[Job]:
+    """The job of that name, for Ray."""
+    return [job for job in all_jobs(asked) if job.name == name]
 
 
 def reproduce_the_toy(seeds: Sequence[int], folder: Path, scale: float, yes: bool) -> Result:

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -73,11 +73,14 @@ FOREIGN = Foreign()
 
 
 def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> list[Loaded | None]:
-    """The networks that a command names, in order; None stays None.
-
-    `foreign` applies to networks that are not in zskt folders, its factory options to the one that names a factory.
-    """
+    """The networks that a command names, in order; None stays None."""
     named = [str(network) for network in networks if network is not None]
+    options = iter(each_foreign(named, foreign))
+    return [None if network is None else open_as(str(network), next(options)) for network in networks]
+
+
+def each_foreign(named: Sequence[str], foreign: Foreign) -> list[Foreign]:
+    """The options for each of some networks: those for networks outside of zskt folders, and for the one factory."""
     outside = [name for name in named if not is_own_folder(expanded(name))] or named[
         :1
     ]  # loading it then rejects the options
@@ -86,23 +89,25 @@ def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> li
         raise UsageError(
             f"--teacher-weights and --teacher-args are for one factory, found {made[0]} and {made[1]}; give one of them"
         )
-    arguments = parse_arguments(foreign.teacher_args, "--teacher-args")
-
-    def opened(name: str) -> Loaded:
-        mine = name in made
+    found = []
+    for name in named:
         options = foreign if name in outside else Foreign(trust=foreign.trust)
-        return load(
-            name,
-            weights=options.teacher_weights if mine else None,
-            arguments=arguments if mine else None,
-            input_size=options.input_size,
-            mean=options.mean,
-            std=options.std,
-            trust=options.trust,
-            notice=notice,
-        )
+        found.append(options if name in made else replace(options, teacher_weights=None, teacher_args=()))
+    return found
 
-    return [None if network is None else opened(str(network)) for network in networks]
+
+def open_as(name: str, foreign: Foreign) -> Loaded:
+    """A network, with the options that are its own."""
+    return load(
+        name,
+        weights=foreign.teacher_weights,
+        arguments=parse_arguments(foreign.teacher_args, "--teacher-args"),
+        input_size=foreign.input_size,
+        mean=foreign.mean,
+        std=foreign.std,
+        trust=foreign.trust,
+        notice=notice,
+    )
 
 
 def open_network(network: str | Path, foreign: Foreign) -> Loaded:

@@ -187,6 +187,13 @@ def choose(name: str, teacher: Classifier) -> tuple[Config, str]:
     ), "auto: without BatchNorm in the teacher, an adversary guides the images of a bank"
 
 
+def recipe_for(teacher: Classifier, name: str, settings: Mapping[str, Any]) -> Config:
+    """A recipe's config for a teacher with changes by dotted name, before anything is timed or settled."""
+    _check_settings(settings)
+    config, _ = choose(name, teacher)
+    return replace(config, _rounds(config, settings) | _batches(config, teacher) | dict(settings))
+
+
 def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Config:
     """The config with `auto` width and crops resolved."""
     if config.method == "bank" and config.bank.random_crop == "auto":

@@ -76,16 +76,15 @@ def run_jobs(jobs: Sequence[Job], root: Path, seconds: float, bar: Bar) -> dict[
     for job in jobs:
         if job.measured(root) is not None:
             continue
-        if missing := [need.name for need in job.needs if need.name in failed]:
-            failed[job.name] = f"needs {missing[0]}"
+        if reason := hindered(job, failed):
+            failed[job.name] = reason
             continue
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        write_json(root / "parts" / f"{job.name}.json", {**job.settings, "units": job.units})
         try:
             with bar(job.name, job.unit) as show:
-                finished = job.run(job.folder(root), None if math.isinf(left) else f"{max(left, 0.001):.3f}s", show)
+                finished = perform(job, root, left, show)
         except (Interrupted, UsageError):
             raise
         except ZsktError as error:
@@ -94,6 +93,17 @@ def run_jobs(jobs: Sequence[Job], root: Path, seconds: float, bar: Bar) -> dict[
         if not finished:
             break
     return failed
+
+
+def hindered(job: Job, failed: Mapping[str, str]) -> str | None:
+    """Why a job cannot run: something that it needs is among the `failed`."""
+    return next((f"needs {need.name}" for need in job.needs if need.name in failed), None)
+
+
+def perform(job: Job, root: Path, left: float, show: Show) -> bool:
+    """Go on with one job for at most `left` seconds, its settings on disk first; returns whether it has finished."""
+    write_json(root / "parts" / f"{job.name}.json", {**job.settings, "units": job.units})
+    return job.run(job.folder(root), None if math.isinf(left) else f"{max(left, 0.001):.3f}s", show)
 
 
 def time_jobs(jobs: Sequence[Job], root: Path, seconds: float = 20.0) -> dict[str, float]:

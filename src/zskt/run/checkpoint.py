@@ -44,6 +44,10 @@ class Interrupted(ZsktError):
         self.status = 128 + signum
 
 
+class InUse(ZsktError):
+    """Another process holds the folder's lock, perhaps one that is about to end."""
+
+
 def save(
     folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], kept: Collection[int] = ()
 ) -> None:
@@ -314,7 +318,7 @@ def owning(folder: Path | None) -> Iterator[None]:
         try:
             lock.acquire()
         except filelock.Timeout as error:
-            raise ZsktError(f"another process is using {folder}; wait for it or choose another --out") from error
+            raise InUse(f"another process is using {folder}; wait for it or choose another --out") from error
     try:
         for path in folder.rglob(TEMPORARY):  # left behind by a killed process
             remove(path)
