@@ -85,10 +85,11 @@ def run_distill(
     Args:
         teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
-        student: auto:0.25 for the teacher's architecture at about that fraction of its parameters; wrn-DEPTH-WIDTH,
-            resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half, convnet-WIDTH;
-            package.module:factory, file.py:factory, timm:NAME or torchvision:NAME; a run folder, to go on from its
-            student.
+        student: auto:0.25 for the teacher's architecture at about that fraction of its parameters; pruned:0.25 for the
+            same, but begun as the teacher without its weakest channels (networks of zskt, transformers' ResNet);
+            wrn-DEPTH-WIDTH, resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half or
+            convnet-WIDTH; package.module:factory, file.py:factory, timm:NAME or torchvision:NAME; a run folder, to go
+            on from its student.
         student_args: arguments for the student's factory, as in depth=20 classes=37.
         out: output folder: log, checkpoints, sample images, student, report.
         recipe: a name from `zskt recipes`, or auto, the default.
