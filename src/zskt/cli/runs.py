@@ -21,6 +21,7 @@ from zskt.cli.teachers import (
     open_method,
     open_network,
     open_networks,
+    own_images,
     test_images,
 )
 from zskt.errors import UsageError, ZsktError
@@ -38,7 +39,7 @@ from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
-from zskt.run.distill import begun_config, distill, sampler
+from zskt.run.distill import begun_config, distill, refuse_own_images, sampler
 from zskt.run.loggers import to_tensorboard
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
@@ -71,6 +72,7 @@ def run_distill(
     config: File = None,
     method: Text = None,
     evaluate: Annotated[Data, tyro.conf.arg(name="eval")] = (),
+    images: File = None,
     log: Annotated[Literal["tensorboard"] | None, tyro.conf.arg(metavar="tensorboard", help_behavior_hint="")] = None,
     stop_after: Time = None,
     resume: bool = False,
@@ -96,6 +98,8 @@ def run_distill(
         config: a TOML file of settings that override the recipe's, such as another run's config.toml.
         method: file.py:function or package.module:function that builds a custom method; runs that code, needs --trust.
         evaluate: labelled test images, used for evaluation only, never for training.
+        images: a folder or archive of unlabelled images that you do have, as in --images photos: they join the pseudo
+            images of a bank, and the student is no longer data-free.
         log: also for TensorBoard: tensorboard --logdir OUT shows it while the run goes on.
         stop_after: stop after a time (90s, 9m, 2h) or a number of steps; continue with --resume.
         resume: continue the run in --out from its last checkpoint; with nothing else, by the command that began it.
@@ -107,12 +111,13 @@ def run_distill(
         teacher, student = words["teacher"], words["student"]
         student_args, method = words.get("student_args", ()), words.get("method")
         evaluate, log = evaluate or words.get("evaluate", ()), log or words.get("log")
+        images = images or (Path(words["images"]) if "images" in words else None)
         config = config or expanded(out) / "config.toml"
     if teacher is None or student is None:
         missing = "a teacher" if teacher is None else "--student"
         raise UsageError(f"expected a teacher and --student, found no {missing.removeprefix('a ')}; give {missing}")
     words = {"teacher": teacher, "student": student, "student_args": student_args, "method": method}
-    words |= {"evaluate": evaluate, "log": log}
+    words |= {"evaluate": evaluate, "images": images, "log": log}
     network = open_network(teacher, foreign).teacher
     make = None if method is None else open_method(method, foreign.trust)
     base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS), make)
@@ -123,6 +128,8 @@ def run_distill(
     notice(f"student {describe_student(module, network)}")
     planned = plan(network, module, base, changes, make, begun_config(out) if resume else None)
     chosen = planned.config
+    if images is not None:
+        refuse_own_images(chosen)  # before they are read
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
     say_if_busy(chosen.machine.threads)
     say_if_emulated(chosen.machine.precision, chosen.machine.device)
@@ -136,7 +143,10 @@ def run_distill(
         notice(f"this takes {takes}{work / 1e15:.2g} PFLOP and about {max(1, space):,.0f} MB in {out}")
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
-    images = test_images(evaluate, network) if evaluate else None
+    test = test_images(evaluate, network) if evaluate else None
+    own = None if images is None else own_images(images, network)
+    if own is not None:
+        notice(f"{len(own):,} images of yours join the bank: the student is no longer data-free")
     loggers = [remember(out, words, foreign), *([] if log is None else [to_tensorboard(out)])]
     with distilling() as callback:
         result = distill(
@@ -144,7 +154,8 @@ def run_distill(
             module,
             planned,
             out=out,
-            evaluate=images,
+            evaluate=test,
+            images=own,
             callbacks=[callback, *loggers],
             stop_after=stop_after,
             resume=resume,
@@ -167,6 +178,7 @@ def run_distill(
         "student": str(out),
         "student_parameters": count_parameters(module),
         "teacher_parameters": count_parameters(network.module),
+        **({"images": result.images} if result.images else {}),
         **result.measured,
         **({"disagreements": found["teacher"]} if found else {}),
         "warnings": result.warnings,

@@ -57,7 +57,7 @@ class Bank:
     ) -> None:
         """`ask` gives the teacher's outputs for normalised images; `rng` draws views and batches, on its device."""
         self.teacher, self.ask, self.rng, self.augmentation = teacher, ask, rng, augmentation
-        self.count = 0
+        self.count = self.own = 0  # images, and how many of them, the first ones, are the user's
         kind = torch.uint8 if as_bytes else next(teacher.parameters()).dtype
         self.images = torch.empty(capacity, *teacher.input_size, dtype=kind, device=rng.device)
         self.views = torch.empty(capacity, views, 3, dtype=torch.uint8, device=rng.device)
@@ -77,6 +77,14 @@ class Bank:
             )
         self.count = new.stop
 
+    def reserve(self, own: int) -> None:
+        """Make room for `own` images that the user has, to be added before any other; the bank is still empty."""
+        assert self.count == 0
+        self.own = own
+        self.images, self.views, self.logits = (
+            rows.new_empty(own + len(rows), *rows.shape[1:]) for rows in (self.images, self.views, self.logits)
+        )
+
     @torch.no_grad()
     def draw(self, n: int) -> Batch:
         """A batch of views (n, C, H, W), drawn from all images, with the teacher's outputs for them."""
@@ -89,8 +97,8 @@ class Bank:
         return Batch(shown, teacher=Observation(self.logits[images, numbers].to(shown.dtype)))
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """Stored images (n, C, H, W), normalised, as the seed draws them."""
-        return bank_images(self.teacher, self.images[: self.count], n, seed)
+        """Stored pseudo images (n, C, H, W), normalised, as the seed draws them."""
+        return bank_images(self.teacher, self.images[self.own : self.count], n, seed)
 
     def _draw(self, n: int) -> Tensor:
         return random_views(n, self.augmentation, self.rng)
@@ -178,7 +186,7 @@ class BankDistillation:
 
     def sample(self, n: int, seed: int) -> Tensor:
         """Images (n, C, H, W) from the bank or, while it is empty, from the round that goes on."""
-        if self.bank.count:
+        if self.bank.count > self.bank.own:
             return self.bank.sample(n, seed)
         return bank_images(self.bank.teacher, self.synthesis.images, n, seed)
 

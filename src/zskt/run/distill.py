@@ -1,10 +1,12 @@
 """A distillation run: training with evaluation, sample images and the finished student; later, images from its folder.
 
-Nothing here reads data: test images come in as tensors and never reach the training.
+Nothing here reads data: test images come in as tensors and never reach the training. Unlabelled images that a user does
+have come in as a tensor, too, and join those of a bank.
 """
 
 import contextlib
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
 from zskt.files import expanded, read_sealed, read_tensors, tensor_shapes, write_tensors, write_text
-from zskt.method.bank import bank_images
+from zskt.method.bank import BankDistillation, bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
 from zskt.method.generator import SAMPLES, Generator, pseudo_images
@@ -54,6 +56,7 @@ class DistillResult:
     measured: dict[str, float] = field(default_factory=dict)  # at the last iterate, on the test images
     warnings: list[str] = field(default_factory=list)
     out: Path | None = None
+    images: int = 0  # of the user's own, beside the pseudo images
 
     @property
     def network(self) -> Classifier:
@@ -74,6 +77,7 @@ class DistillResult:
             "teacher_parameters": count_parameters(teacher.module),
             "measured": self.measured,
             "warnings": self.warnings,
+            **({"images": self.images} if self.images else {}),
         }
 
 
@@ -89,6 +93,7 @@ def distill(
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     evaluate: tuple[Tensor, Tensor] | None = None,
+    images: Tensor | None = None,
     callbacks: Sequence[Callback] = (),
     stop_after: str | int | None = None,
     resume: bool = False,
@@ -98,10 +103,12 @@ def distill(
     `settings` changes values of the recipe by dotted name, as in {"student.learning_rate": 1e-3}; `steps`, `budget`
     ("10m", "2h": as many steps as fit) and `seed` are short for three of them. `method` builds a custom method from
     teacher, student and config (`zskt.Method`). A `Plan` as `recipe` already contains all of these. `evaluate` is
-    (images (M, C, H, W) uint8 or [0, 1], labels (M,)), for evaluation only. With `out` the run is saved to that folder;
-    `resume` continues it, bit for bit on the same kind of CPU with the same number of threads. `stop_after` ("90s",
-    "9m", "2h" or a number of steps) stops early. The teacher is left unchanged. Raises ZsktError, with one line of
-    advice, for anything that cannot work. One run at a time in a process: torch's seed and threads are shared.
+    (images (M, C, H, W) uint8 or [0, 1], labels (M,)), for evaluation only. `images` (M, C, H, W) uint8, unlabelled,
+    join the bank of a recipe that has one: the result says so, as it is no longer data-free. With `out` the run is
+    saved to that folder; `resume` continues it, bit for bit on the same kind of CPU with the same number of threads.
+    `stop_after` ("90s", "9m", "2h" or a number of steps) stops early. The teacher is left unchanged. Raises ZsktError,
+    with one line of advice, for anything that cannot work. One run at a time in a process: torch's seed and threads are
+    shared.
     """
     started = time.monotonic()
     parse_limit(stop_after)
@@ -121,6 +128,8 @@ def distill(
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
         check_images(teacher, *evaluate)  # reject a wrong size or labels before training
+    if images is not None:
+        check_own_images(teacher, images, config)
     device = pick_device(config.machine.device)
     student.to(device)
     arrange(student, config)
@@ -136,6 +145,9 @@ def distill(
     ):
         repeated = check_method(recipe.make(frozen, student, config), student, config.method)
         try:
+            if images is not None:
+                assert isinstance(repeated, BankDistillation)
+                repeated.bank.reserve(len(images))
             examiner = Examiner(frozen, repeated, folder, evaluate)
             life = Lifecycle(
                 repeated,
@@ -147,6 +159,7 @@ def distill(
                     "method": config.method,
                     "teacher": frozen.fingerprint(),
                     "settings": checkpoint.binding(config),
+                    "images": "none" if images is None else f"{len(images):,} of {fingerprint(images)}",
                 },
                 machine={name: value for name, value in flat(config.machine).items() if name != "device"},
                 evaluate=examiner.examine,
@@ -155,6 +168,10 @@ def distill(
             )
             if resume:
                 life.restore()
+            if images is not None and not life.step:
+                assert isinstance(repeated, BankDistillation)
+                for part in torch.split(images.to(device), config.bank.batch_size):
+                    repeated.bank.add(frozen.normalise(part))
             if life.step:
                 lines = checkpoint.read_lines(life.logs["metrics"].path)
                 examiner.past = [line for line in lines if "class_entropy" in line]
@@ -174,6 +191,7 @@ def distill(
             life.finished,
             warnings=life.warnings,
             out=folder,
+            images=0 if images is None else len(images),
         )
         if result.finished:
             result.measured = examiner.last()
@@ -182,6 +200,30 @@ def distill(
             if folder is not None:
                 write_run(folder, result, life.seconds)
     return result
+
+
+def check_own_images(teacher: Classifier, images: Tensor, config: Config) -> None:
+    """Raise UsageError for a method that has no use for images, ZsktError for images (M, C, H, W) that do not fit."""
+    refuse_own_images(config)
+    check_images(teacher, images)
+    if images.dtype != torch.uint8 or not len(images):
+        found = f"{len(images)} images of {images.dtype}"
+        raise ZsktError(f"expected at least one image and uint8, as a bank stores them, found {found}; convert them")
+
+
+def refuse_own_images(config: Config) -> None:
+    """Raise UsageError unless the method keeps a bank that images of the user's own can join."""
+    if config.method != "bank":
+        what = f"recipe {config.recipe}" if config.method in METHODS else f"method {config.method}"
+        raise UsageError(
+            f"expected a recipe with a bank, which --images joins, found {what}, which would not use them; give "
+            "--recipe bank or leave out --images"
+        )
+
+
+def fingerprint(images: Tensor) -> str:
+    """SHA-256 of images (M, C, H, W) uint8."""
+    return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def begun_config(out: str | Path | None) -> Config | None:
@@ -311,7 +353,12 @@ def sampler(
         generator = saved_generator(folder, network, config)
         return functools.partial(pseudo_images, generator, generator.latent)
     if config.method == "bank":
-        images = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
+        stored = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
+        if type(own := facts.get("images", 0)) is not int or not 0 <= own < len(stored):
+            raise ZsktError(
+                f"expected up to {len(stored):,} images of the user's own in {folder}, found {own}; restore it"
+            )
+        images = stored[own:]  # the pseudo images
         return functools.partial(bank_images, network, images)
     if method is None or teacher is None:
         raise ZsktError(
