@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zskt.cli.options import Assignments, Text, Words
 from zskt.cli.progress import console, notice
-from zskt.cli.teachers import FOREIGN, Network, Options, Result, open_networks
+from zskt.cli.teachers import FOREIGN, Network, Options, Result, open_networks, said_progress
 from zskt.errors import UsageError, printable
 from zskt.evaluate.measures import noise_classes
 from zskt.files import expanded, read_sealed
@@ -45,8 +45,8 @@ def run_inspect(
     Example: zskt inspect runs/a --teacher teacher --other runs/b
 
     Args:
-        what: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
-            file.py:factory, timm:NAME or torchvision:NAME.
+        what: a teacher or run folder (if stopped: the student of its newest checkpoint), a Hugging Face folder, a .pt2
+            or TorchScript file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
         student: also show what distilling into this network, specified as in zskt distill, would do.
         student_args: arguments for the student's factory.
         teacher: of a run folder: also count the student's disagreements with this network, its teacher.
@@ -54,7 +54,9 @@ def run_inspect(
     """
     if (teacher or other) and not (expanded(what) / "student.json").exists():
         raise UsageError(f"--teacher and --other are for a finished run, found {printable(what)}; give its folder")
-    loaded, *compared = (each for each in open_networks([what, teacher, *other], foreign) if each is not None)
+    loaded, *compared = (
+        each for each in open_networks([what, teacher, *other], foreign, unfinished=True) if each is not None
+    )
     network = loaded.teacher
     stages = find_stages(network.module, network.input_size)
     config, reason = choose(AUTO, network)
@@ -83,6 +85,7 @@ def run_inspect(
         "batchnorm_prior": f"possible, {norms} layers" if norms else "not possible: no BatchNorm statistics",
         "notes": [*network.notes, *([loaded.lost] if loaded.lost else [])],
     }
+    result |= said_progress(loaded)
     if own := recorded_images(expanded(what)):
         result["images"] = own
         result["notes"].append(f"distilled with {own:,} unlabelled images beside the pseudo images: not data-free")

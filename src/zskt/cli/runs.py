@@ -22,6 +22,7 @@ from zskt.cli.teachers import (
     open_network,
     open_networks,
     own_images,
+    said_progress,
     test_images,
 )
 from zskt.errors import UsageError, ZsktError
@@ -39,8 +40,9 @@ from zskt.networks.classifier import count_parameters
 from zskt.networks.factories import is_factory, parse_arguments
 from zskt.networks.folder import load_student
 from zskt.networks.students import describe_student, make_student
-from zskt.run.distill import begun_config, distill, refuse_own_images, sampler
+from zskt.run.distill import begun_config, distill, sampler
 from zskt.run.loggers import to_tensorboard
+from zskt.run.own_images import refuse_own_images
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.run.synthetic import UPDATES, synthesise, write_synthetic
@@ -250,18 +252,18 @@ def run_evaluate(
     Example: zskt evaluate runs/a --data cifar10-test.zip --teacher teacher
 
     Args:
-        model: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
-            file.py:factory, timm:NAME or torchvision:NAME.
+        model: a teacher or run folder (if stopped: the student of its newest checkpoint), a Hugging Face folder, a .pt2
+            or TorchScript file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
         data: labelled images, as in zskt teach; the test split is used.
         teacher: also measure agreement with this network and divergence from it; specified as MODEL is.
         device: auto, cpu, cuda or cuda:N.
     """
     where = pick_device(device)
-    model_found, teacher_found = open_networks([model, teacher], foreign)
+    model_found, teacher_found = open_networks([model, teacher], foreign, unfinished=True)
     assert model_found is not None
     network = model_found.teacher.to(where)
     other = None if teacher_found is None else teacher_found.teacher.to(where)
-    return measure(network, *test_images(data, network), other)
+    return said_progress(model_found) | measure(network, *test_images(data, network), other)
 
 
 def run_sample(

@@ -19,12 +19,13 @@ from zskt.networks import models
 from zskt.networks.classifier import Classifier, unit_normalisation
 from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
-from zskt.networks.loading import Loaded, is_own_folder, load
+from zskt.networks.loading import Loaded, is_own_folder, load, refuse_unused
 from zskt.networks.models import Size
 from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
+from zskt.run.unfinished import is_unfinished, load_unfinished
 from zskt.runtime import seeded
 
 Result = dict[str, Any]
@@ -59,8 +60,12 @@ Options = tyro.conf.OmitArgPrefixes[Foreign]
 FOREIGN = Foreign()
 
 
-def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> list[Loaded | None]:
+def open_networks(
+    networks: Sequence[str | Path | None], foreign: Foreign, *, unfinished: bool = False
+) -> list[Loaded | None]:
     """The networks that a command names, in order; None stays None.
+
+    With `unfinished`, the first one may be the folder of a stopped run: the student of its newest checkpoint.
 
     `foreign` applies to networks that are not in zskt folders, its factory options to the one that names a factory.
     """
@@ -78,6 +83,12 @@ def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> li
     def opened(name: str) -> Loaded:
         mine = name in made
         options = foreign if name in outside else Foreign(trust=foreign.trust)
+        if unfinished and name == named[0] and is_unfinished(expanded(name)):
+            given = {"weights": options.teacher_weights, "args": options.teacher_args, "input-size": options.input_size}
+            refuse_unused(given | {"mean": options.mean, "std": options.std}, f"{name}, which contains all of this")
+            student, about = load_unfinished(expanded(name), trust=options.trust)
+            warn(f"{name} is at {about['warnings'][0]}; taking the student of its newest checkpoint")
+            return Loaded(student, "checkpoint of a run", "the checkpoint", unfinished=about)
         return load(
             name,
             weights=options.teacher_weights if mine else None,
@@ -90,6 +101,13 @@ def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> li
         )
 
     return [None if network is None else opened(str(network)) for network in networks]
+
+
+def said_progress(loaded: Loaded) -> Result:
+    """What a result says of the student of a run that has not finished."""
+    if loaded.unfinished is None:
+        return {}
+    return {"finished": False, "step": loaded.unfinished["step"], "steps": loaded.unfinished["steps"]}
 
 
 def open_network(network: str | Path, foreign: Foreign) -> Loaded:

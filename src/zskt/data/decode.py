@@ -35,6 +35,7 @@ def check_size(size: Size | None) -> None:
 
 
 def in_memory(write: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
+    """The array that `write` writes."""
     memory = io.BytesIO()
     for line in write(memory):
         notice(line)

@@ -21,7 +21,7 @@ from zskt.run.report import MEASURES
 from zskt.runtime import __version__
 
 _TEXTS = ("recipe", "reason", "teacher_fingerprint", "teacher_model", "imported_from", "sha256", "how")
-_NUMBERS = ("steps", "seed", "seconds", "teacher_parameters", "images")
+_NUMBERS = ("step", "steps", "seed", "seconds", "teacher_parameters", "images")
 
 
 def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) -> None:
@@ -110,7 +110,7 @@ def model_card(name: str, network: Classifier, described: Mapping[str, Any]) -> 
         "teacher fingerprint (SHA-256)": described.get("teacher_fingerprint"),
         "recipe": described.get("recipe"),
         "why this recipe": described.get("reason"),
-        "steps": None if described.get("steps") is None else f"{described['steps']:,}",
+        "steps": None if described.get("steps") is None else f"{described.get('step', described['steps']):,}",
         "seed": described.get("seed"),
     }
     found = described.get("measured") or {}

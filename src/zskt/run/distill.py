@@ -6,7 +6,6 @@ have come in as a tensor, too, and join those of a bank.
 
 import contextlib
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +28,14 @@ from zskt.method.protocol import Make, Method, check_method
 from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
-from zskt.networks.folder import save_network
+from zskt.networks.folder import describe_network, save_network
 from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module, unallocated
 from zskt.run import checkpoint
 from zskt.run.checkpoint import HALF_WAY
 from zskt.run.cuda_graph import CapturedStep
 from zskt.run.lifecycle import Callback, Lifecycle
+from zskt.run.own_images import check_own_images, fingerprint
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.shards import saved_rows
 from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads
@@ -65,20 +65,23 @@ class DistillResult:
 
     def metadata(self) -> dict[str, Any]:
         """Metadata saved with the student's weights and with exports of it."""
-        teacher = self.teacher
-        return {
-            "recipe": self.config.recipe,
-            "method": self.config.method,
-            "steps": self.config.steps,
-            "seed": self.config.seed,
-            "reason": self.reason,
-            "teacher_fingerprint": teacher.fingerprint(),
-            "teacher_model": describe_module(teacher.module, teacher.num_classes, teacher.input_size).get("spec"),
-            "teacher_parameters": count_parameters(teacher.module),
-            "measured": self.measured,
-            "warnings": self.warnings,
-            **({"images": self.images} if self.images else {}),
-        }
+        known = origin(self.teacher, self.config, self.reason, self.images)
+        return known | {"measured": self.measured, "warnings": self.warnings}
+
+
+def origin(teacher: Classifier, config: Config, reason: str, images: int) -> dict[str, Any]:
+    """Where a student comes from, as plain JSON values: known before the run."""
+    return {
+        "recipe": config.recipe,
+        "method": config.method,
+        "steps": config.steps,
+        "seed": config.seed,
+        "reason": reason,
+        "teacher_fingerprint": teacher.fingerprint(),
+        "teacher_model": describe_module(teacher.module, teacher.num_classes, teacher.input_size).get("spec"),
+        "teacher_parameters": count_parameters(teacher.module),
+        **({"images": images} if images else {}),
+    }
 
 
 def distill(
@@ -148,6 +151,8 @@ def distill(
             if images is not None:
                 assert isinstance(repeated, BankDistillation)
                 repeated.bank.reserve(len(images))
+            own = 0 if images is None else len(images)
+            about = describe_network(frozen.like(student)) | origin(frozen, config, recipe.reason, own)
             examiner = Examiner(frozen, repeated, folder, evaluate)
             life = Lifecycle(
                 repeated,
@@ -159,8 +164,9 @@ def distill(
                     "method": config.method,
                     "teacher": frozen.fingerprint(),
                     "settings": checkpoint.binding(config),
-                    "images": "none" if images is None else f"{len(images):,} of {fingerprint(images)}",
+                    "images": fingerprint(images),
                 },
+                about=about,
                 machine={name: value for name, value in flat(config.machine).items() if name != "device"},
                 evaluate=examiner.examine,
                 advance=_captured(repeated, config, device),
@@ -191,7 +197,7 @@ def distill(
             life.finished,
             warnings=life.warnings,
             out=folder,
-            images=0 if images is None else len(images),
+            images=own,
         )
         if result.finished:
             result.measured = examiner.last()
@@ -200,30 +206,6 @@ def distill(
             if folder is not None:
                 write_run(folder, result, life.seconds)
     return result
-
-
-def check_own_images(teacher: Classifier, images: Tensor, config: Config) -> None:
-    """Raise UsageError for a method that has no use for images, ZsktError for images (M, C, H, W) that do not fit."""
-    refuse_own_images(config)
-    check_images(teacher, images)
-    if images.dtype != torch.uint8 or not len(images):
-        found = f"{len(images)} images of {images.dtype}"
-        raise ZsktError(f"expected at least one image and uint8, as a bank stores them, found {found}; convert them")
-
-
-def refuse_own_images(config: Config) -> None:
-    """Raise UsageError unless the method keeps a bank that images of the user's own can join."""
-    if config.method != "bank":
-        what = f"recipe {config.recipe}" if config.method in METHODS else f"method {config.method}"
-        raise UsageError(
-            f"expected a recipe with a bank, which --images joins, found {what}, which would not use them; give "
-            "--recipe bank or leave out --images"
-        )
-
-
-def fingerprint(images: Tensor) -> str:
-    """SHA-256 of images (M, C, H, W) uint8."""
-    return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def begun_config(out: str | Path | None) -> Config | None:
