@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zskt.cli.options import Assignments, Text, Words
 from zskt.cli.progress import console, notice
-from zskt.cli.teachers import FOREIGN, Network, Options, Result, open_networks, said_progress
+from zskt.cli.teachers import FOREIGN, Network, Options, Result, open_networks, said_progress, say_if_larger
 from zskt.errors import UsageError, printable
 from zskt.evaluate.measures import noise_classes
 from zskt.files import expanded, read_sealed
@@ -92,6 +92,7 @@ def run_inspect(
     if student is not None:
         module = make_student(student, network, parse_arguments(student_args, "--student-args"))
         notice(f"student {describe_student(module, network)}")
+        say_if_larger(module, network)
         planned = plan(network, module)
         config = planned.config
         notice("timing a few steps")

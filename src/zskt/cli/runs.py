@@ -23,6 +23,7 @@ from zskt.cli.teachers import (
     open_networks,
     own_images,
     said_progress,
+    say_if_larger,
     test_images,
 )
 from zskt.errors import UsageError, ZsktError
@@ -128,6 +129,7 @@ def run_distill(
     seed = replace(Config(), {"seed": changes.get("seed", 0)}).seed
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
+    say_if_larger(module, network)
     planned = plan(network, module, base, changes, make, begun_config(out) if resume else None)
     chosen = planned.config
     if images is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from zskt.cli.options import Assignments, File, ImageSize, Reals, Time, Words, options, typed
 from zskt.cli.progress import bar, notice, say_if_emulated, teaching, warn
@@ -16,7 +16,7 @@ from zskt.evaluate.measures import measure
 from zskt.files import expanded
 from zskt.method.protocol import Make
 from zskt.networks import models
-from zskt.networks.classifier import Classifier, unit_normalisation
+from zskt.networks.classifier import Classifier, count_parameters, unit_normalisation
 from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
 from zskt.networks.loading import Loaded, is_own_folder, load, refuse_unused
@@ -101,6 +101,16 @@ def open_networks(
         )
 
     return [None if network is None else opened(str(network)) for network in networks]
+
+
+def say_if_larger(student: nn.Module, teacher: Classifier) -> None:
+    """Warn of a student that has more parameters than its teacher."""
+    ours, theirs = count_parameters(student), count_parameters(teacher.module)
+    if ours > theirs > 0:
+        warn(
+            f"the student has {ours:,} parameters, more than the teacher's {theirs:,}; for a smaller one give, say, "
+            "--student auto:0.25"
+        )
 
 
 def said_progress(loaded: Loaded) -> Result:

@@ -16,7 +16,7 @@ from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
 from zskt.networks.archives import kind_of, read_weights
-from zskt.networks.checks import as_teacher
+from zskt.networks.checks import as_teacher, untrained
 from zskt.networks.classifier import Classifier, unit_normalisation
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.folder import is_hub_folder, load_network
@@ -163,6 +163,8 @@ def _completed(
     assert size
     network = Classifier(found.module, input_size=size, mean=found.mean, std=found.std, class_names=found.class_names)
     teacher = as_teacher(network, copied=False)
+    if sign := untrained(teacher):
+        teacher.notes += (f"the network looks untrained, with {sign}: give its weights, or check them",)
     for line in (*teacher.notes, *([found.lost] if found.lost else [])):
         notice(line)
     return Loaded(teacher, found.kind, source, found.lost)
