@@ -339,7 +339,7 @@ GREY = ["--input-size", "3", "4", "4", "--mean", ".5", ".5", ".5", "--std", ".2"
 @pytest.mark.parametrize("factory", ["leaves", "Early", "Late", "absent"])
 def test_a_network_that_leaves_is_an_error(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "leaving.py").write_text(LEAVING)
-    monkeypatch.setattr("zskt.cli.teachers.latency", lambda network: network(torch.zeros(1, 3, 4, 4)))
+    monkeypatch.setattr("zskt.cli.inspect.latency", lambda network: network(torch.zeros(1, 3, 4, 4)))
     line = fails(1, "inspect", f"{tmp_path}/leaving.py:{factory}", *GREY)
     assert line.isprintable()
     (tmp_path / "at_import.py").write_text("raise SystemExit")

@@ -409,7 +409,7 @@ def test_gzip_content_is_never_truncated(tmp_path: Path, monkeypatch: pytest.Mon
 def test_few_large_files_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = {f"test/a/{i}.png": png(pixels(16, 16)) for i in range(6)}
     most = 2 * max(map(len, images.values()))
-    monkeypatch.setattr("zskt.data.images._GROUP_BYTES", most)
+    monkeypatch.setattr("zskt.data.decode._GROUP_BYTES", most)
     done: list[int] = []
     folder = write_folder(tmp_path / "images", images)
     read([folder], "test", progress=lambda images, total: done.append(images))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -545,6 +546,7 @@ def test_the_commands_errors(finished: Path, tmp_path: Path) -> None:
     out, unfinished = tmp_path / "out.onnx", tmp_path / "unfinished"
     settings = {**TINY, "steps": 4}
     zskt.distill(make_teacher(), models.convnet(2), "zskt-prior", settings=settings, out=unfinished, stop_after=1)
+    shutil.rmtree(unfinished / "checkpoint")  # with one, its student would be exported
     assert "has not finished, resume it" in fails(1, "export", unfinished, "--out", out)
     assert "found nothing" in fails(1, "export", tmp_path / "nowhere", "--out", out)
     export = ("export", finished / "run", "--out")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import zskt
 from small import call, coloured, edit, fails, make_teacher, refused, run, student_for, write_images
-from zskt.data import images
+from zskt.data import decode, images
 from zskt.data.images import read
 from zskt.errors import UsageError
 from zskt.files import MOST_NESTED, read_json, regular, strict_json, write_text
@@ -236,10 +236,10 @@ def test_every_network_of_ours_has_few_layers_for_its_tensors() -> None:
 def test_large_images_are_decoded_one_at_a_time(
     size: tuple[int, int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_LARGE", 100)
-    monkeypatch.setattr(images, "_GROUP_BYTES", 3 * 20 * 20)
+    monkeypatch.setattr(decode, "_LARGE", 100)
+    monkeypatch.setattr(decode, "_GROUP_BYTES", 3 * 20 * 20)
     inside, most = 0, 0
-    fitted = images._fitted
+    fitted = decode._fitted
 
     def watched(*arguments: Any) -> Any:
         nonlocal inside, most
@@ -250,7 +250,7 @@ def test_large_images_are_decoded_one_at_a_time(
         finally:
             inside -= 1
 
-    monkeypatch.setattr(images, "_fitted", watched)
+    monkeypatch.setattr(decode, "_fitted", watched)
     data = coloured(12, size=(1, 20, 20))
     found = read([str(write_images(tmp_path / "x", test=data))], "test", size=size, notice=lambda line: None)
     assert most == 1

@@ -80,6 +80,11 @@ def trained(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+def known(lines: list[str]) -> list[str]:
+    """Without what is said of random weights, which these networks have."""
+    return [line for line in lines if "looks untrained" not in line]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -152,7 +157,7 @@ def test_a_factory_with_weights(script: Path, tmp_path: Path, monkeypatch: pytes
     lines: list[str] = []
     how: dict[str, Any] = {"arguments": {"classes": 37, "bias": False}, "input_size": SIZE, **GREY}
     made = load_teacher(f"{script}:make", notice=lines.append, **how)
-    assert lines == [f"{script}:make runs the code of that file or package"]
+    assert known(lines) == [f"{script}:make runs the code of that file or package"]
     state = {f"module.{name}": tensor + 1 for name, tensor in made.module.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.pth")
     found = load(f"{script}:make", weights=tmp_path / "net.pth", **how)
@@ -319,7 +324,7 @@ def test_a_hugging_face_folder(transformers: Any, kind: str, classes: int, recip
     lines: list[str] = []
     found = load(tmp_path, notice=lines.append)
     teacher = found.teacher
-    assert (found.kind, found.normalisation, lines) == (f"Hugging Face {kind}", "preprocessor_config.json", [])
+    assert (found.kind, found.normalisation, known(lines)) == (f"Hugging Face {kind}", "preprocessor_config.json", [])
     assert (teacher.num_classes, teacher.input_size) == (classes, (channels, 16, 16))
     assert teacher.class_names == (("cat", "dog", "eel") if kind == "vit" else None)
     torch.testing.assert_close(teacher.mean.flatten().tolist(), PREPROCESSOR["image_mean"][:channels])
@@ -358,7 +363,7 @@ def test_what_a_hugging_face_folder_does_not_say_is_asked_for(transformers: Any,
     how: dict[str, Any] = {"input_size": (1, 16, 16), "mean": [127.5], "std": [51]}
     found = load(tmp_path, notice=lines.append, **how)
     assert found.normalisation == "as given"
-    assert lines == ["--mean 127.5 --std 51 read as 0..255 and divided by 255"]
+    assert known(lines) == ["--mean 127.5 --std 51 read as 0..255 and divided by 255"]
     assert found.teacher.mean.item() == 0.5
 
 
@@ -470,7 +475,7 @@ def test_names_of_model_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert found.teacher.input_size == SIZE
         assert found.teacher.mean.flatten().tolist() == [0.4, 0.5, 0.6]
         load(what, weights=tmp_path / "net.pt", arguments={"num_classes": 5}, notice=lines.append)
-        assert len(lines) == 1
+        assert len(known(lines)) == 1
     assert asked == [
         {"pretrained": True}, {"pretrained": False, "num_classes": 5}, {"weights": default},
         {"weights": None, "num_classes": 5},

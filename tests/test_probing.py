@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zskt
 from small import Tokens, refused, student_for
 from zskt.errors import ZsktError
-from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, check_pair, output_kind, probe
+from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, check_pair, output_kind, probe, untrained
 from zskt.networks.observe import logits_of
 
 SIZE = (3, 8, 8)
@@ -79,11 +79,14 @@ def test_logits_of_whatever_a_network_returns(after: Callable[[Tensor, Tensor], 
     [
         (torch.rand(2, 5, 1), "a tensor of shape (2, 5, 1)"),
         ((torch.rand(2), torch.rand(2, 5)), "tuple with a tensor of shape (2,)"),
-        ({"scores": torch.rand(2, 5)}, "dict without logits"),
+        ({"scores": torch.rand(2, 5)}, "dict without logits, with scores; wrap the network in a module whose forward"),
+        ({"boxes": torch.rand(2, 4, 3), "cls_score": torch.rand(2, 5)}, "returns its output['cls_score'], if that is"),
+        ({"boxes": torch.rand(2, 4, 3)}, "dict without logits, with boxes; wrap the network"),
+        ({}, "dict without logits, with nothing; wrap the network"),
         (None, "NoneType without logits"),
         ({"logits": [1.0]}, "dict without logits"),
     ],
-    ids=["map", "first of a tuple", "other key", "nothing", "list"],
+    ids=["map", "first of a tuple", "other key", "one of two keys", "no key", "empty", "nothing", "list"],
 )
 def test_what_holds_no_logits_is_refused(output: Any, words: str) -> None:
     message = refused(lambda: logits_of(output))
@@ -147,6 +150,55 @@ def test_kinds_of_output() -> None:
     assert output_kind(logits.log_softmax(dim=1)) == "log-probabilities"
     assert output_kind(logits.sigmoid()) == "logits"
     assert output_kind(torch.eye(3) + 1) == "logits"
+
+
+def test_a_sigmoid_is_noted_with_what_to_do() -> None:
+    """Each output in [0, 1] and no probabilities of one class: no logits, though nothing else about them is wrong."""
+    teacher = teacher_of(Small(after=lambda x, logits: logits.sigmoid()))
+    assert teacher.output == "logits"
+    (note,) = teacher.notes
+    assert "as those of a sigmoid do, and are taken as logits" in note
+    assert "return its input" in note
+    undone = teacher_of(Small(after=lambda x, logits: torch.logit(logits.sigmoid())))  # what it advises
+    assert undone.notes == ()
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda x, logits: logits.softmax(dim=1),
+        lambda x, logits: 0.5 + 0.3 * x.mean(dim=(2, 3))[:, :1] + 0 * logits,  # by chance, on ordinary images
+        lambda x, logits: F.relu(logits),
+    ],
+    ids=["softmax", "small logits", "relu"],
+)
+def test_what_is_no_sigmoid_is_not_called_one(after: Callable[[Tensor, Tensor], Any]) -> None:
+    class Growing(Small):
+        def forward(self, x: Tensor) -> Any:
+            return after(x, self.fc(x.mean(dim=(2, 3)).repeat(1, 2)[:, :4] * 10))
+
+    assert not any("sigmoid" in note for note in teacher_of(Growing()).notes)
+
+
+def batch_normalised() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+
+
+def test_a_network_as_initialised_looks_untrained() -> None:
+    assert "running mean 0 and variance 1 in all of its 1 BatchNorm layers" in untrained(teacher_of(batch_normalised()))
+    module = batch_normalised()
+    module(torch.randn(8, *SIZE))  # one batch in training mode moves the statistics
+    assert untrained(teacher_of(module)) == ""
+    for scale, words in ((0.1, "all classes nearly equally likely for noise (entropy "), (50, "")):
+        network = Small()
+        with torch.no_grad():
+            network.fc.weight.mul_(scale)
+            network.fc.bias.zero_()
+        found = untrained(teacher_of(network))
+        assert found.startswith(words)
+        assert bool(found) is bool(words)
 
 
 def test_a_student_that_returns_probabilities_is_refused() -> None:

@@ -181,7 +181,7 @@ AVERAGE = ranks.average_
     ("recipe", "place", "wrong"),
     [
         ("zskt", "zskt.method.build.synchronise", lambda module, who: None),
-        ("zskt", "zskt.run.distill.synchronise", lambda module, who: None),
+        ("zskt", "zskt.run.several.synchronise", lambda module, who: None),
         ("zskt", "zskt.networks.ranks.own", own_latents),
         ("zskt", "zskt.networks.ranks.average_", not_averaged),
         ("zskt", "zskt.networks.ranks.average_", clipped_before),

@@ -68,6 +68,6 @@ def recall(out: Path, trust: bool) -> tuple[dict[str, Any], Foreign]:
     return words, Foreign(**options, trust=trust)
 
 
-_WORDS = {"teacher", "student", "student_args", "method", "evaluate", "log"}
+_WORDS = {"teacher", "student", "student_args", "method", "evaluate", "images", "log"}
 _SEVERAL = {"student_args", "evaluate", "teacher_args", "input_size", "mean", "std"}
 _PATHS = {"teacher_weights"}

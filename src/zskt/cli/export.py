@@ -8,9 +8,10 @@ from rich.table import Table
 
 from zskt.cli.options import Text
 from zskt.cli.progress import console, notice, warn
-from zskt.cli.teachers import FOREIGN, Network, Options, open_method, open_networks
+from zskt.cli.teachers import FOREIGN, Network, Options, open_method, open_networks, said_progress
 from zskt.deploy.export import TIMED, Exported, Format, Source, as_json, export, from_folder
 from zskt.deploy.formats import INPUTS, Input
+from zskt.errors import UsageError
 from zskt.files import expanded
 from zskt.networks.loading import is_own_folder
 
@@ -37,7 +38,8 @@ def run_export(
     Example: zskt export runs/a --format onnx --out student.onnx --teacher teacher
 
     Args:
-        run: a run folder, whose student is exported, or any network as in zskt distill, compared on noise.
+        run: a run folder, whose student is exported, or any network as in zskt distill, compared on noise, as is the
+            student of a stopped run.
         out: output file, or folder for hub; must not exist.
         format: onnx, pt2 or hub; by default from the suffix of --out, hub where it has none.
         input: fraction (the default): images in [0, 1]; uint8: images as bytes; normalised: normalised images.
@@ -47,13 +49,21 @@ def run_export(
         tolerance: largest accepted difference of a logit, as a fraction of the largest logit.
         least_agreement: least accepted fraction of images whose predicted class --int8 keeps.
     """
-    found, beside = open_networks([run, teacher], foreign)
+    found, beside = open_networks([run, teacher], foreign, unfinished=True)
     assert found is not None
     make = None if method is None else open_method(method, foreign.trust)
     other = None if beside is None else beside.teacher
-    own = is_own_folder(expanded(run))
-    source = from_folder(expanded(run), found.teacher, make, other) if own else Source(found.teacher, {}, None)
-    for line in source.metadata.get("warnings") or []:
+    if found.unfinished is not None:
+        source = Source(found.teacher, found.unfinished, None)
+        if int8:
+            raise UsageError(
+                f"--int8 is calibrated with a finished run's images, found one at {found.unfinished['warnings'][0]}"
+            )
+    elif is_own_folder(expanded(run)):
+        source = from_folder(expanded(run), found.teacher, make, other)
+    else:
+        source = Source(found.teacher, {}, None)
+    for line in () if found.unfinished else source.metadata.get("warnings") or ():
         warn(f"of the run: {line}")
     if source.sample is not None and "accuracy" not in (source.metadata.get("measured") or {}):
         notice("note: this student was never measured on real images: zskt evaluate tells how good it is")
@@ -68,7 +78,7 @@ def run_export(
         least_agreement=least_agreement,
     )
     show_export(exported)
-    return as_json(exported)
+    return said_progress(found) | as_json(exported)
 
 
 def show_export(exported: Exported) -> None:

@@ -22,6 +22,9 @@ from zskt.cli.teachers import (
     open_method,
     open_network,
     open_networks,
+    own_images,
+    said_progress,
+    say_if_larger,
     test_images,
 )
 from zskt.errors import UsageError, ZsktError
@@ -43,6 +46,7 @@ from zskt.networks.students import describe_student, make_student
 from zskt.run import checkpoint
 from zskt.run.distill import begun_config, distill, sampler
 from zskt.run.loggers import to_tensorboard
+from zskt.run.own_images import refuse_own_images
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.run.synthetic import UPDATES, synthesise, write_synthetic
@@ -74,6 +78,7 @@ def run_distill(
     config: File = None,
     method: Text = None,
     evaluate: Annotated[Data, tyro.conf.arg(name="eval")] = (),
+    images: File = None,
     log: Annotated[Literal["tensorboard"] | None, tyro.conf.arg(metavar="tensorboard", help_behavior_hint="")] = None,
     stop_after: Time = None,
     resume: bool = False,
@@ -88,16 +93,19 @@ def run_distill(
     Args:
         teacher: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
             file.py:factory, timm:NAME or torchvision:NAME.
-        student: auto:0.25 for the teacher's architecture at about that fraction of its parameters; wrn-DEPTH-WIDTH,
-            resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half, convnet-WIDTH;
-            package.module:factory, file.py:factory, timm:NAME or torchvision:NAME; a run folder, to go on from its
-            student.
+        student: auto:0.25 for the teacher's architecture at about that fraction of its parameters; pruned:0.25 for the
+            same, but begun as the teacher without its weakest channels (networks of zskt, transformers' ResNet);
+            wrn-DEPTH-WIDTH, resnet-18, resnet-34 or vgg-11 (these also with -WIDTH), lenet-5, lenet-5-half or
+            convnet-WIDTH; package.module:factory, file.py:factory, timm:NAME or torchvision:NAME; a run folder, to go
+            on from its student.
         student_args: arguments for the student's factory, as in depth=20 classes=37.
         out: output folder: log, checkpoints, sample images, student, report.
         recipe: a name from `zskt recipes`, or auto, the default.
         config: a TOML file of settings that override the recipe's, such as another run's config.toml.
         method: file.py:function or package.module:function that builds a custom method; runs that code, needs --trust.
         evaluate: labelled test images, used for evaluation only, never for training.
+        images: a folder or archive of unlabelled images that you do have, as in --images photos: they join the pseudo
+            images of a bank, and the student is no longer data-free.
         log: also for TensorBoard: tensorboard --logdir OUT shows it while the run goes on.
         stop_after: stop after a time (90s, 9m, 2h) or a number of steps; continue with --resume.
         resume: continue the run in --out from its last checkpoint; with nothing else, by the command that began it.
@@ -110,12 +118,13 @@ def run_distill(
         teacher, student = words["teacher"], words["student"]
         student_args, method = words.get("student_args", ()), words.get("method")
         evaluate, log = evaluate or words.get("evaluate", ()), log or words.get("log")
+        images = images or (Path(words["images"]) if "images" in words else None)
         config = config or expanded(out) / "config.toml"
     if teacher is None or student is None:
         missing = "a teacher" if teacher is None else "--student"
         raise UsageError(f"expected a teacher and --student, found no {missing.removeprefix('a ')}; give {missing}")
     words = {"teacher": teacher, "student": student, "student_args": student_args, "method": method}
-    words |= {"evaluate": evaluate, "log": log}
+    words |= {"evaluate": evaluate, "images": images, "log": log}
     network = open_network(teacher, foreign).teacher
     make = None if method is None else open_method(method, foreign.trust)
     base, changes = read_settings(recipe, config, settings, typed(overrides, SHORTCUTS), make)
@@ -124,8 +133,11 @@ def run_distill(
     seed = replace(Config(), {"seed": changes.get("seed", 0)}).seed
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
+    say_if_larger(module, network)
     planned = plan(network, module, base, changes, make, begun_config(out) if resume else None)
     chosen = planned.config
+    if images is not None:
+        refuse_own_images(chosen)  # before they are read
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
     say_if_busy(chosen.machine.threads, lambda: network(torch.zeros(16, *network.input_size)))
     say_if_emulated(chosen.machine.precision, chosen.machine.device)
@@ -139,7 +151,10 @@ def run_distill(
         notice(f"this takes {takes}{work / 1e15:.2g} PFLOP and about {max(1, space):,.0f} MB in {out}")
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
-    images = test_images(evaluate, network) if evaluate else None
+    test = test_images(evaluate, network) if evaluate else None
+    own = None if images is None else own_images(images, network)
+    if own is not None:
+        notice(f"{len(own):,} images of yours join the bank: the student is no longer data-free")
     loggers = [remember(out, words, foreign), *([] if log is None else [to_tensorboard(out)])]
     with distilling() as callback:
         result = distill(
@@ -147,7 +162,8 @@ def run_distill(
             module,
             planned,
             out=out,
-            evaluate=images,
+            evaluate=test,
+            images=own,
             callbacks=[callback, *loggers],
             stop_after=stop_after,
             resume=resume,
@@ -172,6 +188,7 @@ def run_distill(
         "student": str(out),
         "student_parameters": count_parameters(module),
         "teacher_parameters": count_parameters(network.module),
+        **({"images": result.images} if result.images else {}),
         **result.measured,
         **({"disagreements": found["teacher"]} if found else {}),
         "warnings": result.warnings,
@@ -243,18 +260,18 @@ def run_evaluate(
     Example: zskt evaluate runs/a --data cifar10-test.zip --teacher teacher
 
     Args:
-        model: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
-            file.py:factory, timm:NAME or torchvision:NAME.
+        model: a teacher or run folder (if stopped: the student of its newest checkpoint), a Hugging Face folder, a .pt2
+            or TorchScript file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
         data: labelled images, as in zskt teach; the test split is used.
         teacher: also measure agreement with this network and divergence from it; specified as MODEL is.
         device: auto, cpu, cuda or cuda:N.
     """
     where = pick_device(device)
-    model_found, teacher_found = open_networks([model, teacher], foreign)
+    model_found, teacher_found = open_networks([model, teacher], foreign, unfinished=True)
     assert model_found is not None
     network = model_found.teacher.to(where)
     other = None if teacher_found is None else teacher_found.teacher.to(where)
-    return measure(network, *test_images(data, network), other)
+    return said_progress(model_found) | measure(network, *test_images(data, network), other)
 
 
 def run_sample(

@@ -1,41 +1,32 @@
 """Subcommands that make and inspect teachers. Their docstrings are the help texts."""
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import tyro
-from rich.markup import escape
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from zskt.cli.options import Assignments, File, ImageSize, Reals, Text, Time, Words, options, typed
-from zskt.cli.progress import bar, console, notice, say_if_emulated, teaching, warn
-from zskt.data.images import KNOWN, Dataset, read
-from zskt.errors import UsageError, ZsktError, printable
-from zskt.evaluate.measures import measure, noise_classes
+from zskt.cli.options import Assignments, File, ImageSize, Reals, Time, Words, options, typed
+from zskt.cli.progress import bar, notice, say_if_emulated, teaching, warn
+from zskt.data.images import KNOWN, Dataset, read, read_unlabelled
+from zskt.errors import UsageError, ZsktError
+from zskt.evaluate.measures import measure
 from zskt.files import expanded
-from zskt.method.budget import duration, expected_seconds, operations, probe
 from zskt.method.protocol import Make
-from zskt.method.recipe import AUTO, choose, plan
 from zskt.networks import models
 from zskt.networks.classifier import Classifier, count_parameters, unit_normalisation
 from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
-from zskt.networks.loading import Loaded, is_own_folder, load
+from zskt.networks.loading import Loaded, is_own_folder, load, refuse_unused
 from zskt.networks.models import Size
-from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
-from zskt.networks.students import describe_student, make_student
 from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
 from zskt.run import checkpoint
-from zskt.run.without_data import inspect_run, told
+from zskt.run.unfinished import is_unfinished, load_unfinished
 from zskt.runtime import seeded
 
 Result = dict[str, Any]
@@ -45,8 +36,6 @@ Network = Annotated[str, tyro.conf.arg(metavar="NETWORK")]
 
 PLAUSIBLE = 0.5
 """Accuracy below which an import is doubted."""
-NOISE_FLOPS = 200_000_000_000
-"""FLOPs that `zskt inspect` spends on noise images."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +61,33 @@ Options = tyro.conf.OmitArgPrefixes[Foreign]
 FOREIGN = Foreign()
 
 
-def open_networks(networks: Sequence[str | Path | None], foreign: Foreign) -> list[Loaded | None]:
-    """The networks that a command names, in order; None stays None."""
+def open_networks(
+    networks: Sequence[str | Path | None], foreign: Foreign, *, unfinished: bool = False
+) -> list[Loaded | None]:
+    """The networks that a command names, in order; None stays None.
+
+    With `unfinished`, the first one may be the folder of a stopped run: the student of its newest checkpoint.
+    """
     named = [str(network) for network in networks if network is not None]
     options = iter(each_foreign(named, foreign))
-    return [None if network is None else open_as(str(network), next(options)) for network in networks]
+    found: list[Loaded | None] = []
+    for network in networks:
+        if network is None:
+            found.append(None)
+        elif unfinished and str(network) == named[0] and is_unfinished(expanded(network)):
+            found.append(open_unfinished(str(network), next(options)))
+        else:
+            found.append(open_as(str(network), next(options)))
+    return found
+
+
+def open_unfinished(name: str, foreign: Foreign) -> Loaded:
+    """The student of a stopped run's newest checkpoint, which contains all that options could say."""
+    given = {"weights": foreign.teacher_weights, "args": foreign.teacher_args, "input-size": foreign.input_size}
+    refuse_unused(given | {"mean": foreign.mean, "std": foreign.std}, f"{name}, which contains all of this")
+    student, about = load_unfinished(expanded(name), trust=foreign.trust)
+    warn(f"{name} is at {about['warnings'][0]}; taking the student of its newest checkpoint")
+    return Loaded(student, "checkpoint of a run", "the checkpoint", unfinished=about)
 
 
 def each_foreign(named: Sequence[str], foreign: Foreign) -> list[Foreign]:
@@ -110,6 +121,23 @@ def open_as(name: str, foreign: Foreign) -> Loaded:
     )
 
 
+def say_if_larger(student: nn.Module, teacher: Classifier) -> None:
+    """Warn of a student that has more parameters than its teacher."""
+    ours, theirs = count_parameters(student), count_parameters(teacher.module)
+    if ours > theirs > 0:
+        warn(
+            f"the student has {ours:,} parameters, more than the teacher's {theirs:,}; for a smaller one give, say, "
+            "--student auto:0.25"
+        )
+
+
+def said_progress(loaded: Loaded) -> Result:
+    """What a result says of the student of a run that has not finished."""
+    if loaded.unfinished is None:
+        return {}
+    return {"finished": False, "step": loaded.unfinished["step"], "steps": loaded.unfinished["steps"]}
+
+
 def open_network(network: str | Path, foreign: Foreign) -> Loaded:
     """The only network that a command names."""
     (loaded,) = open_networks([network], foreign)
@@ -136,6 +164,14 @@ def test_images(sources: Sequence[str], network: Classifier) -> tuple[Tensor, Te
     if network.class_names is not None and network.class_names != test.class_names:
         notice(f"note: class names differ: network {network.class_names[:3]}..., data {test.class_names[:3]}...")
     return test.images, test.labels
+
+
+def own_images(source: Path, network: Classifier) -> Tensor:
+    """Unlabelled images (M, C, H, W) of the user's own, at the network's size."""
+    with bar("reading your images", "images") as show:
+        return read_unlabelled(
+            source, network.input_size, progress=lambda done, total: show(done, total, ""), notice=notice
+        )
 
 
 def open_method(spec: str, trust: bool) -> Make:
@@ -280,110 +316,3 @@ def run_import(
         notice(NOT_MEASURED)
     save_teacher(out, teacher, **report.metadata, measured=measured)
     return {"teacher": str(out), "renamed": report.metadata["renamed"], "measured": bool(data), **measured}
-
-
-def run_inspect(
-    what: tyro.conf.Positional[Network],
-    /,
-    *,
-    student: Text = None,
-    student_args: Assignments = (),
-    teacher: Text = None,
-    other: Words = (),
-    foreign: Options = FOREIGN,
-) -> Result:
-    """Show what zskt finds in a network, what distilling it would do, and how good a student is without data.
-
-    For a run's student, --teacher and --other count disagreements with its teacher and with other students: on fresh
-    pseudo images, on those of the generator half-way through the run, on mixed ones and on noise.
-
-    Example: zskt inspect runs/a --teacher teacher --other runs/b
-
-    Args:
-        what: a teacher or run folder, a Hugging Face folder, a .pt2 or TorchScript file, package.module:factory,
-            file.py:factory, timm:NAME or torchvision:NAME.
-        student: also show what distilling into this network, specified as in zskt distill, would do.
-        student_args: arguments for the student's factory.
-        teacher: of a run folder: also count the student's disagreements with this network, its teacher.
-        other: of a run folder: also count its disagreements with these runs' students, of other seeds, say.
-    """
-    if (teacher or other) and not (expanded(what) / "student.json").exists():
-        raise UsageError(f"--teacher and --other are for a finished run, found {printable(what)}; give its folder")
-    loaded, *compared = (each for each in open_networks([what, teacher, *other], foreign) if each is not None)
-    network = loaded.teacher
-    stages = find_stages(network.module, network.input_size)
-    config, reason = choose(AUTO, network)
-    flops = forward_flops(network.module, network.input_size)
-    norms = len(batchnorm_layers(network.module))
-    count = max(100, min(1_000, NOISE_FLOPS // max(1, flops)))  # noise images: a few seconds of work
-    result: Result = {
-        "kind": loaded.kind,
-        "model": spec if isinstance(spec := getattr(network.module, "spec", None), str) else None,
-        "input_size": list(network.input_size),
-        "num_classes": network.num_classes,
-        "output": network.output,
-        "mean": network.mean.flatten().tolist(),
-        "std": network.std.flatten().tolist(),
-        "normalisation_from": loaded.normalisation,
-        "parameters": count_parameters(network.module),
-        "flops": flops,
-        "latency_ms": latency(network),
-        "batchnorm_layers": norms,
-        "stages": list(stages),
-        "stage_resolutions": [list(side) for side in stage_resolutions(network.module, stages, network.input_size)],
-        "noise_classes": noise_classes(network, count),
-        "recipe": config.recipe,
-        "reason": reason,
-        "attention": f"possible, {len(stages)} stages" if stages else "not possible: no stages to compare",
-        "batchnorm_prior": f"possible, {norms} layers" if norms else "not possible: no BatchNorm statistics",
-        "notes": [*network.notes, *([loaded.lost] if loaded.lost else [])],
-    }
-    if student is not None:
-        module = make_student(student, network, parse_arguments(student_args, "--student-args"))
-        notice(f"student {describe_student(module, network)}")
-        planned = plan(network, module)
-        config = planned.config
-        notice("timing a few steps")
-        cost = planned.cost or probe(network, module, config, planned.make)
-        result |= {
-            "reason": planned.reason,
-            "student_parameters": count_parameters(module),
-            "student_flops": forward_flops(module, network.input_size),
-            "student_fraction": round(count_parameters(module) / max(1, count_parameters(network.module)), 4),
-            "generator_width": config.generator.width,
-            "attention_pairs": list(config.student.loss.stages),
-            "steps": config.steps,
-            "takes": duration(expected_seconds(config, cost)),
-            "pflop": float(f"{operations(network, module, config) / 1e15:.2g}"),
-        }
-    table = Table("", "found", title=escape(printable(what)))
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(printable(value)))
-    console().print(table)
-    if compared:
-        first = compared.pop(0).teacher if teacher is not None else None
-        others = {name: each.teacher for name, each in zip(other, compared, strict=True)}
-        found = inspect_run(expanded(what), network, first, others)
-        for line in told(found):
-            notice(line)
-        result["disagreements"] = found
-    return result
-
-
-def latency(network: Classifier, seconds: float = 1.0) -> float | None:
-    """Median milliseconds of a forward pass of one image, over about `seconds` after three warm-up passes.
-
-    None if the network does not accept a single image.
-    """
-    image = torch.zeros(1, *network.input_size, dtype=torch.uint8)
-    x = network.normalise(image)  # (1, C, H, W)
-    times: list[float] = []
-    with evaluating(network):
-        while len(times) < 4 or (sum(times) < seconds and len(times) < 100):
-            begun = time.perf_counter()
-            try:
-                network(x)
-            except Exception:
-                return None
-            times.append(time.perf_counter() - begun)
-    return round(1e3 * statistics.median(times[3:]), 3)

@@ -7,17 +7,11 @@ N images, C channels, H x W pixels, K classes.
 
 import errno
 import hashlib
-import io
 import json
-import math
 import os
 import re
 import tempfile
-import threading
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,16 +20,14 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from zskt.data.arrays import Pixels, Split, find_arrays, read_arrays
+from zskt.data.decode import Progress, check_size, decode, in_memory
 from zskt.data.sources import IMAGE_NAME, Member, Notice, members_of
-from zskt.errors import UsageError, ZsktError, failing, to_stderr, unknown
+from zskt.errors import UsageError, ZsktError, to_stderr, unknown
 from zskt.files import expanded, read_json, regular, replacing, write_json
 from zskt.networks.models import Size
-
-Progress = Callable[[int, int], None]  # (images done, total)
 
 _DIGITS = tuple("0123456789")
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -96,12 +88,6 @@ KNOWN: dict[str, KnownSet] = {
 _IMAGE = re.compile(  # [top/]split/class/file; non-greedy, because CIFAR-100 has a class called train
     rf"(?:[^/]+/)??(train|test|val|valid|validation)/([^/]+)/{IMAGE_NAME.pattern}", re.IGNORECASE | re.DOTALL
 )
-_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts Ghostscript
-_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}  # 8-bit modes
-_GROUP, _GROUP_BYTES = 256, 2**27  # most images decoded at once, and most bytes of their files, and of their pixels
-_MOST_PIXELS = 2**26  # of an image; while it is decoded it takes up to eight bytes for each
-_LARGE = 2**22  # pixels from which on images are decoded one at a time
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def _read_images(
@@ -132,14 +118,14 @@ def _read_images(
             raise ZsktError(f"{member} is the same image as {other}; give each source once")
         key.update(digest)
     root = os.environ.get("ZSKT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "zskt")
-    decode = partial(_decode, files=files, size=size, progress=progress)
-    images = _cached(Path(root, f"{key.hexdigest()}.npy"), decode, notice)
+    write = partial(decode, files=files, size=size, progress=progress)
+    images = _cached(Path(root, f"{key.hexdigest()}.npy"), write, notice)
     name = next((name for name in ("cifar10", "cifar100") if KNOWN[name].class_names == class_names), "images")
     return Dataset(torch.from_numpy(images), torch.tensor(labels), class_names, name)
 
 
-def _cached(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
-    """The array that `decode` writes: memory-mapped from the cache at `path`, which is filled if missing or damaged."""
+def _cached(path: Path, write: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
+    """The array that `write` writes: memory-mapped from the cache at `path`, which is filled if missing or damaged."""
     about = path.with_suffix(".json")
     stored = _stored(path, about)
     if stored is None:
@@ -148,15 +134,15 @@ def _cached(path: Path, decode: Callable[[IO[bytes]], list[str]], notice: Notice
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
             notice(f"decoded images are not cached: {path.parent} is not writable ({error.strerror}); set ZSKT_CACHE")
-            return _in_memory(decode, notice)
+            return in_memory(write, notice)
         try:
             with replacing(path) as file:
-                lines = decode(file)
+                lines = write(file)
         except ZsktError as error:
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.ENOSPC:
                 raise
             notice(f"decoded images are not cached: no space left for {path.parent}; set ZSKT_CACHE")
-            return _in_memory(decode, notice)
+            return in_memory(write, notice)
         write_json(about, {"sha256": _file_digest(path), "notices": lines})
         stored = _stored(path, about)
         if stored is None:
@@ -185,15 +171,6 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _in_memory(decode: Callable[[IO[bytes]], list[str]], notice: Notice) -> Pixels:
-    memory = io.BytesIO()
-    for line in decode(memory):
-        notice(line)
-    memory.seek(0)
-    images: Pixels = np.load(memory)
-    return images
-
-
 def _resized(data: Dataset, size: Size | None, progress: Progress | None, notice: Notice) -> Dataset:
     """The images at `size`; they pass through the decoder as in-memory PGM or PPM files, a header and raw pixels."""
     channels, height, width = data.images.shape[1:]
@@ -203,101 +180,8 @@ def _resized(data: Dataset, size: Size | None, progress: Progress | None, notice
     pixels = data.images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
     loads = [partial(bytes, header + image.tobytes()) for image in pixels]
     files = [Member(Path(data.name), f"image {index}", 0, load) for index, load in enumerate(loads)]
-    images = _in_memory(partial(_decode, files=files, size=size, progress=progress), notice)
+    images = in_memory(partial(decode, files=files, size=size, progress=progress), notice)
     return replace(data, images=torch.from_numpy(images))
-
-
-def _decode(file: IO[bytes], files: list[Member], size: Size | None, progress: Progress | None) -> list[str]:
-    """Write the images as one .npy array (N, C, H, W) uint8; returns notices about what was changed."""
-    changes: Counter[str] = Counter()
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        shape = size or _native(_opened(files[0], files[0].read()))
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        done = 0
-        for group in _groups(files, _GROUP_BYTES // math.prod(shape)):
-            contents = [member.read() for member in group]  # in one thread, as archives are not thread-safe
-            like = None if size else files[0]
-            for pixels, changed in pool.map(partial(_fit, shape=shape, like=like), group, contents):
-                file.write(pixels.tobytes())
-                changes.update(changed)
-            done += len(group)
-            if progress:
-                progress(done, len(files))
-    return [f"{count:,} of {len(files):,} images {change}" for change, count in changes.items()]
-
-
-def _groups(files: list[Member], most: int) -> Iterator[list[Member]]:
-    """The files in order, in groups that fit into memory: by their own bytes, and at most `most` decoded ones."""
-    group: list[Member] = []
-    for member in files:
-        if group and (len(group) >= min(most, _GROUP) or sum(each.size for each in [*group, member]) > _GROUP_BYTES):
-            yield group
-            group = []
-        group.append(member)
-    yield group
-
-
-def _opened(member: Member, content: bytes) -> Image.Image:
-    """An image of which only the header was read; raises ZsktError if it is none, or too large."""
-    with failing(f"{member} cannot be decoded", "replace or remove it"):
-        try:
-            image: Image.Image = Image.open(io.BytesIO(content), formats=_DECODERS)
-        except UnidentifiedImageError:
-            raise ZsktError(f"{member} is not an image of a known format; replace or remove it") from None
-    if image.mode not in _CHANNELS:
-        raise ZsktError(f"{member}: expected 8 bits per channel, found mode {image.mode}; convert it")
-    if image.width * image.height > _MOST_PIXELS:
-        raise ZsktError(
-            f"{member}: expected at most {_MOST_PIXELS:,} pixels, found {image.height} x {image.width}; resize it"
-        )
-    return image
-
-
-def _native(image: Image.Image) -> Size:
-    return _CHANNELS[image.mode], image.height, image.width
-
-
-def _fit(member: Member, content: bytes, shape: Size, like: Member | None) -> tuple[Pixels, list[str]]:
-    """One image as `shape` = (C, H, W) uint8, and what was changed: nothing may be if it must be `like` the first."""
-    image = _opened(member, content)
-    native = _native(image)
-    if like is not None and native != shape:
-        found = f"{shape} in {like} and {native} in {member}"
-        raise ZsktError(f"expected images of one size (C, H, W), found {found}; resize them or give --input-size")
-    if image.width * image.height <= _LARGE:
-        return _fitted(member, image, shape)
-    with _ONE_AT_A_TIME:
-        return _fitted(member, image, shape)
-
-
-def _fitted(member: Member, image: Image.Image, shape: Size) -> tuple[Pixels, list[str]]:
-    native = _native(image)
-    with failing(f"{member} cannot be decoded", "replace or remove it"):
-        image.load()
-    channels, height, width = shape
-    changes = []
-    if image.has_transparency_data:
-        image = image.convert("RGBA")  # because Pillow warns about palette to RGB
-        changes.append("lost their transparency")
-    image = image.convert("L" if channels == 1 else "RGB")
-    if native[0] != channels:
-        changes.append("converted from greyscale to colour" if channels == 3 else "converted from colour to greyscale")
-    if native[1:] != (height, width):
-        scaled = (native[2] * height // native[1], height)  # (width, height): the height fits, the width is cropped
-        if scaled[0] < width:
-            scaled = (width, native[1] * width // native[2])
-        if scaled[0] * scaled[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ZsktError(
-                f"{member}: {native[1]} x {native[2]} is too elongated to be resized to {height} x {width}; "
-                "crop or remove it"
-            )
-        left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
-        image = image.resize(scaled, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-        changes.append(f"resized and centre-cropped to {height} x {width}")
-    pixels = np.asarray(image)  # (H, W) or (H, W, 3)
-    return (pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)), changes
 
 
 def read(
@@ -321,8 +205,7 @@ def read(
     sources = [sources] if isinstance(sources, str) else [str(source) for source in sources]
     if split not in ("train", "test"):
         raise unknown("split", split, ("train", "test"))
-    if size is not None and (len(size) != 3 or size[0] not in (1, 3) or min(size) < 1):
-        raise UsageError(f"expected a size (C, H, W) with C 1 or 3, found {size}; correct it")
+    check_size(size)
     if sources == ["digits"]:
         return _resized(digits()[split == "test"], size, progress, notice)
     paths = [_existing(source) for source in sources]
@@ -339,6 +222,24 @@ def read(
     if images:
         return _read_images(images, split, size, progress, notice)
     return _resized(_dataset(*read_arrays(layout, arrays, split)), size, progress, notice)
+
+
+def read_unlabelled(
+    source: str | Path, size: Size, *, progress: Progress | None = None, notice: Notice = to_stderr
+) -> Tensor:
+    """All images in a folder or archive, whatever its folders mean: (M, *size) uint8, in the order of their names.
+
+    They are resized and converted as `read` does it. Raises ZsktError if there are none.
+    """
+    check_size(size)
+    path = expanded(source)
+    if not os.path.exists(path):
+        raise ZsktError(f"expected a folder or archive of images at {source}, found nothing; check the path")
+    files = [member for member in members_of(path, notice) if IMAGE_NAME.fullmatch(member.name)]
+    if not files:
+        raise ZsktError(f"expected PNG, JPEG or similar images in {source}, found none; give the folder that has them")
+    files.sort(key=lambda member: member.name)
+    return torch.from_numpy(in_memory(partial(decode, files=files, size=size, progress=progress), notice))
 
 
 def digits(split_seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -21,7 +21,7 @@ from zskt.run.report import MEASURES
 from zskt.runtime import __version__
 
 _TEXTS = ("recipe", "reason", "teacher_fingerprint", "teacher_model", "imported_from", "sha256", "how")
-_NUMBERS = ("steps", "seed", "seconds", "teacher_parameters")
+_NUMBERS = ("step", "steps", "seed", "seconds", "teacher_parameters", "images")
 
 
 def write_hub(folder: Path, network: Classifier, metadata: Mapping[str, Any]) -> None:
@@ -86,10 +86,12 @@ def model_card(name: str, network: Classifier, described: Mapping[str, Any]) -> 
     """README.md: what the network is, where it comes from, what was measured and what was not, how to load it."""
     how: Mapping[str, Any] = described["rebuild"]
     kind, what = next(iter(how.items()))
+    own = described.get("images")
+    data_free = described.get("recipe") and not own
     header = {
         "library_name": "transformers" if kind == "transformers" else "zskt",
         "pipeline_tag": "image-classification",
-        "tags": ["zskt", "image-classification", *(["data-free-distillation"] if described.get("recipe") else [])],
+        "tags": ["zskt", "image-classification", *(["data-free-distillation"] if data_free else [])],
     }
     size, names = " x ".join(map(str, network.input_size)), network.class_names
     model = what if kind == "spec" else f"{what} ({'Python object' if kind == 'python' else kind})"
@@ -108,13 +110,15 @@ def model_card(name: str, network: Classifier, described: Mapping[str, Any]) -> 
         "teacher fingerprint (SHA-256)": described.get("teacher_fingerprint"),
         "recipe": described.get("recipe"),
         "why this recipe": described.get("reason"),
-        "steps": None if described.get("steps") is None else f"{described['steps']:,}",
+        "steps": None if described.get("steps") is None else f"{described.get('step', described['steps']):,}",
         "seed": described.get("seed"),
     }
     found = described.get("measured") or {}
     measures = MEASURES if origin["recipe"] else {"accuracy": "accuracy", "calibration_error": "calibration error"}
     measured = {label: f"{found[key]:.4f}" if key in found else "not measured" for key, label in measures.items()}
     distilled = "Distilled from its teacher without any data, by zero-shot knowledge transfer."
+    if own:
+        distilled = f"Distilled from its teacher on pseudo images and {own:,} unlabelled images, so not without data."
     paragraphs = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"]),
         f"# {name}",

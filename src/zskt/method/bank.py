@@ -67,6 +67,7 @@ class Bank:
         self.owner = torch.empty(capacity, dtype=torch.int64, device=rng.device)  # (M,) the rank that has row m
         self.place = torch.empty(capacity, dtype=torch.int64, device=rng.device)  # (M,) and where
         self.counts = [0] * ranks.size()  # rows of each rank
+        self.own = 0  # rows, the first ones, that are the user's
         if ranks.size() > 1:
             capacity = capacity // ranks.size() + 1
         kind = torch.uint8 if as_bytes else next(teacher.parameters()).dtype
@@ -78,10 +79,19 @@ class Bank:
     def add(self, images: Tensor) -> None:
         """Store normalised images (N, C, H, W), each rank its share, and ask the teacher about each view of them."""
         n = ranks.size() * len(images)
-        new = self._place(n)[1]
+        self._store(images, n, *self._place(n))
+
+    @torch.no_grad()
+    def add_own(self, images: Tensor) -> None:
+        """The same for images of the user's that all ranks have."""
+        mine, new = self._place(len(images))
+        self._store(images[mine], len(images), mine, new)
+
+    def _store(self, images: Tensor, n: int, mine: slice, new: slice) -> None:
+        """Put images, those `mine` of n, where they go, with views drawn for all of them."""
         self.images[new] = self._stored(images)
         for number in range(self.views.shape[1]):
-            self.views[new, number] = ranks.own(self._draw(n))
+            self.views[new, number] = self._draw(n)[mine]
             self.logits[new, number] = self.ask(self._shown(self.images[new], self.views[new, number])).logits
         if not bool(self.logits[new].isfinite().all()):
             raise ZsktError(
@@ -92,11 +102,6 @@ class Bank:
     def count(self) -> int:
         """Rows of all ranks."""
         return sum(self.counts)
-
-    @property
-    def own(self) -> slice:
-        """This rank's rows."""
-        return slice(0, self.counts[ranks.rank()])
 
     def _place(self, n: int) -> tuple[slice, slice]:
         """Room for n new rows, of which each rank gets the next share: which are this rank's, and where they go."""
@@ -109,6 +114,16 @@ class Bank:
         self.counts = [count + b - a for count, (a, b) in zip(before, itertools.pairwise(first), strict=True)]
         mine = ranks.rank()
         return slice(first[mine], first[mine + 1]), slice(before[mine], self.counts[mine])
+
+    def reserve(self, own: int) -> None:
+        """Make room for `own` images that the user has, to be added before any other; the bank is still empty."""
+        assert self.count == 0
+        self.own = own
+        share = -(-own // ranks.size())
+        self.images, self.views, self.logits = (
+            rows.new_empty(share + len(rows), *rows.shape[1:]) for rows in (self.images, self.views, self.logits)
+        )
+        self.owner, self.place = (rows.new_empty(own + len(rows)) for rows in (self.owner, self.place))
 
     @torch.no_grad()
     def draw(self, n: int) -> Batch:
@@ -126,10 +141,11 @@ class Bank:
         return Batch(shown, teacher=Observation(self._fetch(self.logits, chosen, number).to(shown.dtype)))
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """Stored images (n, C, H, W), normalised, as the seed draws them; a rank that is alone knows its own only."""
+        """Stored pseudo images (n, C, H, W), normalised, as the seed draws them; a rank alone knows but its own."""
         if ranks.size() == 1:
-            return bank_images(self.teacher, self.images[self.own], n, seed)
-        chosen = drawn(self.count, n, seed).to(self.images.device)
+            first = int((self.owner[: self.own] == ranks.rank()).sum())
+            return bank_images(self.teacher, self.images[first : self.counts[ranks.rank()]], n, seed)
+        chosen = self.own + drawn(self.count - self.own, n, seed).to(self.images.device)
         return _normalised(self.teacher, ranks.whole(self._fetch(self.images, chosen)))
 
     def _draw(self, n: int) -> Tensor:
@@ -230,7 +246,7 @@ class BankDistillation:
 
     def sample(self, n: int, seed: int) -> Tensor:
         """Images (n, C, H, W) from the bank or, while it is empty, from the round that goes on."""
-        if self.bank.count:
+        if self.bank.count > self.bank.own:
             return self.bank.sample(n, seed)
         return bank_images(self.bank.teacher, ranks.whole(self.synthesis.images), n, seed)
 

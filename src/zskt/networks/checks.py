@@ -1,6 +1,7 @@
 """Checks of a teacher, which is also frozen, and of a pair of teacher and student; N images, K classes."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +106,46 @@ def probe(module: nn.Module, size: Size) -> tuple[int, Output, tuple[str, ...]]:
         notes.append(f"the network returns probabilities: using their logarithms, clamped at log {SMALLEST:g}")
     elif kind == "log-probabilities":
         notes.append("the network returns log-probabilities: using them as logits")
+    elif bounded(module, both, noise):
+        notes.append(
+            "all outputs lie within [0, 1], as those of a sigmoid do, and are taken as logits: if there is a sigmoid, "
+            "let the network return its input, or wrap it in a module that returns its torch.logit"
+        )
     if not torch.allclose(first, both[:2], rtol=1e-2, atol=1e-2 * float(both.abs().max())):
         notes.append(
             "the output for an image varies between calls or with the rest of the batch: are dropout or BatchNorm in "
             "training mode?"
         )
     return int(both.shape[1]), kind, tuple(notes)
+
+
+def bounded(module: nn.Module, outputs: Tensor, noise: Tensor) -> bool:
+    """Whether outputs (3, K) lie within [0, 1] and stay there for noise (3, C, H, W) a hundred times as strong."""
+    if not ((outputs >= 0) & (outputs <= 1)).all():
+        return False
+    with torch.no_grad():
+        strong = logits_of(module(100 * noise))  # (3, K): logits leave [0, 1] as images grow
+    return bool(((strong >= 0) & (strong <= 1)).all())
+
+
+UNIFORM = 0.97
+"""Mean entropy of a network's beliefs about noise, as a fraction of the largest, from which on it looks untrained."""
+
+
+def untrained(teacher: Classifier) -> str:
+    """Why a network looks untrained: BatchNorm statistics as initialised, or uniform answers; or nothing."""
+    if layers := batchnorm_layers(teacher.module):
+        for layer in layers:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            if bool((layer.running_mean != 0).any()) or bool((layer.running_var != 1).any()):
+                return ""
+        return f"running mean 0 and variance 1 in all of its {len(layers)} BatchNorm layers"
+    pixels = torch.rand(64, *teacher.input_size, generator=torch.Generator().manual_seed(0))
+    with evaluating(teacher):
+        logs = teacher(teacher.normalise(pixels)).double().log_softmax(dim=1)  # (64, K)
+    entropy = float(-(logs.exp() * logs).sum(dim=1).mean()) / math.log(teacher.num_classes)
+    return f"all classes nearly equally likely for noise (entropy {entropy:.3f} of 1)" if entropy > UNIFORM else ""
 
 
 def _with_gradient(module: nn.Module, noise: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import ZsktError, short
-from zskt.files import expanded, read_json, read_sealed, read_tensors, sealed, tensor_shapes, write_json, write_tensors
+from zskt.files import expanded, read_json, read_sealed, read_tensors, sealed, write_json, write_tensors
 from zskt.networks.checks import as_teacher, bare
 from zskt.networks.classifier import Classifier, checked_size, count_parameters, unit_normalisation
 from zskt.networks.rebuild import describe_module, rebuild_module, unallocated
@@ -92,10 +93,23 @@ def is_hub_folder(folder: Path) -> bool:
 
 def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, trust: bool = False) -> Classifier:
     """The network that the JSON at `path` describes, or a copy of `module`, with the tensors of a safetensors file."""
-    metadata = _checked_metadata(path)
+    return build_network(read_sealed(path), read_tensors(weights)[0], path, weights, module, trust=trust)
+
+
+def build_network(
+    description: Any,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    weights: Path,
+    module: nn.Module | None = None,
+    *,
+    trust: bool = False,
+) -> Classifier:
+    """The network of a description found in `path`, or a copy of `module`, with the tensors found in `weights`."""
+    metadata = _checked_metadata(description, path)
     mean, std, _ = unit_normalisation(metadata["mean"], metadata["std"], white=1, where=path)
 
-    def fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
@@ -112,11 +126,9 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
         size = checked_size(metadata["input_size"])
         make = functools.partial(rebuild_module, how, path, metadata["num_classes"], size, trust=trust)
         if isinstance(how.get("spec"), str) or isinstance(how.get("transformers"), str):
-            shapes = tensor_shapes(weights)
-            with unallocated(len(shapes)):  # a short file can describe a network too large for memory
-                fill(make(), {name: torch.empty(shape) for name, shape in shapes.items()})
+            with unallocated(len(tensors)):  # a short file can describe a network too large for memory
+                fill(make(), {name: torch.empty(tensor.shape) for name, tensor in tensors.items()})
         module = make()
-    tensors, _ = read_tensors(weights)
     for tensor in tensors.values():
         if tensor.is_floating_point():  # float64 stays, all else becomes float32
             module.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
@@ -137,9 +149,8 @@ def read_network(path: Path, weights: Path, module: nn.Module | None = None, *, 
     return as_teacher(network, copied=False)
 
 
-def _checked_metadata(path: Path) -> dict[str, Any]:
+def _checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     """The JSON stored with a network's weights, checked for what a network needs."""
-    metadata: Any = read_sealed(path)
     if not isinstance(metadata, dict):
         raise ZsktError(f"expected an object in {path}, found {type(metadata).__name__}; write the folder again")
 

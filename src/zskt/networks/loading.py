@@ -16,7 +16,7 @@ from zskt.errors import UsageError, ZsktError, failing, short, to_stderr
 from zskt.files import expanded
 from zskt.networks import hugging_face
 from zskt.networks.archives import kind_of, read_weights
-from zskt.networks.checks import as_teacher
+from zskt.networks.checks import as_teacher, untrained
 from zskt.networks.classifier import Classifier, unit_normalisation
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.folder import is_hub_folder, load_network
@@ -41,6 +41,7 @@ class Loaded:
     kind: str  # what kind of thing it was loaded from
     normalisation: str  # where mean and standard deviation come from
     lost: str = ""  # one line on what this kind does not support; empty if nothing
+    unfinished: Mapping[str, Any] | None = None  # of a stopped run, what its student.json would say
 
 
 def load_teacher(
@@ -101,12 +102,12 @@ def load(
     specifier, path = str(what), expanded(what)
     if is_own_folder(path):
         given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
-        _refuse_unused(given, f"{path}, a folder that contains all of this")
+        refuse_unused(given, f"{path}, a folder that contains all of this")
         return Loaded(load_network(path, module=module, trust=trust), "folder of zskt", "the folder")
     if module is not None:
         raise UsageError(f"module is for a folder of zskt, found {short(specifier)}; leave it out")
     if path.exists():
-        _refuse_unused({"weights": weights, "args": arguments}, str(path))
+        refuse_unused({"weights": weights, "args": arguments}, str(path))
         found = hugging_face.read_folder(path) if path.is_dir() else _recorded(path, trust)
     elif match := _LIBRARY.fullmatch(specifier):
         found = _from_library(match[1], match[2], weights, dict(arguments or {}), notice)
@@ -125,7 +126,8 @@ def is_own_folder(path: Path) -> bool:
     return path.is_dir() and (is_hub_folder(path) or not (path / "config.json").exists())
 
 
-def _refuse_unused(given: Mapping[str, object], what: str) -> None:
+def refuse_unused(given: Mapping[str, object], what: str) -> None:
+    """Raise UsageError for options that have no effect, by name, with a network that has all of that."""
     for name, value in given.items():
         if value:
             option = f"--teacher-{name}" if name in ("weights", "args") else f"--{name}"
@@ -161,6 +163,8 @@ def _completed(
     assert size
     network = Classifier(found.module, input_size=size, mean=found.mean, std=found.std, class_names=found.class_names)
     teacher = as_teacher(network, copied=False)
+    if sign := untrained(teacher):
+        teacher.notes += (f"the network looks untrained, with {sign}: give its weights, or check them",)
     for line in (*teacher.notes, *([found.lost] if found.lost else [])):
         notice(line)
     return Loaded(teacher, found.kind, source, found.lost)

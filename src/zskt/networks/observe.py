@@ -71,9 +71,13 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(logits, Tensor):
         shape = f"a tensor of shape {tuple(logits.shape)}"
         found = f"{type(output).__name__} with {shape}" if found else shape
-    raise ZsktError(
-        f"expected a network that returns logits of shape (batch, classes), found {found}; wrap the network"
-    )
+    advice = "wrap the network"
+    if isinstance(output, Mapping) and logits is None:
+        found += f", with {short(', '.join(map(str, output)) or 'nothing')}"
+        like = (key for key, value in output.items() if isinstance(value, Tensor) and value.ndim == 2)
+        if (key := next(like, None)) is not None:
+            advice += f" in a module whose forward returns its output[{short(repr(key))}], if that is the logits"
+    raise ZsktError(f"expected a network that returns logits of shape (batch, classes), found {found}; {advice}")
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:

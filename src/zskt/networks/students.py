@@ -1,6 +1,7 @@
 """Students by specifier: a network of ours, a user's factory, or a smaller network of the teacher's family.
 
-`auto:0.25` is the smaller relative of the teacher whose parameter count is nearest to a quarter of the teacher's.
+`auto:0.25` is the smaller relative of the teacher whose parameter count is nearest to a quarter of the teacher's;
+`pruned:0.25` is one of the teacher's depth that begins as the teacher without its weakest channels.
 """
 
 import copy
@@ -9,7 +10,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.folder import load_student
+from zskt.networks.pruning import can_prune, keep_strongest
 from zskt.networks.rebuild import unallocated
 from zskt.runtime import seeded
 
@@ -43,17 +45,18 @@ def make_student(
 
     `spec` is a specifier of `zskt.models` (wrn-16-1), `package.module:factory` or `file.py:factory` (whose code runs,
     with `arguments`), `timm:NAME` or `torchvision:NAME`, or `auto:FRACTION` for the teacher's family at about that
-    fraction of its parameters; `seed` determines the initialisation. A run folder gives its trained student, to go on
-    from. Raises UsageError for an unknown name, ZsktError if nothing fits.
+    fraction of its parameters; `seed` determines the initialisation. `pruned:FRACTION` has no random weights: it is the
+    teacher without its weakest channels. A run folder gives its trained student, to go on from. Raises UsageError for
+    an unknown name, ZsktError if nothing fits.
     """
-    fraction = re.fullmatch(r"auto:(.*)", spec)
+    relative = re.fullmatch(r"(auto|pruned):(.*)", spec)
     if arguments and not is_factory(spec):
         raise UsageError(f"arguments are for factories, and {spec!r} is not one; omit them")
     if (Path(spec) / "student.json").is_file():
         return _trained(Path(spec), teacher)
     with seeded(seed):
-        if fraction:
-            return _relative(teacher, _fraction(fraction[1]))
+        if relative:
+            return _relative(teacher, relative[1], _fraction(relative[1], relative[2]))
         if library := re.fullmatch(r"(timm|torchvision):([\w.\-/]+)", spec):
             return _from_library(teacher, library[1], library[2])
         if is_factory(spec):
@@ -89,37 +92,48 @@ def describe_student(student: nn.Module, teacher: Classifier) -> str:
     return f"{name if isinstance(name, str) else type(student).__name__}: {ours:,} parameters{share}"
 
 
-def _fraction(text: str) -> float:
+def _fraction(kind: str, text: str) -> float:
     try:
         fraction = float(text)
     except ValueError:
         fraction = math.nan
-    if not 0 < fraction < 1:
-        raise UsageError(f"auto:{text}: expected a fraction of the teacher's parameters below 1, as in auto:0.25")
+    if not 0 < fraction < 1 and (kind, fraction) != ("pruned", 1):
+        raise UsageError(f"{kind}:{text}: expected a fraction of the teacher's parameters below 1, as in {kind}:0.25")
     return fraction
 
 
-def _relative(teacher: Classifier, fraction: float) -> nn.Module:
-    """The network of the teacher's family whose parameter count is nearest to this fraction of the teacher's."""
+def _relative(teacher: Classifier, kind: str, fraction: float) -> nn.Module:
+    """The network of the teacher's family whose parameter count is nearest to this fraction of the teacher's.
+
+    Of kind "pruned" it is one of the teacher's layers, which begins with the teacher's weights.
+    """
     module = bare(teacher.module)
     target = fraction * count_parameters(module)
     if not target:
         raise ZsktError(
-            f"auto:{fraction:g} counts parameters, but the teacher has none; choose a student, such as wrn-16-1"
+            f"{kind}:{fraction:g} counts parameters, but the teacher has none; choose a student, such as wrn-16-1"
+        )
+    if kind == "pruned" and not can_prune(teacher):
+        raise ZsktError(
+            f"pruned:{fraction:g} is for networks of zskt and transformers' ResNet, found {type(module).__name__}; "
+            f"use --student auto:{min(fraction, 0.5):g}, or choose a student, such as wrn-16-1"
         )
     sizes: dict[str, int] = {}
     builders: dict[str, Callable[[], nn.Module]] = {}
-    for ladder in _family(teacher, fraction):
+    for ladder in _narrower(teacher, fraction) if kind == "pruned" else _family(teacher, fraction):
         sizes |= _around(ladder, target)
         builders |= ladder
-    wanted, family = f"auto:{fraction:g} asks for about {target:,.0f} parameters, but", type(module).__name__
+    wanted, family = f"{kind}:{fraction:g} asks for about {target:,.0f} parameters, but", type(module).__name__
     if not sizes:
         raise ZsktError(f"{wanted} no smaller relatives of {family} are known; {_suggestions(teacher, target)}")
     nearest = min(sizes, key=lambda name: _distance(sizes[name], target))
     if _distance(sizes[nearest], target) > math.log(NEAR):
         found = f"the nearest relative of {family}, {nearest}, has {sizes[nearest]:,}"
         raise ZsktError(f"{wanted} {found}; {_suggestions(teacher, target)}")
-    return builders[nearest]()
+    student = builders[nearest]()
+    if kind == "pruned":
+        keep_strongest(module, student)
+    return student
 
 
 def _distance(size: int, target: float) -> float:
@@ -186,6 +200,36 @@ def _ours(teacher: Classifier, spec: str) -> Iterator[Ladder]:
             for relative in ladder
             if relative not in (spec, f"{spec}-{models.WIDTH}")
         ]
+
+
+def _narrower(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
+    """The networks of the teacher's depth and no greater width, itself among them, as a ladder."""
+    module = bare(teacher.module)
+    spec = str(getattr(module, "spec", ""))
+    if match := re.fullmatch(r"wrn-(\d+)-([\d.]+)", spec):
+        sixteenths = range(round(16 * float(match[2])), 0, -1)
+        specs = [f"wrn-{match[1]}-{k / 16 if k % 16 else k // 16}" for k in sixteenths]
+    elif match := re.fullmatch(r"(resnet-18|resnet-34|vgg-11|convnet)(?:-(\d+))?", spec):
+        specs = [f"{match[1]}-{width}" for width in range(int(match[2] or models.WIDTH), 0, -1)]
+    else:
+        specs = ["lenet-5", "lenet-5-half"] if spec == "lenet-5" else [spec]
+    ladder: Ladder = [
+        (each, functools.partial(models.build, each, teacher.num_classes, teacher.input_size)) for each in specs
+    ]
+    if not spec:
+        kind: Callable[[Any], nn.Module] = type(module)
+        itself = functools.partial(kind, copy.deepcopy(module.config))
+        ladder = [(type(module).__name__, itself), *next(_scaled(module, fraction))]
+    names = module.state_dict().keys()
+    yield [(name, functools.partial(_of_layers, names, build)) for name, build in ladder]
+
+
+def _of_layers(names: Collection[str], build: Callable[[], nn.Module]) -> nn.Module:
+    """The network, unless its layers are others: a residual network loses a shortcut where widths become equal."""
+    module = build()
+    if module.state_dict().keys() != names:
+        raise ZsktError(f"expected the teacher's layers in {type(module).__name__}, found others; choose another width")
+    return module
 
 
 def _widths(most: int) -> list[int]:

@@ -246,6 +246,12 @@ def check_folder(folder: Path, config: Config, resume: bool) -> None:
         raise ZsktError(f"{folder} holds a finished run whose checkpoints are gone; choose another --out")
     recorded, now = binding(read_config(folder / "config.toml")), binding(config)
     different = [f"{name} = {recorded[name]!r}, now {now[name]!r}" for name in now if recorded[name] != now[name]]
+    sized = {name for name in now if recorded[name] != now[name]} & {"steps", "budget"}
+    if sized and (folder / "student.json").exists():
+        raise ZsktError(
+            f"{folder} has finished its {recorded['steps']:,} steps, and its learning rates have ended with them: it "
+            f"cannot be extended; begin a new run from its student, with --student {folder} and another --out"
+        )
     if different:
         raise ZsktError(f"{folder} was started with other settings ({'; '.join(different)}); resume it with the same")
 

@@ -1,6 +1,7 @@
 """A distillation run: training with evaluation, sample images and the finished student; later, images from its folder.
 
-Nothing here reads data: test images come in as tensors and never reach the training.
+Nothing here reads data: test images come in as tensors and never reach the training. Unlabelled images that a user does
+have come in as a tensor, too, and join those of a bank.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
 from zskt.files import expanded, read_sealed, read_tensors, tensor_shapes, write_tensors, write_text
-from zskt.method.bank import bank_images
+from zskt.method.bank import BankDistillation, bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
 from zskt.method.generator import SAMPLES, Generator, pseudo_images
@@ -28,17 +29,19 @@ from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks import ranks
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
-from zskt.networks.folder import save_network
+from zskt.networks.folder import describe_network, save_network
 from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module, unallocated
-from zskt.networks.synchronised import separate, synchronise
+from zskt.networks.synchronised import separate
 from zskt.run import checkpoint
 from zskt.run.checkpoint import HALF_WAY
 from zskt.run.cuda_graph import CapturedStep
 from zskt.run.lifecycle import Callback, Lifecycle
+from zskt.run.own_images import check_own_images, fingerprint
 from zskt.run.plots import believed_grid, save_image
+from zskt.run.several import share
 from zskt.run.shards import saved_rows
-from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads, versions
+from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads
 from zskt.settings import flat, to_toml
 
 
@@ -56,6 +59,7 @@ class DistillResult:
     measured: dict[str, float] = field(default_factory=dict)  # at the last iterate, on the test images
     warnings: list[str] = field(default_factory=list)
     out: Path | None = None
+    images: int = 0  # of the user's own, beside the pseudo images
 
     @property
     def network(self) -> Classifier:
@@ -64,19 +68,23 @@ class DistillResult:
 
     def metadata(self) -> dict[str, Any]:
         """Metadata saved with the student's weights and with exports of it."""
-        teacher = self.teacher
-        return {
-            "recipe": self.config.recipe,
-            "method": self.config.method,
-            "steps": self.config.steps,
-            "seed": self.config.seed,
-            "reason": self.reason,
-            "teacher_fingerprint": teacher.fingerprint(),
-            "teacher_model": describe_module(teacher.module, teacher.num_classes, teacher.input_size).get("spec"),
-            "teacher_parameters": count_parameters(teacher.module),
-            "measured": self.measured,
-            "warnings": self.warnings,
-        }
+        known = origin(self.teacher, self.config, self.reason, self.images)
+        return known | {"measured": self.measured, "warnings": self.warnings}
+
+
+def origin(teacher: Classifier, config: Config, reason: str, images: int) -> dict[str, Any]:
+    """Where a student comes from, as plain JSON values: known before the run."""
+    return {
+        "recipe": config.recipe,
+        "method": config.method,
+        "steps": config.steps,
+        "seed": config.seed,
+        "reason": reason,
+        "teacher_fingerprint": teacher.fingerprint(),
+        "teacher_model": describe_module(teacher.module, teacher.num_classes, teacher.input_size).get("spec"),
+        "teacher_parameters": count_parameters(teacher.module),
+        **({"images": images} if images else {}),
+    }
 
 
 def distill(
@@ -91,6 +99,7 @@ def distill(
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     evaluate: tuple[Tensor, Tensor] | None = None,
+    images: Tensor | None = None,
     callbacks: Sequence[Callback] = (),
     stop_after: str | int | None = None,
     resume: bool = False,
@@ -100,10 +109,12 @@ def distill(
     `settings` changes values of the recipe by dotted name, as in {"student.learning_rate": 1e-3}; `steps`, `budget`
     ("10m", "2h": as many steps as fit) and `seed` are short for three of them. `method` builds a custom method from
     teacher, student and config (`zskt.Method`). A `Plan` as `recipe` already contains all of these. `evaluate` is
-    (images (M, C, H, W) uint8 or [0, 1], labels (M,)), for evaluation only. With `out` the run is saved to that folder;
-    `resume` continues it, bit for bit on the same kind of CPU with the same number of threads. `stop_after` ("90s",
-    "9m", "2h" or a number of steps) stops early. The teacher is left unchanged. Raises ZsktError, with one line of
-    advice, for anything that cannot work. One run at a time in a process: torch's seed and threads are shared.
+    (images (M, C, H, W) uint8 or [0, 1], labels (M,)), for evaluation only. `images` (M, C, H, W) uint8, unlabelled,
+    join the bank of a recipe that has one: the result says so, as it is no longer data-free. With `out` the run is
+    saved to that folder; `resume` continues it, bit for bit on the same kind of CPU with the same number of threads.
+    `stop_after` ("90s", "9m", "2h" or a number of steps) stops early. The teacher is left unchanged. Raises ZsktError,
+    with one line of advice, for anything that cannot work. One run at a time in a process: torch's seed and threads are
+    shared.
     """
     started = time.monotonic()
     parse_limit(stop_after)
@@ -125,6 +136,8 @@ def distill(
         checkpoint.check_folder(folder, config, resume)
     if evaluate is not None:
         check_images(teacher, *evaluate)  # reject a wrong size or labels before training
+    if images is not None:
+        check_own_images(teacher, images, config)
     device = pick_device(config.machine.device)
     student.to(device)
     arrange(student, config)
@@ -141,6 +154,11 @@ def distill(
     ):
         repeated = check_method(recipe.make(frozen, student, config), student, config.method)
         try:
+            if images is not None:
+                assert isinstance(repeated, BankDistillation)
+                repeated.bank.reserve(len(images))
+            own = 0 if images is None else len(images)
+            about = describe_network(frozen.like(student)) | origin(frozen, config, recipe.reason, own)
             examiner = Examiner(frozen, repeated, folder, evaluate)
             life = Lifecycle(
                 repeated,
@@ -152,7 +170,9 @@ def distill(
                     "method": config.method,
                     "teacher": frozen.fingerprint(),
                     "settings": checkpoint.binding(config),
+                    "images": fingerprint(images),
                 },
+                about=about,
                 machine={name: value for name, value in flat(config.machine).items() if name != "device"},
                 evaluate=examiner.examine,
                 advance=_captured(repeated, config, device),
@@ -161,6 +181,9 @@ def distill(
             )
             if resume:
                 life.restore()
+            if isinstance(repeated, BankDistillation) and images is not None and not repeated.bank.count:
+                for part in torch.split(images.to(device), config.bank.batch_size):
+                    repeated.bank.add_own(frozen.normalise(part))
             if life.step:
                 lines = checkpoint.read_lines(life.logs["metrics"].path)
                 examiner.past = [line for line in lines if "class_entropy" in line]
@@ -181,6 +204,7 @@ def distill(
             life.finished,
             warnings=[*life.warnings, *life.restarts],
             out=folder,
+            images=own,
         )
         beliefs = examiner.beliefs() if result.finished else {}
         if result.finished and ranks.is_main():
@@ -190,22 +214,6 @@ def distill(
             if folder is not None:
                 write_run(folder, result, life.seconds)
     return result
-
-
-def share(teacher: Classifier, student: nn.Module, config: Config) -> None:
-    """Prepare the networks, in place, for a run of several ranks, which has to be the same on all of them."""
-    if ranks.size() == 1:
-        return
-    if config.machine.cuda_graph:
-        raise UsageError("machine.cuda_graph is for one process; leave it out")
-    ranks.check_divides(batch_size=config.batch_size)
-    if config.method == "bank":
-        ranks.check_divides(**{"bank.batch_size": config.bank.batch_size})
-    chosen = {name: str(value) for name, value in flat(config).items()}
-    ranks.check_same({**versions(), "teacher": teacher.fingerprint(), **chosen})
-    ranks.copy_from_main(student)
-    synchronise(teacher.module, "teacher")
-    synchronise(student, "student")
 
 
 def begun_config(out: str | Path | None) -> Config | None:
@@ -353,7 +361,12 @@ def sampler(
         generator = saved_generator(folder, network, config)
         return functools.partial(pseudo_images, generator, generator.latent)
     if config.method == "bank":
-        images = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
+        stored = torch.cat([rows["images"] for rows in saved_rows(folder / "rows")])  # (M, C, H, W)
+        if type(own := facts.get("images", 0)) is not int or not 0 <= own < len(stored):
+            raise ZsktError(
+                f"expected up to {len(stored):,} images of the user's own in {folder}, found {own}; restore it"
+            )
+        images = stored[own:]  # the pseudo images
         return functools.partial(bank_images, network, images)
     if method is None or teacher is None:
         raise ZsktError(

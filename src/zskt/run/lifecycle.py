@@ -60,6 +60,7 @@ class Lifecycle:
     evaluate_every: int
     checkpoint_every: int
     identity: Mapping[str, Any]  # JSON values that a run must share with the checkpoint it resumes from
+    about: Mapping[str, Any] = field(default_factory=dict)  # JSON values that let a checkpoint be read without resuming
     machine: Mapping[str, Any] = field(default_factory=dict)  # may differ on resume, at the price of bitwise equality
     evaluate: Callable[[int], dict[str, Any]] = lambda step: {}  # returns what an evaluation adds to the log
     advance: Callable[[], Mapping[str, Tensor]] | None = None  # replaces `repeated.step`
@@ -179,6 +180,7 @@ class Lifecycle:
         metadata = {
             "format": FORMAT,
             "identity": self.identity,
+            "about": self.about,
             "machine": self.machine,
             **{f"{name}_bytes": size for name, size in sizes.items()},
             **{f"{name}_sha256": digest(self.logs[name].path, size) for name, size in sizes.items()},

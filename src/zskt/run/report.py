@@ -75,6 +75,7 @@ MEASURES = {
     "calibration_error": "expected calibration error",
 }
 COMPARED = {"student": "model", "student parameters": "parameters", "teacher": "teacher_fingerprint"}
+COMPARED["images of the user's own"] = "images"
 """What runs of one mean share, beside their settings: name -> key in student.json."""
 METADATA = {
     "teacher_model": "teacher",
@@ -134,7 +135,8 @@ def write_report(
 
 
 def _page(runs: Sequence[Mapping[str, Any]], reload: int | None) -> str:
-    title = "Distilled without data: " + ", ".join(run["name"] for run in runs)
+    own = any(run["metadata"].get("images") for run in runs)
+    title = f"Distilled with{'' if own else 'out'} data: " + ", ".join(run["name"] for run in runs)
     body = [f"<h1>{html.escape(title)}</h1>", _results(runs), _without_data(runs)]
     for run in runs:
         unfinished = "" if run["metadata"] else f"{run['name']} has not finished: continue it with --resume"
@@ -220,6 +222,8 @@ def _told(run: Mapping[str, Any]) -> str:
     parts = [f"{facts.get('model') or 'a student'} of {student:,} parameters" if student else "a student"]
     if student and teacher:
         parts[0] += f", {student / teacher:.0%} of the teacher's"
+    if own := facts.get("images"):
+        parts.append(f"not data-free: {own:,} unlabelled images were given beside the pseudo images")
     if measured.get("accuracy") is not None:
         beside = measured.get("teacher_accuracy")
         right = f"right on {measured['accuracy']:.2%} of the test images"
@@ -279,7 +283,8 @@ def _settings(runs: Sequence[Mapping[str, Any]]) -> str:
     ]
     commands = [
         f"zskt distill TEACHER --student {run['metadata'].get('model') or 'STUDENT'} "
-        f"--config {run['name']}/config.toml --out {run['name']}-again"
+        f"--config {run['name']}/config.toml {'--images FOLDER ' if run['metadata'].get('images') else ''}"
+        f"--out {run['name']}-again"
         for run in runs
     ]
     versions = runs[0]["metadata"].get("versions", {})

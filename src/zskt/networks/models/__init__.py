@@ -18,8 +18,8 @@ from zskt.networks.models.wide_resnet import WideResNet, wide_resnet
 
 MOST = 100_000  # classes, channels, or pixels on a side; more are taken for a mistake
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
-"""Examples for `build`, which also accepts any wrn-DEPTH-WIDTH and convnet-WIDTH, and -WIDTH after resnet-18, resnet-34
-and vgg-11."""
+"""Examples for `build`, which also accepts any wrn-DEPTH-WIDTH (the width a multiple of 1/16) and convnet-WIDTH, and
+-WIDTH after resnet-18, resnet-34 and vgg-11."""
 
 __all__ = [
     "SPECS",
@@ -47,8 +47,8 @@ def build(spec: str, num_classes: int, input_size: Size) -> nn.Module:
             f"and {' '.join(map(str, input_size))}; correct them"
         )
     channels = input_size[0]
-    if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4})", spec):
-        return wide_resnet(int(match[1]), int(match[2]), num_classes=num_classes, channels=channels)
+    if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4}(?:\.[0-9]{1,4})?)", spec):
+        return wide_resnet(int(match[1]), float(match[2]), num_classes=num_classes, channels=channels)
     if match := re.fullmatch(r"resnet-(18|34)(?:-([0-9]{1,4}))?", spec):
         return resnet(int(match[1]), int(match[2] or WIDTH), num_classes=num_classes, channels=channels)
     if match := re.fullmatch(r"convnet-([0-9]{1,5})", spec):

@@ -40,23 +40,30 @@ class _Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """(N, C, H, W) -> (N, K): three stages of (depth - 4) / 6 blocks, 16k, 32k and 64k channels wide."""
+    """(N, C, H, W) -> (N, K): three stages of (depth - 4) / 6 blocks, 16k, 32k and 64k channels wide.
+
+    k may be a multiple of 1/16, as in wrn-40-1.5: what pruning leaves of a wider one. At k = 1 the first block has no
+    shortcut convolution, and at any other k it has one.
+    """
 
     stages = ("block1", "block2", "block3")
 
-    def __init__(self, depth: int, width: int, *, num_classes: int = 10, channels: int = 3) -> None:
+    def __init__(self, depth: int, width: float, *, num_classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
-        self.spec = f"wrn-{depth}-{width}"
-        check_width(self.spec, width)
+        self.spec = f"wrn-{depth}-{int(width) if width == int(width) else width}"
+        base = int(16 * width)  # channels of the first stage
+        check_width(self.spec, base)
+        if base != 16 * width:
+            raise UsageError(f"{self.spec}: expected a width that is a multiple of 1/16, found {width}")
         if rest or blocks < 1:
             raise UsageError(f"{self.spec}: expected a depth of 6 n + 4 (10, 16, 22, 28, 34, 40, ...), found {depth}")
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.block1 = _Stage(blocks, 16, 16 * width, stride=1)
-        self.block2 = _Stage(blocks, 16 * width, 32 * width, stride=2)
-        self.block3 = _Stage(blocks, 32 * width, 64 * width, stride=2)
-        self.bn1 = nn.BatchNorm2d(64 * width)
-        self.fc = nn.Linear(64 * width, num_classes)
+        self.block1 = _Stage(blocks, 16, base, stride=1)
+        self.block2 = _Stage(blocks, base, 2 * base, stride=2)
+        self.block3 = _Stage(blocks, 2 * base, 4 * base, stride=2)
+        self.bn1 = nn.BatchNorm2d(4 * base)
+        self.fc = nn.Linear(4 * base, num_classes)
         initialise_convolutions(self)
         nn.init.zeros_(self.fc.bias)
 
