@@ -2,7 +2,9 @@
 
 python tests/fuzz.py --cases 5000 > a.json; python tests/fuzz.py --first 5000 --cases 5000 > b.json
 python tests/soak.py > soak.json; python tests/torture.py --kills 200 > torture.json
-python benchmarks/hostile.py --fuzz a.json b.json --soak soak.json --torture torture.json
+python benchmarks/hostile.py --fuzz a.json b.json --soak soak.json --torture torture.json --notes notes.md
+
+The notes, below the table, say what was run when: the parts may have been run on other days, of other commits.
 """
 
 import argparse
@@ -53,9 +55,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("fuzz", "soak", "torture"):
         parser.add_argument(f"--{name}", nargs="*", type=Path, default=[])
-    given = parser.parse_args()
-    found = {name: [json.loads(path.read_text()) for path in paths] for name, paths in vars(given).items()}
+    parser.add_argument("--notes", type=Path, help="Markdown")
+    given = vars(parser.parse_args())
+    notes = given.pop("notes")
+    found = {name: [json.loads(path.read_text()) for path in paths] for name, paths in given.items()}
     head = ["mutated", "cases", "read", "refused", "failures"]
-    print(
-        record.write("hostile", "Mutated files and command lines, soak, torture", found, head, rows_of(found["fuzz"]))
+    path = record.write(
+        "hostile", "Mutated files and command lines, soak, torture", found, head, rows_of(found["fuzz"])
     )
+    if notes is not None:
+        path.write_text(f"{path.read_text()}\n{notes.read_text()}")
+    print(path)
