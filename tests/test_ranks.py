@@ -330,6 +330,27 @@ def test_a_run_goes_on_with_another_number_of_processes(recipe: str, tmp_path: P
         assert torch.equal(*rows)
 
 
+def test_images_of_the_users_own_are_shared_too(tmp_path: Path) -> None:
+    """Seven, which neither two nor three processes can share equally."""
+    images = torch.randint(0, 256, (7, 3, 8, 8), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+
+    def work(out: str, **options: Any) -> dict[str, Tensor]:
+        teacher, student = networks()
+        made = distill(teacher, student, settings("bank"), images=images, out=tmp_path / out, **options)
+        return made.student.state_dict()
+
+    expected = work("alone")
+    for count in (2, 3):
+        for state in each_rank(count, functools.partial(work, str(count))):
+            assert furthest(state, expected) < 1e-9
+    each_rank(3, functools.partial(work, "parts", stop_after=8))
+    for state in each_rank(2, functools.partial(work, "parts", resume=True)):
+        assert furthest(state, expected) < 1e-9
+    stored = [torch.cat([rows["images"] for rows in saved_rows(tmp_path / out / "rows")]) for out in ("alone", "parts")]
+    assert torch.equal(stored[0][:7], images)
+    assert torch.equal(*stored)
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
     def work() -> Any:
         teacher, student = networks()

@@ -143,7 +143,7 @@ def distill(
     arrange(student, config)
     frozen = as_teacher(teacher).to(device)
     arrange(frozen, config)
-    share(frozen, student, config)
+    share(frozen, student, config, fingerprint(images))
 
     with (
         checkpoint.owning(folder if ranks.is_main() else None),

@@ -11,8 +11,11 @@ from zskt.runtime import versions
 from zskt.settings import flat
 
 
-def share(teacher: Classifier, student: nn.Module, config: Config) -> None:
-    """Prepare the networks, in place, for a run of several ranks, which has to be the same on all of them."""
+def share(teacher: Classifier, student: nn.Module, config: Config, images: str) -> None:
+    """Prepare the networks, in place, for a run of several ranks, which has to be the same on all of them.
+
+    `images` is the fingerprint of the user's own.
+    """
     if ranks.size() == 1:
         return
     if config.machine.cuda_graph:
@@ -21,7 +24,7 @@ def share(teacher: Classifier, student: nn.Module, config: Config) -> None:
     if config.method == "bank":
         ranks.check_divides(**{"bank.batch_size": config.bank.batch_size})
     chosen = {name: str(value) for name, value in flat(config).items()}
-    ranks.check_same({**versions(), "teacher": teacher.fingerprint(), **chosen})
+    ranks.check_same({**versions(), "teacher": teacher.fingerprint(), "images": images, **chosen})
     ranks.copy_from_main(student)
     synchronise(teacher.module, "teacher")
     synchronise(student, "student")
