@@ -3,6 +3,7 @@
 python benchmarks/league.py A
 python benchmarks/league.py B C --mnist FOLDER
 python benchmarks/league.py D --cifar10 train.zip test.zip --recipes bank auto --stop-after 2h
+python benchmarks/league.py A --sizes     (first, on a quiet machine; then other recipes in other processes, same --out)
 
 A  digits, the demo's pair, 60 s, five splits of the data
 B  MNIST, LeNet-5 -> half, no BatchNorm, 5 min
@@ -11,7 +12,7 @@ D  CIFAR-10, WRN-16-2 -> WRN-16-1, 30 min
 
 How many steps fit a pair's time is measured once for each recipe, when no other work should run, and kept: all seeds do
 these, on whatever machine, so that a busy one makes them late but not worse. Runs lie in --out; each is made once and
-goes on where it was stopped. The table, written after every run, has the last iterate on the test images.
+goes on where it was stopped. The table, written at the end, has the last iterate on the test images.
 """
 
 import argparse
@@ -220,6 +221,8 @@ def main() -> None:
     parser.add_argument("--mnist", nargs="+", default=[])
     parser.add_argument("--cifar10", nargs="+", default=[])
     parser.add_argument("--out", type=Path, default=Path("runs/league"))
+    parser.add_argument("--sizes", action="store_true", help="only measure how many steps fit the time")
+    parser.add_argument("--table", action="store_true", help="only write the table of what has finished")
     parser.add_argument("--stop-after", default="1000h", help="stop after so long, as in 90m; the same command goes on")
     arguments = parser.parse_args()
     deadline = time.monotonic() + parse_limit(arguments.stop_after)[0]
@@ -231,20 +234,23 @@ def main() -> None:
     for name in arguments.pairs:
         pair, folder = PAIRS[name], arguments.out / name
         paths = getattr(arguments, pair.data, [])
-        seeds = pair.seeds[: arguments.seeds]
-        for seed in seeds:
+        if arguments.table:
+            write_table(name, pair, folder, arguments.recipes)
+            continue
+        for seed in pair.seeds[: 1 if arguments.sizes else arguments.seeds]:
             if not (limit := left()) or not make_teacher(pair, seed, paths, folder / f"teacher-{seed}", limit):
                 return
             teacher, test = load_network(folder / f"teacher-{seed}"), images(pair, "test", seed, paths)
             for recipe in arguments.recipes:
                 size = sizes(pair, recipe, teacher, folder / "sizes.json")
                 out = folder / recipe / f"seed-{seed}"
-                if "refused" in size or (out / "student.json").exists():
+                if arguments.sizes or "refused" in size or (out / "student.json").exists():
                     continue
                 notice(f"{name}, {recipe}, seed {seed}: {json.dumps(size)}")
                 if not (limit := left()) or not run(pair, recipe, seed, teacher, size, test, out, limit):
                     return
-                write_table(name, pair, folder, arguments.recipes)
+        if not arguments.sizes:
+            write_table(name, pair, folder, arguments.recipes)
 
 
 if __name__ == "__main__":
