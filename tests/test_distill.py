@@ -33,6 +33,7 @@ from zskt.run import checkpoint
 from zskt.run.checkpoint import HALF_WAY, Interrupted, read_lines
 from zskt.run.distill import DistillResult, distill, sampler
 from zskt.run.lifecycle import Event
+from zskt.run.shards import saved_rows
 from zskt.runtime import stream
 
 TINY = {"steps": 6, "batch_size": 8, "generator.width": 8, "generator.latent": 12, "student.updates": 2}
@@ -608,6 +609,60 @@ def test_it_gives_up_going_back_after_three_times(tmp_path: Path) -> None:
     assert result.finished
     with pytest.raises(UsageError, match="on_collapse = restart goes back to a checkpoint: set out"):
         run(None, None, "auto", method=stuck, settings=TINY | RESTART)
+
+
+def test_a_method_without_a_generator_cannot_be_gentler(tmp_path: Path) -> None:
+    def without(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> zskt.Method:
+        method = zskt.belief_matching(teacher, student, config)
+        method.updates = dict  # type: ignore[method-assign]
+        return method
+
+    settings = TINY | RESTART
+    said = refused(lambda: run(tmp_path / "run", None, "auto", method=without, settings=settings), UsageError)
+    assert said.startswith("on_collapse = restart needs the updates of a generator, test_distill.py:")
+
+
+def test_what_is_good_is_there(tmp_path: Path) -> None:
+    """The newest checkpoint is damaged, and the good one that the one before names is gone."""
+    settings = TINY | {"steps": 8} | RESTART
+    found: list[str] = []
+
+    def judge(self: object, line: Mapping[str, Any]) -> str | None:
+        if line["step"] != 5 or found:
+            return "sound"
+        found.append("collapsed")
+        return "collapsed"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zskt.run.distill.Examiner.judge", judge)
+        run(tmp_path / "run", settings=settings, stop_after=4)
+        (newest, *_) = sorted((tmp_path / "run" / "checkpoint").glob("*.safetensors"), reverse=True)
+        content = bytearray(newest.read_bytes())
+        content[-1] ^= 1
+        newest.write_bytes(content)
+        patch.setattr(
+            "zskt.run.distill.Examiner.judge", lambda self, line: "suspect" if line["step"] == 4 else judge(self, line)
+        )
+        result = run(tmp_path / "run", settings=settings, resume=True)
+    assert [text for text in result.warnings if "collapse at step 5: back to step 3" in text]  # 2 is gone
+    assert result.finished
+
+
+def test_images_of_the_users_own_are_kept_by_a_run_that_may_go_back(tmp_path: Path) -> None:
+    """They are in the checkpoint of step 0."""
+    tiny: dict[str, Any] = {"steps": 12, "batch_size": 8, "generator.width": 8, "generator.latent": 12}
+    tiny |= {"bank.rounds": 4, "bank.warmup": 1, "bank.batch_size": 8, "generator.updates": 2} | RESTART
+    own = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8)
+    arguments: dict[str, Any] = {"settings": tiny | {"checkpoint_every": 100}, "images": own}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    distill(make_teacher(), new_student(), "bank", out=whole, **arguments)
+    distill(make_teacher(), new_student(), "bank", out=parts, stop_after=1, **arguments)
+    (parts / "checkpoint" / "00000001.safetensors").unlink()  # as a kill before it leaves the folder
+    distill(make_teacher(), new_student(), "bank", out=parts, stop_after=5, resume=True, **arguments)
+    distill(make_teacher(), new_student(), "bank", out=parts, resume=True, **arguments)
+    rows = [torch.cat([part["images"] for part in saved_rows(out / "rows")]) for out in (whole, parts)]
+    assert torch.equal(*rows)
+    assert len(rows[0]) == 7 + 32
 
 
 @pytest.mark.parametrize("recipe", ["bank", "dfad", "fast"])

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import time
 import unicodedata
@@ -172,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
-        print(f"zskt {__version__}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"zskt {__version__}")
         return 0
     with silence("--quiet" in arguments):
         command = [argument for argument in arguments if argument != "--quiet"]
@@ -188,17 +190,15 @@ def _run_as_rank(arguments: list[str]) -> int:
     try:
         with ranks.joined():
             if ranks.is_main():
-                if arguments[:1] and arguments[0] not in SHARED:
-                    to_stderr(f"zskt: {arguments[0]} is for one process, only {' and '.join(SHARED)} are for several")
-                    return 2
                 status = _run(arguments)
-                ranks.reports_failure() if status else None
+                if status:
+                    ranks.reports_failure()
                 return status
             said = io.StringIO()
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-                status = _run(arguments) if arguments[:1] and arguments[0] in SHARED else 2
+                status = _run(arguments)
             if status and ranks.reports_failure():
-                to_stderr(f"process {ranks.rank()}: {said.getvalue().strip().splitlines()[-1]}")
+                to_stderr(f"process {ranks.rank()}: {(said.getvalue().strip().splitlines() or ['it failed'])[-1]}")
             return status
     except ZsktError as error:
         to_stderr(f"zskt: {error}")
@@ -208,6 +208,9 @@ def _run_as_rank(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     """Run one subcommand; every error becomes a line and an exit status."""
     try:
+        if ranks.size() > 1 and arguments[:1] and arguments[0] not in SHARED:
+            raise UsageError(f"{arguments[0]} is for one process, only {' and '.join(SHARED)} are for several")
+        ranks.check_same({"the command": shlex.join(arguments)})
         for argument in arguments:
             if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in argument):
                 raise UsageError(

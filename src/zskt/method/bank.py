@@ -92,6 +92,8 @@ class Bank:
         self.images[new] = self._stored(images)
         for number in range(self.views.shape[1]):
             self.views[new, number] = self._draw(n)[mine]
+            if not len(images):  # a share of very few
+                continue
             self.logits[new, number] = self.ask(self._shown(self.images[new], self.views[new, number])).logits
         if not bool(self.logits[new].isfinite().all()):
             raise ZsktError(
@@ -146,7 +148,7 @@ class Bank:
             first = int((self.owner[: self.own] == ranks.rank()).sum())
             return bank_images(self.teacher, self.images[first : self.counts[ranks.rank()]], n, seed)
         chosen = self.own + drawn(self.count - self.own, n, seed).to(self.images.device)
-        return _normalised(self.teacher, ranks.whole(self._fetch(self.images, chosen)))
+        return _normalised(self.teacher, self._fetch_whole(self.images, chosen))
 
     def _draw(self, n: int) -> Tensor:
         return random_views(n, self.augmentation, self.rng)
@@ -157,6 +159,11 @@ class Bank:
         if view is not None:
             rows, place = rows.flatten(0, 1), place * rows.shape[1] + view
         return ranks.fetch(rows, owner, place)
+
+    def _fetch_whole(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """The chosen rows (N,), on all ranks."""
+        padding = chosen[-1:].expand(-len(chosen) % ranks.size())  # for equal shares
+        return ranks.whole(self._fetch(rows, torch.cat([chosen, padding])))[: len(chosen)]
 
     def _shown(self, images: Tensor, views: Tensor) -> Tensor:
         """Views (N, 3) of stored images (N, C, H, W), normalised."""
@@ -173,9 +180,8 @@ class Bank:
         count = self.count - first
         if ranks.size() == 1 or not count:
             return {name: tensor[first : first + count] for name, tensor in stored.items()}
-        padded = -(-count // ranks.size()) * ranks.size()  # equal shares
-        chosen = torch.arange(first, first + padded, device=self.owner.device).clamp(max=self.count - 1)
-        return {name: ranks.whole(self._fetch(tensor, chosen))[:count] for name, tensor in stored.items()}
+        chosen = torch.arange(first, self.count, device=self.owner.device)
+        return {name: self._fetch_whole(tensor, chosen) for name, tensor in stored.items()}
 
     def load_rows(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
         """Replace everything by saved rows."""

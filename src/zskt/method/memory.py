@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zskt.errors import UsageError, ZsktError, out_of_memory
 from zskt.method.build import make_generator
 from zskt.method.config import Config
+from zskt.networks import ranks
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
 from zskt.networks.observe import blank_images
@@ -56,8 +57,13 @@ def need(teacher: Classifier, student: nn.Module, config: Config) -> Need:
         views = config.bank.views * (2 * teacher.num_classes + 3)  # logits in half precision, and the views
         stored = config.bank.rounds * config.bank.batch_size * (images[0].numel() + views)
         per_image = {"bank.batch_size": t + s + g + image, "batch_size": s + image}
+    # Of several ranks each has its share, and those of one machine its memory together.
+    together = ranks.beside() if pick_device(config.machine.device).type == "cpu" else 1
+    stored = stored * together // ranks.size()
+    per_image = {name: size * together // ranks.size() for name, size in per_image.items()}
     # Weights, gradients and Adam's two moments.
-    return Need(_state_bytes(frozen) + 4 * (_state_bytes(twin) + generator_bytes) + stored, per_image)
+    networks = _state_bytes(frozen) + 4 * (_state_bytes(twin) + generator_bytes)
+    return Need(together * networks + stored, per_image)
 
 
 def kept_bytes(module: nn.Module, inputs: Tensor) -> int:

@@ -9,17 +9,19 @@ R ranks, N batch, N / R share.
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from zskt.errors import UsageError, ZsktError, failing, short
@@ -30,6 +32,7 @@ MEETING = datetime.timedelta(minutes=5)
 """How long it waits for them to appear."""
 
 _joined = False
+_restarts = 0
 
 
 def size() -> int:
@@ -54,7 +57,7 @@ def started() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun has started these processes anew, as one of them had died."""
-    return started() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return _joined and _restarts > 0
 
 
 @contextlib.contextmanager
@@ -63,25 +66,65 @@ def joined() -> Iterator[None]:
 
     Raises ZsktError if they cannot find one another.
     """
-    global _joined
+    global _joined, _restarts
     if not started():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if local >= torch.cuda.device_count():
+            raise ZsktError(
+                f"expected a GPU for each process of this machine, found {torch.cuda.device_count()}; start as many "
+                "processes, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
     with failing(f"the processes cannot meet at {place}", "check address and port", kinds=(RuntimeError, ValueError)):
         store, number, count = next(rendezvous("env://", timeout=MEETING))
-        # A store may outlive processes that died; in it are their addresses.
-        attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, rank=number, world_size=count, timeout=PATIENCE)
+        attempt, _restarts = meet(store, number, count)
+        dist.init_process_group(
+            backend, store=PrefixStore(attempt, store), rank=number, world_size=count, timeout=PATIENCE
+        )
     _joined = True
     try:
         yield
     finally:
         _joined = False
         dist.destroy_process_group()
+
+
+def meet(store: Store, number: int, count: int) -> tuple[str, int]:
+    """A name that all ranks have for this attempt, and how often one of them has been started anew.
+
+    The store may outlive processes that died, and hold their addresses; and torchrun does not count every new start on
+    every machine. So each rank leaves a word of its own, rank 0 publishes all words until every rank has found its
+    newest among them, and their hash is the name. Raises RuntimeError if they do not meet in time.
+    """
+    mine = f"{uuid.uuid4().hex} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store.set(f"word {number}", mine)
+    give_up = time.monotonic() + MEETING.total_seconds()
+    words: list[str] = []
+    while time.monotonic() < give_up:
+        if number == 0:
+            words = [_read(store, f"word {each}") for each in range(count)]
+            store.set("words", "\n".join(words))
+        else:
+            words = _read(store, "words").split("\n")
+        name = hashlib.sha256("\n".join(words).encode()).hexdigest()
+        if len(words) == count and words[number] == mine:
+            store.set(f"agreed {number}", name)
+        if number == 0 and all(_read(store, f"agreed {each}") == name for each in range(count)):
+            store.set("attempt", name)
+        if _read(store, "attempt") == name and words[number] == mine:
+            return name, max(int(word.split()[1]) for word in words)
+        time.sleep(0.02)
+    raise RuntimeError(f"{sum(map(bool, words))} of {count} came within {MEETING.total_seconds() / 60:g} minutes")
+
+
+def _read(store: Store, key: str) -> str:
+    """What a store has for a key, empty if nothing, without waiting."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def lost(error: BaseException) -> bool:
@@ -114,11 +157,22 @@ def alone() -> Iterator[None]:
         _joined = before
 
 
+def beside() -> int:
+    """How many of the ranks share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if size() > 1 else 1
+
+
 def check_divides(**batches: int) -> None:
     """Raise UsageError unless every rank gets an equal share of the batches."""
     for name, count in batches.items():
         if count % size():
             raise UsageError(f"{name} = {count}: expected a multiple of the {size()} processes; change one of them")
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError for one GPU that all ranks would share."""
+    if size() > 1 and name.startswith("cuda:"):
+        raise UsageError(f"device {name}: expected auto, cpu or cuda, as each of {size()} processes has its own GPU")
 
 
 def own(batch: Tensor) -> Tensor:

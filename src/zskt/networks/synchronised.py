@@ -29,7 +29,8 @@ class _OverRanks(_BatchNorm):
             scale = scale * self.weight
         offset = -mean * scale if self.bias is None else self.bias - mean * scale  # (C,)
         per_channel = (1, -1, *[1] * (input.ndim - 2))
-        return torch.addcmul(offset.to(input.dtype).view(per_channel), input, scale.to(input.dtype).view(per_channel))
+        # Not in half precision, where both would be rounded before what they cancel.
+        return torch.addcmul(offset.view(per_channel), input.to(scale.dtype), scale.view(per_channel)).to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:

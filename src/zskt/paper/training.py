@@ -33,6 +33,7 @@ from zskt.networks.observe import memory_format
 from zskt.networks.synchronised import separate, synchronise
 from zskt.run import checkpoint
 from zskt.run.lifecycle import Callback, Lifecycle
+from zskt.run.several import shapes
 from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, versions
 from zskt.settings import check_bounds
 
@@ -206,8 +207,11 @@ def fit(
             return judge(predict(network, test[0]), test[1], answers)
 
     ranks.check_divides(batch_size=training.batch_size)
-    chosen = {name: str(value) for name, value in settings.items()}
-    ranks.check_same({**versions(), "images": digest(*train), **chosen})
+    ranks.check_device(training.device)
+    given = dataclasses.asdict(training) | {"resume": resume, "stop_after": stop_after, "checkpoint": begun}
+    given |= {"mean": like.mean.flatten().tolist(), "std": like.std.flatten().tolist()} | dict(metadata)
+    facts = {name: str(value) for name, value in given.items()}
+    ranks.check_same({**versions(), **facts, "network": shapes(module), "images": digest(*train)})
     ranks.copy_from_main(network.module)
     every = max(1, training.updates // 20)
     with (
@@ -273,6 +277,8 @@ def endless_batches(train: Images, training: Training, first: int, device: torch
             rng = torch.Generator().manual_seed(stream(training.seed, f"pass {number}"))
             order = torch.randperm(len(images), generator=rng).to(images.device)  # (M,)
         chosen = order[place * training.batch_size :][: training.batch_size]  # (N,)
+        if len(chosen) < ranks.size():
+            chosen = order[-ranks.size() :]
         augmented = augment(images[chosen].to(device), training.random_crop, training.horizontal_flip)
         yield ranks.own(augmented), ranks.own(labels[chosen].to(device))
 

@@ -306,9 +306,14 @@ def exists(folder: Path) -> bool:
     return any(folder.glob("[0-9]*.safetensors"))
 
 
+def has(folder: Path, step: int) -> bool:
+    """Whether there is the checkpoint of a step."""
+    return _path(folder, step).exists()
+
+
 def restarted(folder: Path) -> bool:
     """Whether torchrun starts anew, since one of its processes had died, what has a checkpoint in `folder`."""
-    return ranks.restarted() and exists(folder / "checkpoint")
+    return ranks.restarted() and bool(ranks.from_main(lambda: exists(folder / "checkpoint")))
 
 
 @contextlib.contextmanager
@@ -355,7 +360,7 @@ class StopRequest:
 def stopping(seconds: float, *, signals: bool) -> Iterator[StopRequest]:
     """A request to stop after `seconds` or, with `signals` (main thread), at SIGINT or SIGTERM; the second one acts.
 
-    Only of its kind: torchrun sends SIGTERM after a Ctrl-C that all processes have got.
+    Only of its kind: a Ctrl-C may reach a process twice, by the terminal and by torchrun as SIGTERM.
     """
     request = StopRequest(time.monotonic() + seconds)
     if not signals or threading.current_thread() is not threading.main_thread():

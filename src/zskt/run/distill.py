@@ -24,7 +24,7 @@ from zskt.method.config import Config, read_config
 from zskt.method.generator import SAMPLES, Generator, pseudo_images
 from zskt.method.matching import BeliefMatching
 from zskt.method.memory import naming_batch_that_fits
-from zskt.method.protocol import Make, Method, check_method
+from zskt.method.protocol import Make, Method, Watched, check_method
 from zskt.method.recipe import AUTO, Plan, describe_method, plan
 from zskt.networks import ranks
 from zskt.networks.checks import as_teacher
@@ -120,6 +120,8 @@ def distill(
     parse_limit(stop_after)
     if (stop_after or resume) and out is None:
         raise UsageError("resume and stop_after need a folder for the run: set out")
+    begun = resume and checkpoint.exists(expanded(out) / "checkpoint") if out is not None else False
+    ranks.check_same({"resume": str(resume), "stop_after": str(stop_after), "checkpoint": f"{begun} in {out}"})
     given = {"steps": steps, "budget": budget, "seed": seed}
     if isinstance(recipe, Plan):
         beside = given | {"method": method, "settings": settings}
@@ -153,6 +155,10 @@ def distill(
         seeded(stream(config.seed, "run"), device),
     ):
         repeated = check_method(recipe.make(frozen, student, config), student, config.method)
+        if config.on_collapse == "restart" and not (
+            isinstance(repeated, Watched) and "generator" in repeated.updates()
+        ):
+            raise UsageError(f"on_collapse = restart needs the updates of a generator, {config.method} has none")
         try:
             if images is not None:
                 assert isinstance(repeated, BankDistillation)
@@ -193,7 +199,8 @@ def distill(
         finally:
             repeated.close()
             student.eval().zero_grad()
-            separate(student)
+            for module in repeated.modules().values():
+                separate(module)
         result = DistillResult(
             student,
             teacher,
@@ -207,12 +214,13 @@ def distill(
             images=own,
         )
         beliefs = examiner.beliefs() if result.finished else {}
+        state = repeated.state_dict() if result.finished and config.method not in METHODS else {}  # of all ranks
         if result.finished and ranks.is_main():
             result.measured = examiner.last()
             found = [*examiner.said(), *pseudo_image_warnings(beliefs).values()]
             result.warnings += dict.fromkeys(found)  # each once
             if folder is not None:
-                write_run(folder, result, life.seconds)
+                write_run(folder, result, life.seconds, state)
     return result
 
 
@@ -318,13 +326,13 @@ class Examiner:
         return {}
 
 
-def write_run(folder: Path, result: DistillResult, seconds: float) -> None:
+def write_run(folder: Path, result: DistillResult, seconds: float, state: Mapping[str, Tensor]) -> None:
     """Save the finished student and what `sample` needs."""
     for name, module in result.method.modules().items():
         if name != "student":
             write_tensors(folder / f"{name}.safetensors", module.state_dict())
     if result.config.method not in METHODS:
-        write_tensors(folder / "method.safetensors", result.method.state_dict())
+        write_tensors(folder / "method.safetensors", state)
     facts = result.metadata() | {"seconds": round(seconds, 1), "files": checkpoint.digests(folder)}
     save_network(folder, "student", result.network, **facts)
 

@@ -108,14 +108,15 @@ class Lifecycle:
         seconds, count = parse_limit(stop_after)
         last = min(self.steps, self.step + count)
         advance = self.advance or self.repeated.step
+        fresh = self.step == 0 and self.saved is None
         if self.folder is not None and ranks.is_main():
             remove(self.folder / checkpoint.DIVERGED)
-            if self.step == 0:  # what a killed process left before its first checkpoint
+            if fresh:  # what a killed process left before its first checkpoint
                 for log in self.logs.values():
                     log.cut(0)
                 remove(self.folder / "samples")
                 remove(self.shards.folder)
-        if self.judge is not None and self.step == 0:
+        if self.judge is not None and fresh:
             self.good = 0
             self.save()
         with checkpoint.stopping(seconds, signals=self.folder is not None) as request:
@@ -123,8 +124,9 @@ class Lifecycle:
                 self.losses = losses = advance()
                 self.step += 1
                 line = self.log(losses)
-                if ranks.is_main():
-                    with ranks.alone():
+                if callbacks and ranks.is_main():
+                    # What a callback draws changes no step: other ranks have none.
+                    with ranks.alone(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                         for callback in callbacks:
                             callback(Event(self.step, self.steps, losses, line, self.repeated))
                 if self.judge is not None and self._go_back(self.judge(line or {})):
@@ -255,7 +257,8 @@ class Lifecycle:
             checkpoint.restore_random_state(tensors, self.device)
             self.step, self.seconds_before = metadata["step"], metadata["seconds"]
             self.rows = self.shards.rows
-            self.good = metadata.get("good")
+            good = metadata.get("good")  # unless a newer one, damaged since, has replaced it
+            self.good = good if good is None or checkpoint.has(self.folder / "checkpoint", good) else self.step
             self._be_gentler(metadata.get("restarts", []))
         ranks.check_same({"step": str(self.step)})  # from here on nobody reads
         if ranks.is_main():
@@ -266,7 +269,7 @@ class Lifecycle:
 
     def _check_folder(self) -> None:
         """Raise ZsktError if somebody took the folder away: writing would make another, with half of a run."""
-        if self.folder is not None and not self.folder.is_dir():
+        if self.folder is not None and ranks.is_main() and not self.folder.is_dir():
             raise ZsktError(f"{self.folder} is gone; put it back and resume, or start again")
 
     def _check_files(self, metadata: Mapping[str, Any]) -> None:
