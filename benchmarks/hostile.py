@@ -21,7 +21,9 @@ GROUPS = {
         "teacher.json", "safetensors", "student.json", "metrics.jsonl", "config.toml", "generator",
         "found without data", "half-way",
     ],
-    "checkpoints, banks and logs, resumed": ["checkpoint", "bank", "rows of a bank", "resumed log", "command.json"],
+    "checkpoints, banks and logs, resumed or evaluated": [
+        "checkpoint", "bank", "rows of a bank", "resumed log", "command.json", "stopped run",
+    ],
     "weights of torch, with a payload in a quarter": ["torch zip", "torch pickle", "payload", "exported"],
     "Hugging Face folders": ["Hugging Face"],
     "image files": ["png", "jpg", "webp", "bmp", "gif", "tiff", "pgm"],

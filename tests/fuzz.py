@@ -40,6 +40,7 @@ from PIL import Image
 import zskt
 from small import Payload, coloured, run, write_images
 from zskt.cli.main import main
+from zskt.files import read_tensors, write_tensors
 from zskt.networks.folder import save_teacher
 from zskt.run.checkpoint import DIVERGED, HALF_WAY
 from zskt.run.without_data import FILE
@@ -179,6 +180,17 @@ ODD += ["", "a", "\x1b[31m", "\ud800", "é" * 300, "wrn-9999-9999", "lenet-5", "
 ODD += [[], {}, [[]], [None], [1e999], {"a": {}}, ["a"] * 50, [0] * 50]
 
 
+def resealed(content: bytes, rng: random.Random) -> bytes:
+    """A checkpoint whose metadata are odd and whose checksum is right, as somebody who means it would make it."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "checkpoint.safetensors")
+        path.write_bytes(content)
+        tensors, texts = read_tensors(path)
+        odd = json_mutated(texts["metadata"].encode(), rng).decode(errors="surrogateescape")
+        write_tensors(path, tensors, {"metadata": odd})
+        return path.read_bytes()
+
+
 def json_mutated(content: bytes, rng: random.Random) -> bytes:
     """A JSON text, or one line of JSON lines, with a value replaced by an odd one, taken out, or put elsewhere."""
     try:
@@ -297,6 +309,7 @@ def formats(root: Path) -> dict[str, Format]:
 
     for suffix in ("png", "jpg", "webp", "bmp", "gif", "tiff", "pgm"):
         images[suffix] = Format(functools.partial(pictures, suffix), f"test/*/1.{suffix}", evaluate)
+    evaluate_run = ["evaluate", "{}", "--data", str(data)]
     resume = ["distill", str(teacher), "--student", "convnet-1", "--out", "{}", "--resume", *MATCHING, *tiny, *LONG]
     imported = ["import", "{}/w", "--model", "convnet-2", "--num-classes", "3", "--input-size", "1", "8", "8"]
     imported += ["--mean", ".5", "--std", ".25", "--out", "{out}"]
@@ -345,6 +358,7 @@ def formats(root: Path) -> dict[str, Format]:
         "cifar binary": Format(functools.partial(_cifar, True), "test_batch.bin", evaluate),
         "svhn": Format(_svhn, "test_32x32.mat", evaluate),
         **images,
+        "stopped run": Format(copy(root / "begun"), "checkpoint/*", evaluate_run, (mutated, resealed, resealed)),
     }
     with contextlib.suppress(ImportError):
         found["Hugging Face"] = _hugging_face(root, data)

@@ -27,6 +27,7 @@ from zskt.errors import ZsktError
 from zskt.files import read_tensors
 from zskt.method.build import belief_matching
 from zskt.method.config import Config
+from zskt.method.memory import Need, need
 from zskt.method.protocol import Method
 from zskt.method.recipe import load_recipe
 from zskt.networks import models, ranks
@@ -320,6 +321,22 @@ def test_batchnorm_of_another_kind_is_refused() -> None:
             "expected torch's BatchNorm in the student, found Own in 0, which several processes cannot share; "
             "use torch's, or one process"
         )
+
+
+def test_memory_is_that_of_the_ranks_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the networks, and its share of batches and bank."""
+    teacher, student = networks()
+    config = replace(settings("bank"), {"generator.width": 8})
+    alone = need(teacher, student, config)
+
+    def asked(local: int) -> Need:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        return need(teacher, student, config)
+
+    together, apart = each_rank(2, lambda: asked(2))[0], each_rank(2, lambda: asked(1))[0]
+    assert together.per_image == alone.per_image
+    assert apart.per_image == {name: size // 2 for name, size in alone.per_image.items()}
+    assert apart.fixed < alone.fixed < together.fixed < 2 * alone.fixed
 
 
 # Runs that go on.

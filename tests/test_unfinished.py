@@ -10,7 +10,7 @@ import torch
 import zskt
 from small import call, fails, make_teacher, refused, run, write_images
 from small import coloured as images_of
-from zskt.files import read_tensors
+from zskt.files import read_tensors, write_tensors
 from zskt.networks import models
 from zskt.networks.folder import save_teacher
 from zskt.run.unfinished import is_unfinished, load_unfinished
@@ -121,3 +121,14 @@ def test_a_finished_run_is_not_extended_but_gone_on_from(folder: Path) -> None:
     assert "was started with other settings (steps = 6, now 9)" in fails(
         1, "distill", "--resume", "--out", "c", "--steps", 9
     )
+
+
+@pytest.mark.parametrize(
+    "odd", ["[]", "7", '{"about": {"rebuild": true, "steps": 6}, "step": 4}', '{"about": []}', "{}"]
+)
+def test_odd_descriptions_with_a_right_checksum_are_refused_in_a_line(odd: str, folder: Path) -> None:
+    distil("--out", "a", "--stop-after", 4)
+    for path in Path("a", "checkpoint").glob("*.safetensors"):
+        write_tensors(path, read_tensors(path)[0], {"metadata": odd})
+    assert "a" in fails(1, "evaluate", "a", "--data", "data")
+    assert "a" in fails(1, "distill", "teacher", "--student", "convnet-1", *TINY, "--out", "a", "--resume")

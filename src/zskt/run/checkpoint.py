@@ -75,6 +75,8 @@ def load(
         try:
             tensors, texts = read_tensors(path)
             metadata = strict_json(texts["metadata"])
+            if not isinstance(metadata, dict):
+                raise TypeError
             verify(metadata)
             return tensors, metadata, [str(problem).split("; ")[0] for problem in problems]
         except ZsktError as error:

@@ -30,7 +30,8 @@ def load_unfinished(folder: Path, *, trust: bool = False) -> tuple[Classifier, d
             f"expected a checkpoint that describes its student in {folder}, found one of an earlier version; finish "
             "the run with --resume"
         )
-    if "python" in (about.get("rebuild") or {}):
+    how = about.get("rebuild")
+    if isinstance(how, dict) and "python" in how:
         raise ZsktError(
             f"expected a student that can be rebuilt from {folder}, found a Python object; finish the run with "
             "--resume and pass the module, as in zskt.load_student(folder, module=...)"
