@@ -1,6 +1,7 @@
 """Screenshots of the built site at desktop and phone width, by Debian's Chromium.
 
 python scripts/screenshots.py build/screenshots [PAGE...]    # after `make docs`; pages such as index docs/deploy
+python scripts/screenshots.py build/screenshots runs/a/report.html index    # a report, too
 
 Needs `pip install playwright` (without its browser) and /usr/bin/chromium. Fails if a page logs an error, asks for
 anything but files, or is wider than the screen, and if the search finds nothing.
@@ -29,11 +30,13 @@ def main(out: Path, pages: list[str]) -> int:
                 lambda sent: None if sent.url.startswith(("file:", "data:", "blob:")) else faults.append(sent.url),
             )
             for page in pages:
-                view.goto((SITE / f"{page}.html").as_uri())
+                there = Path(page).resolve() if page.endswith(".html") else SITE / f"{page}.html"
+                view.goto(there.as_uri())
                 wide = view.evaluate("document.documentElement.scrollWidth")
                 if wide > columns:
                     faults.append(f"{page} is {wide} pixels wide at {columns}")
-                view.screenshot(path=out / f"{page.replace('/', '-')}-{width}.png")
+                name = there.stem if page.endswith(".html") else page.replace("/", "-")
+                view.screenshot(path=out / f"{name}-{width}.png")
         view.goto((SITE / "index.html").as_uri())
         view.locator("label[for=__search]").first.click()
         view.locator("input.md-search__input").press_sequentially("collapse")
