@@ -217,19 +217,28 @@ RESULT = {
 def test_it_is_told_in_sentences_none_of_which_reads_like_an_accuracy() -> None:
     lines = told(RESULT)
     seen = "of 100 fresh pseudo images that it was not trained on"
-    assert lines[0] == f"{seen}, the student and its teacher disagree on 7.5 (4.6 to 12.0)"
+    assert lines[0].startswith(f"{seen}, the student and its teacher disagree on 7.5 (4.6 to 12.0)")
     assert lines[2].endswith("the student and that of runs/b disagree on 0.0 (0.0 to 1.9)")
     assert "no number here is an accuracy" in lines[-1]
-    assert not any("%" in line or "correlation" in line for line in lines)
+    assert not any("%" in line for line in lines)
+
+
+def test_what_has_been_measured_is_told_as_the_result_says() -> None:
+    newest = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*-tracking.json"))[-1]
+    result, told_by = json.loads(newest.read_text()), json.loads(without_data.TRACKING.read_text())
+    assert told_by == {name: result[name] for name in ("runs", "rank_correlations", "on")}
+    worth = result["rank_correlations"]["noise"]
+    ending = f"; over {result['runs']} runs on {result['on']} few of these went with a high accuracy, rank correlation"
+    assert told(RESULT)[1].endswith(f"{ending} {worth:.2f}")
 
 
 def test_how_well_it_tracks_accuracy_is_told_once_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert not without_data.TRACKING.exists()  # nothing has been measured yet
-    measured = {"runs": 12, "rank_correlations": {"pseudo": 0.834, "noise": -0.1, "mixed": None}}
+    measured = {"runs": 12, "on": "digits", "rank_correlations": {"pseudo": 0.834, "noise": -0.1, "mixed": None}}
     monkeypatch.setattr(without_data, "TRACKING", tmp_path / "tracking.json")
+    assert not any("correlation" in line for line in told(RESULT))  # nothing has been measured yet
     (tmp_path / "tracking.json").write_text(json.dumps(measured))
     lines = told(RESULT)
-    assert lines[0].endswith("; over 12 runs few of these went with a high accuracy, rank correlation 0.83")
+    assert lines[0].endswith("; over 12 runs on digits few of these went with a high accuracy, rank correlation 0.83")
     assert lines[1].endswith("rank correlation -0.10")
     assert not any("correlation" in line for line in lines[2:])  # measured of disagreements with the teacher alone
 

@@ -159,7 +159,8 @@ def _tracked(kind: str) -> str:
     worth = measured["rank_correlations"].get(kind)
     if worth is None:
         return ""
-    return f"; over {measured['runs']} runs few of these went with a high accuracy, rank correlation {worth:.2f}"
+    where = f"{measured['runs']} runs on {measured['on']}"
+    return f"; over {where} few of these went with a high accuracy, rank correlation {worth:.2f}"
 
 
 def rank_correlations(folders: Sequence[str | Path]) -> dict[str, Any]:
