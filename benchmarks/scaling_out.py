@@ -186,7 +186,7 @@ def main() -> None:
         found = work(PAIRS[arguments.worker], arguments.steps)
         if os.environ.get("RANK", "0") == "0":
             arguments.out.write_text(json.dumps(found))
-        return
+        os._exit(0)  # torch's threads may abort a process while it is taken down
     result: dict[str, Any] = {}
     rows = []
     for name in arguments.pairs:

@@ -14,7 +14,12 @@ def main() -> int:
     from zskt.cli.main import main as command
 
     signal.signal(signal.SIGINT, before)
-    return command()
+    status = command()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # one of several: torch's threads may abort it while it is taken down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _leave(signum: int, frame: types.FrameType | None) -> None:
