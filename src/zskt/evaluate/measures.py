@@ -147,7 +147,8 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     """
     z, p = 1.959964, count / total
     middle, reach = p + z**2 / (2 * total), z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
-    return max(0.0, (middle - reach) / (1 + z**2 / total)), min(1.0, (middle + reach) / (1 + z**2 / total))
+    low, high = (middle - reach) / (1 + z**2 / total), (middle + reach) / (1 + z**2 / total)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # at 0 and 1, whatever the rounding
 
 
 def disagreements(
