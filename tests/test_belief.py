@@ -195,6 +195,15 @@ def test_a_warning_is_given_once_and_only_if_it_holds_twice() -> None:
     assert new_warnings([dead, dead | {"warnings": [line]}, fine, dead], dead, 0.5) == []
 
 
+def test_a_vanished_adversary_is_no_failure_near_the_end_nor_where_nothing_searches() -> None:
+    beliefs = pseudo_beliefs(5 * torch.eye(K), 5 * torch.eye(K))
+    found = {"vanished adversary"}
+    assert pseudo_image_warnings(beliefs, 0.5).keys() == set()
+    assert pseudo_image_warnings(beliefs | {"adversary_kl": 1e-4}, 0.5).keys() == found
+    assert pseudo_image_warnings(beliefs | {"adversary_kl": 1e-2}, 0.5).keys() == set()
+    assert pseudo_image_warnings(beliefs | {"adversary_kl": 1e-4}, 0.9).keys() == set()
+
+
 def test_bootstrap_intervals_have_their_coverage() -> None:
     rng = torch.Generator().manual_seed(0)
     inside = 0

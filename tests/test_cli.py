@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,31 @@ def test_import(data: str, tmp_path: Path) -> None:
     assert "is implausible for a trained network, although names and shapes fit: check --mean" in err
     assert "fc.weight" in fails(1, *command[:-2], "--out", tmp_path / "c", "--num-classes", 100)
     assert not (tmp_path / "c").exists()
+
+
+def test_an_import_takes_the_network_that_the_images_confirm(tmp_path: Path) -> None:
+    """Of two networks with the same tensors, one calls half of the images otherwise."""
+    torch.manual_seed(0)
+    module: Any = zskt.models.build("wrn-10-2-raw", 2, (3, 16, 16)).eval()
+    test = coloured(60, classes=2, size=(3, 16, 16))
+    with torch.no_grad():
+        logits = module((test.images / 255 - 0.5) / 0.25)  # (60, 2)
+        module.fc.bias -= logits.mean(dim=0)
+    labels = (logits - logits.mean(dim=0)).argmax(dim=1)
+    assert 10 < labels.sum() < 50
+    data = write_images(tmp_path / "images", test=replace(test, labels=labels))
+    torch.save(module.state_dict(), tmp_path / "wrn.pth")
+    command = ["import", tmp_path / "wrn.pth", "--num-classes", 2, "--input-size", 3, 16, 16, "--data", data]
+    command += ["--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.25, 0.25]
+    for model, line in (
+        ("wrn-10-2", r"as wrn-10-2-raw, of the same tensors: accuracy 1.0000, taken"),
+        ("wrn-10-2-raw", r"as wrn-10-2, of the same tensors: accuracy 0.\d+\n"),
+    ):
+        status, out, err = call(*command, "--model", model, "--out", tmp_path / model)
+        assert (status, json.loads(out)["accuracy"]) == (0, 1.0)
+        assert re.search(line, err), err
+        loaded = zskt.load_teacher(tmp_path / model).module
+        assert getattr(loaded, "spec", None) == "wrn-10-2-raw"
 
 
 def test_a_file_is_no_recipe(teacher: str, tmp_path: Path) -> None:

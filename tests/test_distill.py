@@ -325,6 +325,7 @@ from small import make_teacher
 from zskt.method.generator import SAMPLES
 from zskt.method import recipe
 from zskt.networks import checks, models
+from zskt.run import examiner
 from zskt.run.distill import distill
 teacher, student = make_teacher(), models.wide_resnet(10, 1)
 DATA = tuple("_batch _batch_1 .png .jpg .jpeg .webp .gif .bmp .zip .tar .gz .npy .npz .mat .bin ubyte".split())
@@ -338,7 +339,7 @@ def audit(event, arguments):
         opened.append(arguments[0])
 sys.addaudithook(audit)
 if {cheat}:
-    distill.__globals__["judge"] = lambda *a: open("some.png", "rb").read()
+    examiner.judge = lambda *a: open("some.png", "rb").read()
 rng = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (4, 3, 16, 16), generator=rng, dtype=torch.uint8), torch.arange(4)
 for out, recipe in (({out!r}, "zskt-prior"), (None, "zskt")):
@@ -544,6 +545,19 @@ def test_a_run_warns_while_it_goes_on_and_alike_when_resumed(tmp_path: Path) -> 
     assert (whole / "metrics.jsonl").read_bytes() == (killed / "metrics.jsonl").read_bytes()
 
 
+def test_a_generator_that_finds_nothing_any_more_is_said() -> None:
+    """A student that is its teacher, and stays it, beside one that is not."""
+    settings = TINY | {"steps": 8, "evaluate_every": 1, "student.updates": 1, "student.learning_rate": 1e-12}
+    found = {}
+    for name, student in (("twin", copy.deepcopy(make_teacher().module).requires_grad_()), ("other", models.wide_resnet(10, 2))):
+        for module in student.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0  # its running statistics stay, too
+        result = run(None, student, settings=settings)
+        found[name] = [text for text in result.warnings if text.startswith("vanished adversary: ")]
+    assert (len(found["twin"]), found["other"]) == (1, [])
+
+
 def collapsing(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> zskt.Method:
     """Its images are all the same from the third step on, unless the generator learns more gently."""
     method = zskt.belief_matching(teacher, student, config)
@@ -566,7 +580,7 @@ RESTART = {"on_collapse": "restart", "evaluate_every": 1, "checkpoint_every": 1,
 
 
 def test_a_collapsed_run_goes_back_and_on_more_gently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zskt.run.distill.COLLAPSES", {"dead generator"})  # the teacher, untrained, knows few classes
+    monkeypatch.setattr("zskt.run.examiner.COLLAPSES", {"dead generator"})  # the teacher, untrained, knows few classes
     settings = TINY | {"steps": 8} | RESTART
     result = run(tmp_path / "whole", None, "auto", method=collapsing, settings=settings)
     assert result.finished
@@ -634,14 +648,14 @@ def test_what_is_good_is_there(tmp_path: Path) -> None:
         return "collapsed"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zskt.run.distill.Examiner.judge", judge)
+        patch.setattr("zskt.run.examiner.Examiner.judge", judge)
         run(tmp_path / "run", settings=settings, stop_after=4)
         (newest, *_) = sorted((tmp_path / "run" / "checkpoint").glob("*.safetensors"), reverse=True)
         content = bytearray(newest.read_bytes())
         content[-1] ^= 1
         newest.write_bytes(content)
         patch.setattr(
-            "zskt.run.distill.Examiner.judge", lambda self, line: "suspect" if line["step"] == 4 else judge(self, line)
+            "zskt.run.examiner.Examiner.judge", lambda self, line: "suspect" if line["step"] == 4 else judge(self, line)
         )
         result = run(tmp_path / "run", settings=settings, resume=True)
     assert [text for text in result.warnings if "collapse at step 5: back to step 3" in text]  # 2 is gone
@@ -683,7 +697,7 @@ def test_what_a_method_has_goes_back_with_it(recipe: str, tmp_path: Path) -> Non
         return "collapsed" if len(fallen) == 1 else "sound"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zskt.run.distill.Examiner.judge", lambda self, line: judge(line))
+        patch.setattr("zskt.run.examiner.Examiner.judge", lambda self, line: judge(line))
         patch.setattr("zskt.run.lifecycle.Lifecycle._be_gentler", lambda life, texts: setattr(life, "restarts", texts))
         arguments["settings"] = tiny | {"on_collapse": "restart", "checkpoint_every": 100, "evaluate_every": 7}
         found = distill(make_teacher(), new_student(), recipe, out=tmp_path / "run", **arguments)

@@ -77,8 +77,20 @@ def test_state_dict_is_found_at_the_top_and_nested() -> None:
 
 def test_equally_large_state_dicts_are_refused_by_name() -> None:
     weights = {"a.weight": torch.ones(2)}
-    with pytest.raises(ZsktError, match=r"found 2 of 1 tensors: ema.state_dict, model; save only one"):
+    with pytest.raises(ZsktError, match=r"found 2 of 1 tensors: ema.state_dict, model; choose one by .*--key ema"):
         find_state_dict({"model": weights, "ema": {"state_dict": dict(weights)}})
+
+
+def test_one_of_several_networks_is_taken_by_key() -> None:
+    ones, twos = {"a.weight": torch.ones(2)}, {"a.weight": torch.full((2,), 2.0)}
+    saved = {"model": ones, "ema": {"state_dict": twos}, "both": {"teacher.a.weight": torch.full((2,), 3.0)}}
+    for key, value in (("model", 1), ("ema", 2), ("ema.state_dict", 2), ("both.teacher", 3), ("teacher", 3)):
+        found = find_state_dict(saved, key)
+        assert found.keys() == ones.keys()
+        assert found["a.weight"].tolist() == [value, value], key
+    assert find_state_dict({"teacher.a": torch.ones(2), "teachers.a": torch.zeros(2)}, "teacher").keys() == {"a"}
+    with pytest.raises(ZsktError, match=r"'teachr': did you mean teacher"):
+        find_state_dict(saved, "teachr")
 
 
 @pytest.mark.parametrize("loaded", [{"epoch": 3, "acc": 0.5}, {}, [1, 2], torch.ones(3)])
@@ -335,6 +347,60 @@ def test_wrong_architecture_is_one_line(tmp_path: Path, spec: str) -> None:
     line = refused(lambda: bring(tmp_path / "model.pth", spec))
     assert re.search(r"the weights do not fit the model: .*: expected .*, found .*--model", line)
     assert len(line) < 600
+    assert line.endswith("its shapes are those of --model wrn-10-1")
+
+
+@pytest.mark.parametrize(("spec", "classes"), [("wrn-16-2", 10), ("resnet-18-16", 100), ("lenet-5-half", 7)])
+def test_a_file_that_does_not_fit_is_recognised_by_its_shapes(spec: str, classes: int, tmp_path: Path) -> None:
+    weights = {f"net.{name.replace('conv', 'c')}": t for name, t in network(spec, classes).state_dict().items()}
+    torch.save(weights, tmp_path / "model.pth")
+    line = refused(lambda: bring(tmp_path / "model.pth", "wrn-10-1"))
+    wanted = re.search(r"its shapes are those of --model (\S+)(?: --num-classes (\d+))?$", line)
+    assert wanted is not None, line
+    assert (wanted[1], int(wanted[2] or CLASSES)) == (spec, classes)
+
+
+def test_a_teacher_and_its_student_in_one_file(tmp_path: Path) -> None:
+    """As a distillation of mmrazor saves them."""
+    teacher, student = network("wrn-10-2"), network("wrn-10-1")
+    both = {f"architecture.backbone.{name}": tensor for name, tensor in student.state_dict().items()}
+    both |= {f"teacher.backbone.{name}": tensor for name, tensor in teacher.state_dict().items()}
+    torch.save({"meta": {"epoch": 1}, "state_dict": both}, tmp_path / "epoch_1.pth")
+    assert refused(lambda: bring(tmp_path / "epoch_1.pth")).endswith("its shapes are those of --key architecture")
+    assert same_outputs(bring(tmp_path / "epoch_1.pth", key="architecture"), student)
+    line = refused(lambda: bring(tmp_path / "epoch_1.pth", key="teacher"))
+    assert line.endswith("its shapes are those of --model wrn-10-2")
+    assert same_outputs(bring(tmp_path / "epoch_1.pth", "wrn-10-2", key="teacher"), teacher)
+
+
+def test_what_resembles_none_of_our_networks_gets_no_suggestion(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "model.pth")
+    assert "its shapes" not in refused(lambda: bring(tmp_path / "model.pth"))
+
+
+def test_networks_of_the_same_tensors_compute_something_else() -> None:
+    """The one whose shortcuts see the raw input: against the block written out by hand."""
+    torch.manual_seed(0)
+    (name,) = models.with_same_tensors("wrn-10-2")
+    ours, raw = network("wrn-10-2"), network(name)
+    assert models.with_same_tensors(name) == ["wrn-10-2"]
+    assert getattr(raw, "spec", None) == name
+    raw.load_state_dict(ours.state_dict())  # the same names and shapes
+    assert not same_outputs(Classifier(raw, input_size=SIZE, mean=[0.0] * 3, std=[1.0] * 3), ours)
+    x = torch.randn(2, 3, 8, 8)
+
+    def relu(y: Tensor) -> Tensor:
+        return y.clamp(min=0)
+
+    block: Any
+    with torch.no_grad():
+        out = raw.get_submodule("conv1")(x)
+        for stage in ("block1", "block2", "block3"):
+            block = raw.get_submodule(f"{stage}.layer.0")
+            residual = block.conv2(relu(block.bn2(block.conv1(relu(block.bn1(out))))))
+            out = block.shortcut(out) + residual
+        out = raw.get_submodule("fc")(relu(raw.get_submodule("bn1")(out)).mean(dim=(2, 3)))
+        torch.testing.assert_close(raw(x), out)
 
 
 def test_ambiguous_file_is_refused_and_rename_resolves_it(tmp_path: Path) -> None:

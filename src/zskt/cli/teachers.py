@@ -21,7 +21,7 @@ from zskt.networks.factories import find_function, parse_arguments
 from zskt.networks.folder import check_teacher_folder, save_teacher
 from zskt.networks.loading import Loaded, is_own_folder, load, refuse_unused
 from zskt.networks.models import Size
-from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames
+from zskt.networks.weights import NOT_MEASURED, import_weights, parse_renames, with_module
 from zskt.paper.baselines import teach
 from zskt.paper.experiments import normalisation
 from zskt.paper.training import Training, updates_in
@@ -215,7 +215,8 @@ def run_teach(
     Example: zskt teach --model wrn-16-2 --data cifar10-train.zip cifar10-test.zip --out teacher
 
     Args:
-        model: wrn-DEPTH-WIDTH, resnet-18, resnet-34, vgg-11, lenet-5, lenet-5-half or convnet-WIDTH.
+        model: wrn-DEPTH-WIDTH (-raw after it: shortcuts of the raw input), resnet-18, resnet-34, vgg-11, lenet-5,
+            lenet-5-half or convnet-WIDTH.
         data: zips or folders of images as split/class/file, the original files of MNIST, CIFAR or SVHN, or `digits`.
         out: output folder.
         input_size: channels, height and width; by default those of the images.
@@ -280,6 +281,7 @@ def run_import(
     mean: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")],
     std: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")],
     out: Path,
+    key: str = "",
     rename: Words = (),
     data: Data = (),
 ) -> Result:
@@ -296,17 +298,29 @@ def run_import(
         mean: per channel, for pixels in [0, 1]; values above 1 are taken as 0..255.
         std: standard deviation per channel, on the same scale as the mean.
         out: output folder.
+        key: the part of the file to take, if it holds several networks: an entry, as in ema_state_dict, or how the
+            names begin, as in teacher.
         rename: FOREIGN=OURS name components, if no unique renaming fits; FOREIGN= drops one, FOREIGN=- its tensors.
         data: labelled test images to measure the import with: the only check of padding, activations and normalisation.
+            If another of our networks has tensors of the same names and shapes, the more accurate one is taken.
     """
     check_teacher_folder(out)
-    teacher, report = import_weights(weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename))
+    teacher, report = import_weights(
+        weights, model, input_size, num_classes, mean, std, rename=parse_renames(rename), key=key
+    )
     for line in report.notices:
         notice(line)
     measured: dict[str, float] = {}
     if data:
-        measured = measure(teacher, *test_images(data, teacher))
+        test = test_images(data, teacher)
+        measured = measure(teacher, *test)
         notice(f"accuracy {measured['accuracy']:.4f}")
+        for other in models.with_same_tensors(model):
+            variant = with_module(teacher, other)
+            found = measure(variant, *test)
+            if better := found["accuracy"] > measured["accuracy"]:
+                teacher, measured = variant, found
+            notice(f"as {other}, of the same tensors: accuracy {found['accuracy']:.4f}{', taken' * better}")
         if measured["accuracy"] < PLAUSIBLE:
             warn(
                 f"accuracy {measured['accuracy']:.4f} is implausible for a trained network, although names and shapes "

@@ -191,9 +191,14 @@ def pseudo_beliefs(teacher_logits: Tensor, student_logits: Tensor) -> dict[str, 
     return found
 
 
+VANISHED = 1e-3
+"""Mean KL (nats) on a searching generator's images below which there is nothing left to learn from them."""
+
+
 def pseudo_image_warnings(beliefs: Mapping[str, Any], progress: float = 1.0) -> dict[str, str]:
     """Warnings, by their kind, from an evaluation's `pseudo_beliefs` and `pseudo_variation`; none estimates accuracy.
 
+    `adversary_kl` is there if a generator that searches for disagreement made the images: their mean KL, in nats.
     `progress` is the fraction of the run that is done: what is a failure at the end is how a student begins.
     """
     classes = len(beliefs["class_counts"])
@@ -213,6 +218,11 @@ def pseudo_image_warnings(beliefs: Mapping[str, Any], progress: float = 1.0) -> 
         found["dead generator"] = (
             "dead generator: the pseudo images are nearly all the same; start again with a lower "
             "generator.learning_rate"
+        )
+    if progress < 0.75 and beliefs.get("adversary_kl", 1.0) < VANISHED:
+        found["vanished adversary"] = (
+            "vanished adversary: the generator finds nothing on which the networks differ, so the student learns "
+            "nothing more; raise generator.learning_rate, or stop here"
         )
     if progress >= 0.25 and beliefs["pseudo_agreement"] < 1.5 / classes:
         found["chance"] = (

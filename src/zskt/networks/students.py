@@ -184,9 +184,9 @@ def _family(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
 
 def _ours(teacher: Classifier, spec: str) -> Iterator[Ladder]:
     ladders: list[list[str]] = []
-    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
-        depth, width = int(match[1]), int(match[2])
-        ladders = [[f"wrn-{d}-{w}" for w in _widths(width)] for d in range(depth, 9, -6)]
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)(-raw)?", spec):
+        depth, width, raw = int(match[1]), int(match[2]), match[3] or ""
+        ladders = [[f"wrn-{d}-{w}{raw}" for w in _widths(width)] for d in range(depth, 9, -6)]
     elif match := re.fullmatch(r"resnet-(18|34)(?:-(\d+))?", spec):
         depths = [depth for depth in (34, 18) if depth <= int(match[1])]
         ladders = [[f"resnet-{d}-{w}" for w in _widths(int(match[2] or 64))] for d in depths]
@@ -206,9 +206,9 @@ def _narrower(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
     """The networks of the teacher's depth and no greater width, itself among them, as a ladder."""
     module = bare(teacher.module)
     spec = str(getattr(module, "spec", ""))
-    if match := re.fullmatch(r"wrn-(\d+)-([\d.]+)", spec):
+    if match := re.fullmatch(r"wrn-(\d+)-([\d.]+)(-raw)?", spec):
         sixteenths = range(round(16 * float(match[2])), 0, -1)
-        specs = [f"wrn-{match[1]}-{k / 16 if k % 16 else k // 16}" for k in sixteenths]
+        specs = [f"wrn-{match[1]}-{k / 16 if k % 16 else k // 16}{match[3] or ''}" for k in sixteenths]
     elif match := re.fullmatch(r"(resnet-18|resnet-34|vgg-11|convnet)(?:-(\d+))?", spec):
         specs = [f"{match[1]}-{width}" for width in range(int(match[2] or models.WIDTH), 0, -1)]
     else:

@@ -22,12 +22,12 @@ from zskt.networks import models
 from zskt.networks.archives import read_weights
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, unit_normalisation
+from zskt.networks.suggestions import COUNTER, suggest
 
 NOT_MEASURED = "names and shapes fit, which is no proof: accuracy not measured; give --data to measure it"
 
 ADVICE = "check --model, --num-classes, --input-size, or give --rename A=B (A= drops A, A=- omits its tensors)"
 
-_COUNTER = "num_batches_tracked"  # may be absent, as torch before 0.4.1 did not save it
 _FINAL = "="  # marks a component that --rename has set
 _MOST_SEARCHES = 500  # nodes; real networks need a few dozen, even if every name differs
 
@@ -53,8 +53,11 @@ class _Choice:
     becomes: dict[str, str]
 
 
-def find_state_dict(loaded: object) -> dict[str, Tensor]:
-    """The largest mapping name -> tensor, however nested; ZsktError if there is none, or several as large."""
+def find_state_dict(loaded: object, key: str = "") -> dict[str, Tensor]:
+    """The largest mapping name -> tensor, however nested; ZsktError if there is none, or several as large.
+
+    `key` limits it to one entry of the file, as in ema_state_dict, or to names that begin with it, as in teacher.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     waiting: list[tuple[str, object]] = [("", loaded)]
     seen: set[int] = set()  # no recursion, as a hostile file may nest deeply or in circles
@@ -70,11 +73,31 @@ def find_state_dict(loaded: object) -> dict[str, Tensor]:
     if not found:
         what = f"entries {_some(loaded)}" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
         raise ZsktError(f"expected a state dict (names -> tensors), found {what}; save only model.state_dict()")
+    if key:
+        found = _under(key, found)
     most = max(map(len, found.values()))
     best = sorted(place for place, tensors in found.items() if len(tensors) == most)
     if len(best) > 1:
-        raise ZsktError(f"expected one state dict, found {len(best)} of {most} tensors: {_some(best)}; save only one")
+        raise ZsktError(
+            f"expected one state dict, found {len(best)} of {most} tensors: {_some(best)}; "
+            f"choose one by zskt import --key {best[0]}, or save only one"
+        )
     return found[best[0]]
+
+
+def _under(key: str, found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """What is left of each state dict, by its place in the file, under `key`."""
+    left: dict[str, dict[str, Tensor]] = {}
+    for place, tensors in found.items():
+        inside = place == key or place.startswith(f"{key}.")
+        for start in ("",) if inside else (f"{key}.", key.removeprefix(f"{place}.") + "."):
+            named = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            if named:
+                left.setdefault(place, named)
+    if not left:
+        firsts = {name.partition(".")[0] for tensors in found.values() for name in tensors}
+        raise unknown("part of the file in --key", key, sorted({*found, *firsts} - {"the top level"}))
+    return left
 
 
 def parse_renames(entries: Iterable[str]) -> dict[str, str]:
@@ -123,15 +146,24 @@ def import_weights(
     mean: _Values,
     std: _Values,
     rename: Mapping[str, str] | None = None,
+    key: str = "",
 ) -> tuple[Classifier, ImportReport]:
     """A foreign checkpoint as a `Classifier` of our network `spec` for images (C, H, W) and `num_classes` classes.
 
-    `mean` and `std` are per channel, in [0, 1] or 0..255. No code in the file is run. Raises ZsktError for an
-    unreadable file, names that do not map, and tensors that are not finite floating-point numbers.
+    `mean` and `std` are per channel, in [0, 1] or 0..255; `key` is for `find_state_dict`. No code in the file is run.
+    Raises ZsktError for an unreadable file, names that do not map (and says which model they might fit), and tensors
+    that are not finite floating-point numbers.
     """
     mean, std, notices = unit_normalisation(mean, std)
     module = models.build(spec, num_classes, input_size)
-    keys = fill(module, path, rename)
+    foreign = read_state_dict(path, key)
+    try:
+        keys = _fill(module, foreign, rename, ADVICE)
+    except UsageError:
+        raise
+    except ZsktError as error:
+        hint = suggest({name: tensor.shape for name, tensor in foreign.items()}, spec, input_size, num_classes)
+        raise ZsktError(f"{error}; {hint}" if hint else str(error)) from error
     teacher = as_teacher(Classifier(module, input_size=input_size, mean=mean, std=std), copied=False)
     if renamed := _renamed(keys):
         changes = ", ".join(f"{old} -> {new}" if new else f"{old} dropped" for old, new in renamed.items())
@@ -140,15 +172,36 @@ def import_weights(
     return teacher, ImportReport({"imported_from": path.name, "sha256": digest, "renamed": renamed}, notices)
 
 
+@torch.random.fork_rng(devices=[])
+def with_module(teacher: Classifier, spec: str) -> Classifier:
+    """The teacher's tensors in another network of ours, which has the same names and shapes."""
+    module = models.build(spec, teacher.num_classes, teacher.input_size)
+    module.load_state_dict(teacher.module.state_dict())
+    mean, std = teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
+    return as_teacher(Classifier(module, input_size=teacher.input_size, mean=mean, std=std), copied=False)
+
+
 def fill(
     module: nn.Module, path: Path, rename: Mapping[str, str] | None = None, advice: str = ADVICE
 ) -> dict[str, str]:
     """Load a foreign checkpoint into `module`; returns foreign key -> own key, or raises ZsktError with `advice`."""
-    own, foreign = module.state_dict(), find_state_dict(read_weights(path))
+    return _fill(module, read_state_dict(path), rename, advice)
+
+
+def read_state_dict(path: Path, key: str = "") -> dict[str, Tensor]:
+    """What `find_state_dict` finds in a file, of dense tensors."""
+    foreign = find_state_dict(read_weights(path), key)
     if nested := [key for key, tensor in foreign.items() if tensor.is_nested]:
         raise ZsktError(f"{short(nested[0])}: expected a dense tensor, found a nested one; convert and save it again")
+    return foreign
+
+
+def _fill(
+    module: nn.Module, foreign: Mapping[str, Tensor], rename: Mapping[str, str] | None, advice: str
+) -> dict[str, str]:
+    own = module.state_dict()
     keys = find_renaming({k: v.shape for k, v in foreign.items()}, {k: v.shape for k, v in own.items()}, rename, advice)
-    weights = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith(_COUNTER)}
+    weights = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith(COUNTER)}
     weights |= {name: _checked(key, foreign[key], own[name]) for key, name in keys.items()}
     module.load_state_dict(weights, strict=True)
     return keys
@@ -215,7 +268,7 @@ def _choices(path: _Path, leaves: Mapping[str, tuple[int, ...]], ours: _Layers) 
     """Every module of ours with these tensors that `path` could map to: numbers kept, extra leading parts dropped."""
     choices = []
     for target, wanted in ours.items():
-        without_counter = {leaf: shape for leaf, shape in wanted.items() if leaf != _COUNTER}
+        without_counter = {leaf: shape for leaf, shape in wanted.items() if leaf != COUNTER}
         surplus = len(path) - len(target)
         if surplus < 0 or leaves not in (wanted, without_counter):
             continue
@@ -293,7 +346,7 @@ def _why_none(theirs: _Layers, ours: _Layers, choices: Sequence[_Choice]) -> str
         for path, there in found.items()
         for wanted in (ours.get(path, {}),)
         for leaf in {**wanted, **there}
-        if wanted.get(leaf) != there.get(leaf) and (leaf != _COUNTER or leaf in there)
+        if wanted.get(leaf) != there.get(leaf) and (leaf != COUNTER or leaf in there)
     ]
     if not reasons:
         old, new = ({word for path in paths for word in path if not word.isdecimal()} for paths in (theirs, ours))

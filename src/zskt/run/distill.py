@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError
-from zskt.evaluate.measures import check_images, judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
-from zskt.files import expanded, read_sealed, read_tensors, tensor_shapes, write_tensors, write_text
+from zskt.evaluate.measures import check_images, pseudo_image_warnings
+from zskt.files import expanded, read_tensors, tensor_shapes, write_tensors, write_text
 from zskt.method.bank import BankDistillation, bank_images
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
-from zskt.method.generator import SAMPLES, Generator, pseudo_images
+from zskt.method.generator import Generator, pseudo_images
 from zskt.method.matching import BeliefMatching
 from zskt.method.memory import naming_batch_that_fits
 from zskt.method.protocol import Make, Method, Watched, check_method
@@ -30,15 +30,13 @@ from zskt.networks import ranks
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.folder import describe_network, save_network
-from zskt.networks.observe import evaluating, logits_of
 from zskt.networks.rebuild import describe_module, unallocated
 from zskt.networks.synchronised import separate
 from zskt.run import checkpoint
-from zskt.run.checkpoint import HALF_WAY
 from zskt.run.cuda_graph import CapturedStep
+from zskt.run.examiner import Examiner
 from zskt.run.lifecycle import Callback, Lifecycle
 from zskt.run.own_images import check_own_images, fingerprint
-from zskt.run.plots import believed_grid, save_image
 from zskt.run.several import share
 from zskt.run.shards import saved_rows
 from zskt.runtime import arithmetic, parse_limit, pick_device, seeded, stream, threads
@@ -165,7 +163,7 @@ def distill(
                 repeated.bank.reserve(len(images))
             own = 0 if images is None else len(images)
             about = describe_network(frozen.like(student)) | origin(frozen, config, recipe.reason, own)
-            examiner = Examiner(frozen, repeated, folder, evaluate)
+            examiner = Examiner(frozen, repeated, folder, evaluate, isinstance(repeated, BeliefMatching))
             life = Lifecycle(
                 repeated,
                 folder,
@@ -240,90 +238,6 @@ def _captured(method: Method, config: Config, device: torch.device) -> CapturedS
     if not isinstance(method, BeliefMatching):
         raise UsageError(f"machine.cuda_graph is for belief_matching, found {config.method}; leave it out")
     return CapturedStep(method)
-
-
-COLLAPSES = {"collapse", "dead generator"}
-"""Kinds of warnings that a gentler generator may mend."""
-
-
-@dataclass
-class Examiner:
-    """Evaluates a run's student: beliefs about pseudo images, accuracy and agreement on test images."""
-
-    teacher: Classifier
-    method: Method
-    folder: Path | None
-    images: tuple[Tensor, Tensor] | None
-    answers: Tensor | None = None
-    measured: dict[str, float] = field(default_factory=dict)
-    past: list[dict[str, Any]] = field(default_factory=list)
-    """earlier evaluations of the run"""
-
-    def examine(self, step: int) -> dict[str, Any]:
-        """Both networks' beliefs about 64 pseudo images, always of the same seed, new warnings, and `measure`."""
-        self.past = [line for line in self.past if line["step"] < step]  # the run may have gone back
-        line = self.beliefs(step)
-        if not ranks.is_main():
-            return {}
-        if warnings := new_warnings(self.past, line, step / self.method.steps):
-            line["warnings"] = warnings
-        self.keep_generator(step)
-        self.past.append(line | {"step": step})
-        return line | (self.measure() if self.images is not None else {})
-
-    def keep_generator(self, step: int) -> None:
-        """Save the generator at the first evaluation of the run's second half: its images examine the student later."""
-        half = self.method.steps / 2
-        generator = self.method.modules().get("generator")
-        if self.folder is None or generator is None or any(line["step"] >= half for line in self.past):
-            return
-        if half <= step < self.method.steps:
-            write_tensors(self.folder / f"{HALF_WAY}.safetensors", generator.state_dict())
-
-    def judge(self, line: Mapping[str, Any]) -> str | None:
-        """What an evaluation's line says of the generator: sound, suspect, or collapsed once a warning is due."""
-        if "class_entropy" not in line:
-            return None
-        if any(text.split(":")[0] in COLLAPSES for text in line.get("warnings", [])):
-            return "collapsed"
-        return "suspect" if COLLAPSES & pseudo_image_warnings(line).keys() else "sound"
-
-    def said(self) -> list[str]:
-        """All warnings so far."""
-        return [text for line in self.past for text in line.get("warnings", [])]
-
-    def beliefs(self, step: int | None = None) -> dict[str, Any]:
-        """Both networks' beliefs about the pseudo images; with a `step`, also saves the images under its number."""
-        with seeded(0, next(self.method.student.parameters()).device):  # a method may seed the global generator itself
-            x = self.method.sample(SAMPLES, 0)  # (64, C, H, W); ranks draw them together
-        if not ranks.is_main():
-            return {}
-        with ranks.alone(), evaluating(self.method.student):
-            logits = {"T": self.teacher(x), "S": logits_of(self.method.student(x))}  # (64, K) each
-        if step is not None and self.folder is not None:
-            grid = believed_grid(self.teacher.denormalise(x), logits, self.teacher.class_names)
-            save_image(self.folder / "samples" / f"{step:08d}.png", grid)
-        variation = float(self.teacher.denormalise(x.float()).std(dim=0).mean())  # of a pixel, over the images
-        return pseudo_beliefs(logits["T"], logits["S"]) | {"pseudo_variation": variation}
-
-    def measure(self) -> dict[str, float]:
-        """Accuracy and agreement now; the teacher's predictions are computed once per run."""
-        assert self.images is not None
-        pictures, labels = self.images
-        with ranks.alone():
-            if self.answers is None:
-                self.answers = predict(self.teacher, pictures)  # (M, K)
-            self.measured = judge(predict(self.teacher.like(self.method.student), pictures), labels, self.answers)
-        return self.measured
-
-    def last(self) -> dict[str, float]:
-        """Measures at the last step, or those on disk for a finished run that is resumed without images."""
-        if self.images is not None:
-            return self.measured or self.measure()
-        if self.folder is not None and (self.folder / "student.json").exists():
-            found: dict[str, float] = read_sealed(self.folder / "student.json").get("measured", {})
-            return found
-        return {}
 
 
 def write_run(folder: Path, result: DistillResult, seconds: float, state: Mapping[str, Tensor]) -> None:

@@ -18,8 +18,8 @@ from zskt.networks.models.wide_resnet import WideResNet, wide_resnet
 
 MOST = 100_000  # classes, channels, or pixels on a side; more are taken for a mistake
 SPECS = ("wrn-40-2", "wrn-16-1", "resnet-34", "resnet-18", "vgg-11", "lenet-5", "lenet-5-half", "convnet-32")
-"""Examples for `build`, which also accepts any wrn-DEPTH-WIDTH (the width a multiple of 1/16) and convnet-WIDTH, and
--WIDTH after resnet-18, resnet-34 and vgg-11."""
+"""Examples for `build`, which also accepts any wrn-DEPTH-WIDTH (the width a multiple of 1/16) and convnet-WIDTH,
+-WIDTH after resnet-18, resnet-34 and vgg-11, and -raw after a wrn (see `WideResNet`)."""
 
 __all__ = [
     "SPECS",
@@ -36,6 +36,7 @@ __all__ = [
     "resnet",
     "vgg11",
     "wide_resnet",
+    "with_same_tensors",
 ]
 
 
@@ -47,8 +48,9 @@ def build(spec: str, num_classes: int, input_size: Size) -> nn.Module:
             f"and {' '.join(map(str, input_size))}; correct them"
         )
     channels = input_size[0]
-    if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4}(?:\.[0-9]{1,4})?)", spec):
-        return wide_resnet(int(match[1]), float(match[2]), num_classes=num_classes, channels=channels)
+    if match := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4}(?:\.[0-9]{1,4})?)(-raw)?", spec):
+        depth, width, raw = int(match[1]), float(match[2]), bool(match[3])
+        return wide_resnet(depth, width, num_classes=num_classes, channels=channels, raw=raw)
     if match := re.fullmatch(r"resnet-(18|34)(?:-([0-9]{1,4}))?", spec):
         return resnet(int(match[1]), int(match[2] or WIDTH), num_classes=num_classes, channels=channels)
     if match := re.fullmatch(r"convnet-([0-9]{1,5})", spec):
@@ -58,3 +60,10 @@ def build(spec: str, num_classes: int, input_size: Size) -> nn.Module:
     if spec in ("lenet-5", "lenet-5-half"):
         return lenet5(half=spec.endswith("half"), num_classes=num_classes, input_size=input_size)
     raise unknown("model", spec, SPECS)
+
+
+def with_same_tensors(spec: str) -> list[str]:
+    """Other networks whose tensors have the names and shapes of this one's, and that compute something else."""
+    if re.fullmatch(r"wrn-[0-9.]+-[0-9.]+(-raw)?", spec):
+        return [spec.removesuffix("-raw") if spec.endswith("-raw") else f"{spec}-raw"]
+    return []
