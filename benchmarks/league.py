@@ -9,6 +9,7 @@ A  digits, the demo's pair, 60 s, five splits of the data
 B  MNIST, LeNet-5 -> half, no BatchNorm, 5 min
 C  MNIST, ResNet-18 at a quarter of its width -> WRN-10-1, 5 min
 D  CIFAR-10, WRN-16-2 -> WRN-16-1, 30 min
+F  CIFAR-10, the WRN-16-1 that the authors of ZSKT released (--weights FILE) -> WRN-10-1, 30 min
 
 How many steps fit a pair's time is measured once for each recipe, when no other work should run, and kept: all seeds do
 these, on whatever machine, so that a busy one makes them late but not worse. Runs lie in --out; each is made once and
@@ -31,13 +32,15 @@ import zskt
 from zskt.cli.progress import distilling, notice, teaching
 from zskt.data.images import KNOWN, digits, read
 from zskt.errors import ZsktError
+from zskt.evaluate.measures import measure
 from zskt.files import read_json, write_json
 from zskt.method.budget import fit, operations, probe
 from zskt.method.config import Config, read_config
 from zskt.method.recipe import AUTO, plan, recipe_texts
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
-from zskt.networks.folder import load_network
+from zskt.networks.folder import load_network, save_teacher
+from zskt.networks.weights import import_weights
 from zskt.paper.baselines import teach
 from zskt.paper.training import Images, Training, updates_in
 from zskt.runtime import cpu_name, parse_limit, seeded
@@ -55,8 +58,8 @@ class Pair:
     student: str
     budget: str
     epochs: int
-    training: Training
-    """of the teacher; its updates follow from the epochs"""
+    training: Training | None
+    """of the teacher; its updates follow from the epochs; None: it is imported from --weights"""
     seeds: Sequence[int] = (0, 1, 2)
 
 
@@ -65,7 +68,10 @@ PAIRS = {
     "B": Pair("mnist", "lenet-5", "lenet-5-half", "5m", 20, Training(1, learning_rate=0.01, random_crop=0)),
     "C": Pair("mnist", "resnet-18-16", "wrn-10-1", "5m", 6, Training(1, random_crop=2, precision="bf16")),
     "D": Pair("cifar10", "wrn-16-2", "wrn-16-1", "30m", 40, Training(1, horizontal_flip=True, precision="bf16")),
+    "F": Pair("cifar10", "wrn-16-1", "wrn-10-1", "30m", 0, None),
 }
+AUTHORS_STD = (0.2023, 0.1994, 0.2010)
+"""What the authors divided pixels by."""
 
 
 def images(pair: Pair, split: str, seed: int, paths: Sequence[str]) -> Images:
@@ -77,11 +83,22 @@ def images(pair: Pair, split: str, seed: int, paths: Sequence[str]) -> Images:
     return found.images, found.labels
 
 
-def make_teacher(pair: Pair, seed: int, paths: Sequence[str], folder: Path, stop_after: str | None) -> bool:
+def make_teacher(
+    pair: Pair, seed: int, paths: Sequence[str], folder: Path, stop_after: str | None, weights: Path | None = None
+) -> bool:
     """Teach it, or go on; whether it is finished."""
     if (folder / "teacher.json").exists():
         return True
-    known, train, test = KNOWN[pair.data], images(pair, "train", seed, paths), images(pair, "test", seed, paths)
+    known, test = KNOWN[pair.data], images(pair, "test", seed, paths)
+    if pair.training is None:
+        if weights is None:
+            raise SystemExit(f"{pair.data}, {pair.teacher}: give the file of its weights with --weights")
+        teacher, report = import_weights(
+            weights, pair.teacher, known.size, len(known.class_names), known.mean, AUTHORS_STD
+        )
+        save_teacher(folder, teacher, **report.metadata, measured=measure(teacher, *test))
+        return True
+    train = images(pair, "train", seed, paths)
     with seeded(seed):
         module = models.build(pair.teacher, len(known.class_names), known.size)
     updates = updates_in(pair.epochs, len(train[0]), pair.training.batch_size)
@@ -220,6 +237,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="only the first so many")
     parser.add_argument("--mnist", nargs="+", default=[])
     parser.add_argument("--cifar10", nargs="+", default=[])
+    parser.add_argument("--weights", type=Path, help="of the teacher of pair F, a .pth.tar file")
     parser.add_argument("--out", type=Path, default=Path("runs/league"))
     parser.add_argument("--sizes", action="store_true", help="only measure how many steps fit the time")
     parser.add_argument("--table", action="store_true", help="only write the table of what has finished")
@@ -238,7 +256,9 @@ def main() -> None:
             write_table(name, pair, folder, arguments.recipes)
             continue
         for seed in pair.seeds[: 1 if arguments.sizes else arguments.seeds]:
-            if not (limit := left()) or not make_teacher(pair, seed, paths, folder / f"teacher-{seed}", limit):
+            if not (limit := left()) or not make_teacher(
+                pair, seed, paths, folder / f"teacher-{seed}", limit, arguments.weights
+            ):
                 return
             teacher, test = load_network(folder / f"teacher-{seed}"), images(pair, "test", seed, paths)
             for recipe in arguments.recipes:
