@@ -47,6 +47,15 @@ def test_a_bank_fills_its_budget() -> None:
     assert 94 < expected_seconds(config, cost) <= 95
 
 
+def test_images_of_the_users_own_take_their_share_of_a_budget() -> None:
+    cost = Cost(round=1.0, step=0.1, asked=0.01)
+    config = fit(bank("100s"), cost, 100, own=2_500)  # 25 s
+    assert config.bank.rounds == 24  # 35 % of 70 s
+    assert 94 < expected_seconds(config, cost, own=2_500) <= 95
+    with pytest.raises(UsageError, match=r"expected at least 71 s, for two rounds"):
+        fit(bank("60s"), cost, 60, own=6_000)
+
+
 def test_time_beyond_the_largest_bank_goes_to_the_student() -> None:
     config = fit(bank("2h"), Cost(round=1.0, step=0.1), 7_200)
     assert config.bank.rounds == 200
@@ -128,6 +137,7 @@ def test_operations_are_those_of_all_forwards_and_backwards(monkeypatch: pytest.
     made, learnt = 5 * 8, (30 - 5 * 2) * 8
     update = 2 * 100 + 2 * 10 + 3 * 1
     assert operations(teacher, student, config) == made * 2 * update + made * 2 * 100 + learnt * 30
+    assert operations(teacher, student, config, own=7) == operations(teacher, student, config) + 7 * 2 * 100
     asked = dataclasses.replace(config, bank=dataclasses.replace(config.bank, views=0))
     assert operations(teacher, student, asked) == made * 2 * update + learnt * 100 + learnt * 30
     for name, teacher_forwards, draws in (("zskt", 1, 1), ("zskt-fresh", 10, 10)):

@@ -549,7 +549,10 @@ def test_a_generator_that_finds_nothing_any_more_is_said() -> None:
     """A student that is its teacher, and stays it, beside one that is not."""
     settings = TINY | {"steps": 8, "evaluate_every": 1, "student.updates": 1, "student.learning_rate": 1e-12}
     found = {}
-    for name, student in (("twin", copy.deepcopy(make_teacher().module).requires_grad_()), ("other", models.wide_resnet(10, 2))):
+    for name, student in (
+        ("twin", copy.deepcopy(make_teacher().module).requires_grad_()),
+        ("other", models.wide_resnet(10, 2)),
+    ):
         for module in student.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0  # its running statistics stay, too

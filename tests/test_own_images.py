@@ -17,6 +17,8 @@ from zskt.data.images import read_unlabelled
 from zskt.errors import UsageError, ZsktError
 from zskt.files import read_tensors
 from zskt.method.bank import BankDistillation
+from zskt.method.budget import BUDGETED, Cost, disk
+from zskt.method.recipe import plan
 from zskt.method.views import view
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
@@ -170,6 +172,16 @@ def test_other_images_are_refused_on_resume(teacher: Classifier, tmp_path: Path)
 )
 def test_images_that_do_not_fit_are_refused(teacher: Classifier, images: Any, words: str) -> None:
     assert words in refused(lambda: distil(teacher, images))
+
+
+def test_the_estimates_count_them(teacher: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zskt.method.recipe.probe", lambda *_: Cost(round=1.0, step=0.1, asked=0.5))
+    budget = {name: value for name, value in TINY.items() if name not in BUDGETED} | {"budget": "100s"}
+    config = plan(teacher, student(), "bank", budget, own=len(OWN)).config
+    assert config.bank.rounds < plan(teacher, student(), "bank", budget).config.bank.rounds
+    assert distil(teacher, settings=budget, stop_after=1, out=tmp_path / "run").config == config
+    image = 64 + 3 * (3 + 2 * 3)  # pixels, and three views with three logits each
+    assert disk(teacher, student(), config, own=6) - disk(teacher, student(), config) == 6 * image
 
 
 def test_a_method_without_a_bank_refuses_them(teacher: Classifier) -> None:

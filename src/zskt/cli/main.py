@@ -27,11 +27,12 @@ from zskt.bench import step_time as bench
 from zskt.bench.roofline import PHASES
 from zskt.cli import demo
 from zskt.cli.export import run_export
+from zskt.cli.given import SHORTCUTS
 from zskt.cli.inspect import run_inspect
 from zskt.cli.options import File
 from zskt.cli.paper import run_belief, run_reproduce
 from zskt.cli.progress import bar, console, notice, silence
-from zskt.cli.runs import SHORTCUTS, run_distill, run_evaluate, run_images, run_report, run_sample
+from zskt.cli.runs import run_distill, run_evaluate, run_images, run_report, run_sample
 from zskt.cli.sweep import run_sweep
 from zskt.cli.teachers import Result, run_import, run_teach
 from zskt.errors import UsageError, ZsktError, cannot, first_line, out_of_memory, short, to_stderr

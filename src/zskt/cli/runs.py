@@ -2,16 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
 from zskt.cli.again import recall, remember
-from zskt.cli.options import Assignments, File, Text, Time, options, typed
+from zskt.cli.given import AS_THE_RECIPE_SAYS, SHORTCUTS, Overrides, read_settings
+from zskt.cli.options import Assignments, File, Text, Time, typed
 from zskt.cli.progress import bar, distilling, notice, say_if_busy, say_if_emulated, warn
 from zskt.cli.teachers import (
     FOREIGN,
@@ -30,13 +30,11 @@ from zskt.cli.teachers import (
 from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_networks, measure
 from zskt.evaluate.transitions import renormalised
-from zskt.files import expanded, read_text
-from zskt.method.budget import BUDGETED, Cost, disk, duration, expected_seconds, operations, probe
-from zskt.method.build import METHODS
-from zskt.method.config import FORMAT, Config
+from zskt.files import expanded
+from zskt.method.budget import Cost, disk, duration, expected_seconds, operations, probe
+from zskt.method.config import Config
 from zskt.method.generator import SAMPLES
-from zskt.method.protocol import Make
-from zskt.method.recipe import AUTO, custom_method, describe_method, load_recipe, plan
+from zskt.method.recipe import describe_method, plan, recipe_for
 from zskt.method.stage_pairs import describe_pairs, stage_pairs
 from zskt.networks import ranks
 from zskt.networks.classifier import count_parameters
@@ -52,15 +50,8 @@ from zskt.run.report import write_report
 from zskt.run.synthetic import UPDATES, synthesise, write_synthetic
 from zskt.run.without_data import inspect_run, told
 from zskt.runtime import pick_device
-from zskt.settings import changes_of, from_text, replace
+from zskt.settings import replace
 
-SHORTCUTS = {"device": "machine.device", "threads": "machine.threads", "precision": "machine.precision"}
-if TYPE_CHECKING:
-    Overrides = Any
-else:
-    Overrides = options(Config, "from the recipe", leave_out={"format", "recipe", "method"}, shortcuts=SHORTCUTS)
-    """Every setting of a run as a tyro option."""
-AS_THE_RECIPE_SAYS = Overrides()
 LONG_WORK = 3e13
 """Operations, a minute on a few cores, from which on a run is timed before it starts."""
 
@@ -134,27 +125,30 @@ def run_distill(
     module = make_student(student, network, parse_arguments(student_args, "--student-args"), seed=seed)
     notice(f"student {describe_student(module, network)}")
     say_if_larger(module, network)
-    planned = plan(network, module, base, changes, make, begun_config(out) if resume else None)
+    begun = begun_config(out) if resume else None
+    if images is not None:  # refused before they are read
+        own_method = None if make is None else Config(method=describe_method(make))
+        refuse_own_images(begun or own_method or recipe_for(network, base, changes))
+    own = None if images is None else own_images(images, network)
+    count = 0 if own is None else len(own)
+    planned = plan(network, module, base, changes, make, begun, count)
     chosen = planned.config
-    if images is not None:
-        refuse_own_images(chosen)  # before they are read
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
     say_if_busy(chosen.machine.threads, lambda: network(torch.zeros(16, *network.input_size)))
     say_if_emulated(chosen.machine.precision, chosen.machine.device)
     if make is None and not resume:
-        cost, work = planned.cost, operations(network, module, chosen)
+        cost, work = planned.cost, operations(network, module, chosen, count)
         if cost is None and work > LONG_WORK:
             notice("timing a few steps")
             cost = Cost(**ranks.from_main(lambda: asdict(probe(network, module, chosen, planned.make))))
-        takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost))}, "
-        space = disk(network, module, chosen) / 1e6
+        takes = "" if cost is None else f"about {duration(expected_seconds(chosen, cost, count))}, "
+        space = disk(network, module, chosen, count) / 1e6
         notice(f"this takes {takes}{work / 1e15:.2g} PFLOP and about {max(1, space):,.0f} MB in {out}")
     if pairs := chosen.student.loss.stages:
         notice(f"attention transfer compares {describe_pairs(network, module, stage_pairs(network, module, pairs))}")
     test = test_images(evaluate, network) if evaluate else None
-    own = None if images is None else own_images(images, network)
     if own is not None:
-        notice(f"{len(own):,} images of yours join the bank: the student is no longer data-free")
+        notice(f"{count:,} images of yours join the bank: the student is no longer data-free")
     loggers = [remember(out, words, foreign), *([] if log is None else [to_tensorboard(out)])]
     with distilling() as callback:
         result = distill(
@@ -193,50 +187,6 @@ def run_distill(
         **({"disagreements": found["teacher"]} if found else {}),
         "warnings": result.warnings,
     }
-
-
-def read_settings(
-    recipe: str | None,
-    config: Path | None,
-    assignments: Sequence[str],
-    given: dict[str, Any],
-    make: Make | None,
-) -> tuple[str, dict[str, Any]]:
-    """The recipe and its changes: those of a TOML file, overridden by options and `--set`.
-
-    Raises UsageError for a file of another recipe or method than those given.
-    """
-    changes: dict[str, Any] = {}
-    for assignment in assignments:
-        name, value = from_text(assignment)
-        name = SHORTCUTS.get(name, name)
-        if name in ("recipe", "method", "format"):
-            raise UsageError(f"--set {name}: use --{'recipe' if name == 'format' else name}")
-        if name in given or name in changes:
-            raise UsageError(f"{name} is given twice; give it once")
-        changes[name] = value
-    typed_sizes = given | changes
-    if "budget" in typed_sizes and (both := [name for name in BUDGETED if name in typed_sizes]):
-        raise UsageError(f"--budget chooses {both[0]}: give one of them")
-    if config is None:
-        return recipe or AUTO, given | changes
-    file = changes_of(read_text(config), str(config))
-    replace(Config(), {"format": file.pop("format", FORMAT)})  # another one is refused
-    base, method = file.pop("recipe", recipe or AUTO), file.pop("method", None)
-    if method is not None and method not in METHODS:
-        if make is None:
-            raise custom_method(method)
-        if (found := describe_method(make)) != method:
-            raise UsageError(f"expected the method of {config}, {method}, found {found}; give the same one")
-    if make is not None:  # which uses the file's values, whatever recipe they started from
-        base = recipe or AUTO
-    elif recipe not in (None, base):
-        raise UsageError(f"recipe {base} of {config} and --recipe {recipe}: give one of them")
-    elif method not in (None, "belief_matching") and (base == AUTO or load_recipe(str(base)).method != method):
-        raise UsageError(f"method {method} of {config} is not that of recipe {base}: set recipe to one that has it")
-    if "budget" in typed_sizes:
-        file = {name: value for name, value in file.items() if name not in BUDGETED}
-    return str(base), file | given | changes
 
 
 def said_size(config: Config) -> str:

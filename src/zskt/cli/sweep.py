@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
+from zskt.cli.given import SHORTCUTS
 from zskt.cli.jobs import HERE, ClusterOptions, carry_out
 from zskt.cli.options import Assignments, Number, Text
 from zskt.cli.progress import notice, silence
-from zskt.cli.runs import SHORTCUTS
 from zskt.cli.teachers import FOREIGN, Data, Foreign, Options, Result, each_foreign, open_as, test_images
 from zskt.errors import UsageError, ZsktError, failing, unknown
 from zskt.files import expanded

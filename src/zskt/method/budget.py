@@ -49,6 +49,8 @@ class Cost:
     """one student update of method bank, one whole step of any other"""
     flips: float = 0.0
     """share of pseudo images that keep their class when flipped left to right; method bank only"""
+    asked: float = 0.0
+    """the teacher's logits for all views of one image, a part of a round; method bank only"""
 
 
 def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -> Cost:
@@ -87,7 +89,7 @@ def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -
             method.bank.add(images)
             asked = time.perf_counter() - asked
             step = seconds(lambda: method.student_step(method.bank.draw(config.batch_size)), 3)
-            return Cost(count * update + asked, step, same_when_flipped(frozen, images))
+            return Cost(count * update + asked, step, same_when_flipped(frozen, images), asked / len(images))
         finally:
             method.close()
 
@@ -101,9 +103,12 @@ def same_when_flipped(teacher: Classifier, images: Tensor) -> float:
     return float(same[sure].double().mean())
 
 
-def fit(config: Config, cost: Cost, seconds: float) -> Config:
-    """The config with as many steps, and rounds of synthesis, as `seconds` hold; raises UsageError if none do."""
-    planned = SPARE * seconds
+def fit(config: Config, cost: Cost, seconds: float, own: int = 0) -> Config:
+    """The config with as many steps, and rounds of synthesis, as `seconds` hold; raises UsageError if none do.
+
+    Here and below, `own` images of the user's join those of the bank.
+    """
+    planned = SPARE * seconds - own * cost.asked
     if config.method != "bank":
         steps = int(planned / cost.step)
         if steps < 1:
@@ -112,8 +117,8 @@ def fit(config: Config, cost: Cost, seconds: float) -> Config:
     least = 2 * cost.round + LEAST_UPDATES * cost.step
     if planned < least:
         raise UsageError(
-            f"budget = {config.budget}: expected at least {duration(least / SPARE)}, for two rounds of synthesis of "
-            f"{duration(cost.round)} and {LEAST_UPDATES} student updates"
+            f"budget = {config.budget}: expected at least {duration((least + own * cost.asked) / SPARE)}, for two "
+            f"rounds of synthesis of {duration(cost.round)} and {LEAST_UPDATES} student updates"
         )
     rounds = max(2, min(int(SYNTHESIS * planned / cost.round), math.ceil(MOST_IMAGES / config.bank.batch_size)))
     updates = max(LEAST_UPDATES, int((planned - rounds * cost.round) / cost.step))
@@ -122,14 +127,15 @@ def fit(config: Config, cost: Cost, seconds: float) -> Config:
     return dataclasses.replace(config, bank=bank, steps=warmup * config.generator.updates + updates)
 
 
-def expected_seconds(config: Config, cost: Cost) -> float:
+def expected_seconds(config: Config, cost: Cost, own: int = 0) -> float:
     """How long the run of a config takes."""
     if config.method != "bank":
         return config.steps * cost.step
-    return config.bank.rounds * cost.round + (config.steps - config.bank.warmup * config.generator.updates) * cost.step
+    learnt = config.steps - config.bank.warmup * config.generator.updates
+    return config.bank.rounds * cost.round + learnt * cost.step + own * cost.asked
 
 
-def operations(teacher: Classifier, student: nn.Module, config: Config) -> float:
+def operations(teacher: Classifier, student: nn.Module, config: Config, own: int = 0) -> float:
     """Floating-point operations of a run; a backward to inputs or to weights counts as much as a forward."""
     size = teacher.input_size
     t, s = forward_flops(teacher.module, size), forward_flops(student, size)
@@ -139,14 +145,14 @@ def operations(teacher: Classifier, student: nn.Module, config: Config) -> float
     if config.method == "bank":
         made = bank.rounds * bank.batch_size
         learnt = (config.steps - bank.warmup * side.updates) * config.batch_size
-        asked = made * bank.views if bank.views else learnt
+        asked = (made + own) * bank.views if bank.views else learnt
         return made * side.updates * updated + asked * t + learnt * 3 * s
     draws = 1 if config.replay.kind == "same" else learner.updates
     each = side.updates * updated + draws * t + (draws if config.replay.kind == "fresh" else 1) * g
     return config.steps * config.batch_size * (each + learner.updates * 3 * s)
 
 
-def disk(teacher: Classifier, student: nn.Module, config: Config) -> int:
+def disk(teacher: Classifier, student: nn.Module, config: Config, own: int = 0) -> int:
     """Bytes that a run leaves, roughly: two checkpoints with Adam's averages, the networks, a bank's images.
 
     Without log and pictures, which are a few MB.
@@ -156,7 +162,7 @@ def disk(teacher: Classifier, student: nn.Module, config: Config) -> int:
     if not bank.pixels:
         trained += count_parameters(make_generator(teacher, config))
     image = math.prod(teacher.input_size) + bank.views * (3 + 2 * teacher.num_classes)
-    return 4 * trained * (1 + 2 * 3) + bank.rounds * bank.batch_size * image
+    return 4 * trained * (1 + 2 * 3) + (bank.rounds * bank.batch_size + own) * image
 
 
 def duration(seconds: float) -> str:

@@ -77,11 +77,12 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     method: Make | None = None,
     begun: Config | None = None,
+    own: int = 0,
 ) -> Plan:
     """Check the pair and settle every choice of a run.
 
     `settings` changes values by dotted name. A custom `method` uses what it needs of the config. `begun` is the config
-    of the run that is to be resumed, whose sizes are kept.
+    of the run that is to be resumed, whose sizes are kept. `own` images of the user's join those of a bank.
     """
     if not isinstance(teacher, Classifier):
         raise UsageError(
@@ -112,7 +113,7 @@ def plan(
     cost = None
     if method is None:
         check_memory(teacher, student, config)
-        config, cost = settle_by_probe(config, teacher, student, make, begun, "steps" in settings)
+        config, cost = settle_by_probe(config, teacher, student, make, begun, "steps" in settings, own)
     return Plan(config, reason, make, cost)
 
 
@@ -207,7 +208,13 @@ def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Con
 
 
 def settle_by_probe(
-    config: Config, teacher: Classifier, student: nn.Module, make: Make, begun: Config | None, steps_given: bool
+    config: Config,
+    teacher: Classifier,
+    student: nn.Module,
+    make: Make,
+    begun: Config | None,
+    steps_given: bool,
+    own: int = 0,
 ) -> tuple[Config, Cost | None]:
     """The config with flips, and sizes that fit its budget, as a short probe shows, or as in the run that is resumed.
 
@@ -225,9 +232,9 @@ def settle_by_probe(
     if flips:
         config = replace(config, {"bank.horizontal_flip": found.flips >= FLIPS})
     if sized and config.budget:
-        config = fit(config, found, parse_limit(config.budget)[0])
-    elif sized and expected_seconds(config, found) > UNASKED:
-        config = fit(config, found, UNASKED)
+        config = fit(config, found, parse_limit(config.budget)[0], own)
+    elif sized and expected_seconds(config, found, own) > UNASKED:
+        config = fit(config, found, UNASKED, own)
     return config, found
 
 

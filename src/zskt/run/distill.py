@@ -127,7 +127,9 @@ def distill(
             raise UsageError(f"a Plan already has {' and '.join(named)}: give them to `plan`")
     else:
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
-        recipe = plan(teacher, student, recipe, changes, method, begun_config(out) if resume else None)
+        begun_with = begun_config(out) if resume else None
+        own = 0 if images is None else len(images)
+        recipe = plan(teacher, student, recipe, changes, method, begun_with, own)
     config = recipe.config
     folder = expanded(out) if out is not None else None
     if config.on_collapse == "restart" and (folder is None or config.machine.cuda_graph):
