@@ -179,7 +179,8 @@ def test_the_estimates_count_them(teacher: Classifier, tmp_path: Path, monkeypat
     budget = {name: value for name, value in TINY.items() if name not in BUDGETED} | {"budget": "100s"}
     config = plan(teacher, student(), "bank", budget, own=len(OWN)).config
     assert config.bank.rounds < plan(teacher, student(), "bank", budget).config.bank.rounds
-    assert distil(teacher, settings=budget, stop_after=1, out=tmp_path / "run").config == config
+    out = tmp_path / "run"
+    assert zskt.distill(teacher, student(), settings=budget, images=OWN, out=out, stop_after=1).config == config
     image = 64 + 3 * (3 + 2 * 3)  # pixels, and three views with three logits each
     assert disk(teacher, student(), config, own=6) - disk(teacher, student(), config) == 6 * image
 
