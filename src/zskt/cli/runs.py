@@ -213,7 +213,7 @@ def run_evaluate(
         model: a teacher or run folder (if stopped: the student of its newest checkpoint), a Hugging Face folder, a .pt2
             or TorchScript file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME.
         data: labelled images, as in zskt teach; the test split is used.
-        teacher: also measure agreement with this network and divergence from it; specified as MODEL is.
+        teacher: also measure agreement with this network and divergence from it; specified as NETWORK is.
         device: auto, cpu, cuda or cuda:N.
     """
     where = pick_device(device)

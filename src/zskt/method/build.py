@@ -166,7 +166,7 @@ def _check_batchnorm(teacher: Classifier, config: Config) -> None:
     if config.generator.loss.batchnorm and not teacher.has_batchnorm:
         raise ZsktError(
             f"recipe {config.recipe} needs the BatchNorm statistics of the teacher, and this one has no BatchNorm; use "
-            "--recipe zskt-fresh or --set generator.loss.batchnorm=0"
+            "--recipe bank-adversary or --set generator.loss.batchnorm=0"
         )
 
 

@@ -86,7 +86,7 @@ class Request:
     student: str | None = None
     """another student network than the paper's"""
     recipe: tuple[str, ...] = ()
-    """other recipes than the paper's, each a row"""
+    """recipes, each a row, in place of the paper's"""
     images_per_class: tuple[int, ...] = ()
     """real images per class for the students that see data"""
     seeds: tuple[int, ...] = (0, 1, 2)
