@@ -176,7 +176,8 @@ def test_every_warning_of_a_run_has_a_remedy() -> None:
     nothing = {"class_entropy": 0, "class_counts": [64] + [0] * 9, "teacher_confidence": 0.1, "pseudo_variation": 0}
     found = pseudo_image_warnings(nothing | {"pseudo_agreement": 0.1})
     found |= pseudo_image_warnings(nothing | {"pseudo_agreement": 0.4})
-    assert len(found) == 5
+    found |= pseudo_image_warnings(nothing | {"pseudo_agreement": 1.0, "adversary_kl": 0.0}, 0.5)
+    assert len(found) == 6
     page = (ROOT / "docs" / "remedies.md").read_text().split("## The run stops")[0]
     quoted = [re.findall(r"`([^`]+)`", row[0]) for row in rows(page)]
     heads = [texts[0] for texts in quoted if texts]

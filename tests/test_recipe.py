@@ -153,7 +153,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
             FourStages(4),
             "none in the teacher and 16 x 16, 8 x 8.*student.loss.attention=0",
         ),
-        ("zskt-prior", make_teacher(NO_BATCHNORM), FourStages(4), r"no BatchNorm.*zskt-fresh"),
+        ("zskt-prior", make_teacher(NO_BATCHNORM), FourStages(4), r"no BatchNorm.*bank-adversary"),
         ("zskt", make_teacher(), FourStages(4, num_classes=7), "10 classes, found 7"),
         ("zskt-prior", make_teacher(), models.wide_resnet(10, 1, channels=1), "rejects the teacher's images"),
     ],
