@@ -16,8 +16,8 @@ import torch
 
 import zskt
 from small import call, make_teacher, run
-from zskt.cli.main import COMMANDS
 from zskt.cli.given import Overrides
+from zskt.cli.main import COMMANDS
 from zskt.evaluate.measures import pseudo_image_warnings
 
 ROOT = Path(__file__).parent.parent
