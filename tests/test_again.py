@@ -1,6 +1,7 @@
 """A run is continued by its folder alone, and a folder of a stranger runs nothing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,17 @@ def test_the_folder_is_enough(teacher: Path, tmp_path: Path, monkeypatch: pytest
     assert found["accuracy"] == whole["accuracy"]  # with its test images
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")
     assert (tmp_path / "a" / "config.toml").read_text() == (tmp_path / "whole" / "config.toml").read_text()
+
+
+def test_a_new_beginning_forgets_the_command_of_one_that_kept_nothing(teacher: Path, tmp_path: Path) -> None:
+    other = make_teacher(models.convnet(2, num_classes=3, channels=1), size=SIZE, seed=1)
+    save_teacher(tmp_path / "other", other)
+    words = ["--student", "convnet-1", *TINY, "--out", tmp_path / "a"]
+    run("distill", teacher, *words, "--stop-after", 1)
+    shutil.rmtree(tmp_path / "a" / "checkpoint")  # as if killed before its first
+    run("distill", tmp_path / "other", *words, "--stop-after", 2)
+    assert json.loads((tmp_path / "a" / FILE).read_text())["teacher"] == str(tmp_path / "other")
+    assert run("distill", "--resume", "--out", tmp_path / "a")["finished"]
 
 
 def test_options_of_a_foreign_teacher_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

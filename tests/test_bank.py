@@ -13,7 +13,7 @@ from small import make_teacher
 from zskt.errors import UsageError, ZsktError
 from zskt.method.bank import Bank, BankDistillation
 from zskt.method.recipe import plan
-from zskt.method.synthesis import MovingStatistics
+from zskt.method.synthesis import MetaGenerator, MovingStatistics
 from zskt.method.views import Augmentation, jitter, random_views, view
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
@@ -143,8 +143,51 @@ def test_images_survive_storage_as_bytes(teacher: Classifier) -> None:
 def test_logits_too_large_for_half_precision_are_refused(teacher: Classifier) -> None:
     method = make(teacher)
     method.bank.ask = lambda images: Observation(torch.full((len(images), 10), 1e6))
-    with pytest.raises(ZsktError, match="overflow"):
+    with pytest.raises(ZsktError, match=r"overflow torch.float16.*use bank.views=0"):
         method.bank.add(torch.zeros(10, *SIZE))
+    asked = make(teacher, {"bank.views": 0})
+    asked.bank.ask = method.bank.ask
+    asked.bank.add(torch.zeros(10, *SIZE))  # the remedy
+
+
+def test_a_student_that_has_not_begun_is_not_warned_of(teacher: Classifier) -> None:
+    """Of 24 steps 6 are warm-up, of a round of 3 each; before the first one there is nothing to look at."""
+    method = make(teacher)
+    assert (method.progress, method.has_images) == (0, False)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zskt.run.examiner.new_warnings", lambda past, now, progress: seen.append(progress))
+        lines: list[dict[str, Any]] = []
+        zskt.distill(
+            teacher,
+            make_student(),
+            "bank",
+            settings=TINY | {"evaluate_every": 1},
+            callbacks=[lambda event: lines.append(dict(event.line or {}))],
+        )
+    assert ["class_counts" in line for line in lines] == [False, False] + [True] * 22
+    assert seen == [0.0] * 4 + [n / 18 for n in range(1, 19)]
+
+
+def test_places_that_a_byte_cannot_hold_are_refused(teacher: Classifier) -> None:
+    with pytest.raises(UsageError, match=r"bank.random_crop = 128: expected at most 127"):
+        make(teacher, {"bank.random_crop": 128})
+    drawn = random_views(2_000, Augmentation(127, False), torch.Generator().manual_seed(0))  # (2000, 3)
+    assert drawn[:, :2].max() == 254
+    assert 117 < drawn[:, :2].float().mean() < 137
+
+
+def test_a_gentler_generator_is_gentler_between_rounds_too() -> None:
+    change = []
+    for gentler in (1.0, 0.5):
+        layer = nn.Linear(2, 2, bias=False)
+        nn.init.zeros_(layer.weight)
+        meta = MetaGenerator(layer, lambda parameters: torch.optim.SGD(parameters, 0.1))
+        layer.weight.grad = torch.ones(2, 2)
+        meta.add_gradients()
+        meta.end_round(gentler)
+        change.append(float(layer.weight.detach().mean()))
+    assert change == pytest.approx([-0.1, -0.05])
 
 
 def test_synthesis_is_spread_over_the_steps_as_the_config_says(teacher: Classifier) -> None:

@@ -195,6 +195,17 @@ def test_a_warning_is_given_once_and_only_if_it_holds_twice() -> None:
     assert new_warnings([dead, dead | {"warnings": [line]}, fine, dead], dead, 0.5) == []
 
 
+def test_two_classes_are_not_called_chance_where_they_are_not() -> None:
+    """46 of 64 is 3.5 standard deviations above chance; 36 of 64 is one."""
+    counts = {"class_counts": [32, 32], "class_entropy": 1.0}
+    for right, words in ((46, set()), (36, {"chance"})):
+        assert (
+            pseudo_image_warnings(counts | {"teacher_confidence": 0.72, "pseudo_agreement": right / 64}).keys() == words
+        )
+    unsure = pseudo_image_warnings(counts | {"teacher_confidence": 0.55, "pseudo_agreement": 0.9})
+    assert unsure.keys() == {"unrecognised"}
+
+
 def test_a_vanished_adversary_is_no_failure_near_the_end_nor_where_nothing_searches() -> None:
     beliefs = pseudo_beliefs(5 * torch.eye(K), 5 * torch.eye(K))
     found = {"vanished adversary"}

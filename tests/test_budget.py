@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,44 @@ def test_a_budget_for_nothing_is_refused(name: str, cost: Cost, words: str) -> N
 def test_a_budget_is_a_time(budget: str) -> None:
     with pytest.raises(UsageError, match=f"budget = '{budget}'"):
         bank(budget)
+
+
+@pytest.mark.parametrize("budget", ["60s", ""])
+def test_what_is_named_as_enough_is_enough(budget: str) -> None:
+    cost = Cost(round=65.0, step=0.2)
+    config = replace(load_recipe("bank"), {"budget": budget})
+    with pytest.raises(UsageError, match=r"at least 3 min, for two rounds of synthesis of 65 s"):
+        fit(config, cost, 60)
+    assert fit(config, cost, 180).bank.rounds == 2
+
+
+def test_budget_and_sizes_are_not_given_together() -> None:
+    for settings in ({"budget": "10s", "bank.rounds": 50}, {"budget": "10s", "steps": 200}):
+        with pytest.raises(UsageError, match=r"budget chooses (bank.rounds|steps): give one of them"):
+            zskt.distill(make_teacher(size=SIZE), new_student(), "bank", settings=settings)
+
+
+def test_the_adversary_is_timed_too() -> None:
+    """It asks the student, which the first rounds do not."""
+    terms: list[set[str]] = []
+
+    def watched(*arguments: Any) -> Any:
+        method: Any = METHODS["bank"](*arguments)
+        update = method.synthesis.update
+
+        def updated() -> Any:
+            losses, made = update()
+            terms.append(set(losses.terms))
+            return losses, made
+
+        method.synthesis.update = updated
+        return method
+
+    teacher, student = make_teacher(size=SIZE), new_student()
+    config = plan(teacher, student, "bank", TINY | {"steps": 600}).config
+    probe(teacher, student, config, watched)
+    assert {"batchnorm", "one_hot"} in terms
+    assert {"batchnorm", "one_hot", "kl"} in terms
 
 
 def test_the_parts_of_a_run_are_timed_without_a_trace() -> None:

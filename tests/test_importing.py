@@ -21,6 +21,7 @@ from zskt.errors import UsageError, ZsktError
 from zskt.networks import models
 from zskt.networks.classifier import Classifier, unit_normalisation
 from zskt.networks.folder import load_network, save_teacher
+from zskt.networks.suggestions import _kinds
 from zskt.networks.weights import find_renaming, find_state_dict, import_weights, parse_renames
 
 SIZE, CLASSES = (3, 32, 32), 10
@@ -371,6 +372,33 @@ def test_a_teacher_and_its_student_in_one_file(tmp_path: Path) -> None:
     line = refused(lambda: bring(tmp_path / "epoch_1.pth", key="teacher"))
     assert line.endswith("its shapes are those of --model wrn-10-2")
     assert same_outputs(bring(tmp_path / "epoch_1.pth", "wrn-10-2", key="teacher"), teacher)
+
+
+def test_a_suggestion_names_what_was_not_given(tmp_path: Path) -> None:
+    weights = network().state_dict()
+    torch.save(weights | {"fc.bias": torch.full((CLASSES,), torch.nan)}, tmp_path / "nan.pth")
+    line = refused(lambda: bring(tmp_path / "nan.pth"))
+    assert "NaN or infinity" in line
+    assert "its shapes" not in line
+    swapped = {name.replace("bn1", "x").replace("bn2", "bn1").replace("x", "y.y"): t for name, t in weights.items()}
+    torch.save(swapped, tmp_path / "names.pth")  # the shapes fit, the names do not
+    assert "its shapes" not in refused(lambda: bring(tmp_path / "names.pth"))
+
+
+def test_looking_for_a_model_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many linear layers of different sizes a file has."""
+    built: list[str] = []
+    actual = models.build
+
+    def counted(spec: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+        built.append(spec)
+        return actual(spec, num_classes, input_size)
+
+    monkeypatch.setattr(models, "build", counted)
+    _kinds.cache_clear()
+    torch.save(nn.Sequential(*(nn.Linear(n, n + 1) for n in range(3, 40))).state_dict(), tmp_path / "many.pth")
+    assert "its shapes" not in refused(lambda: bring(tmp_path / "many.pth"))
+    assert len(built) < 100
 
 
 def test_what_resembles_none_of_our_networks_gets_no_suggestion(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from zskt.errors import UsageError, ZsktError
 from zskt.files import read_tensors
 from zskt.method.bank import BankDistillation
 from zskt.method.budget import BUDGETED, Cost, disk
+from zskt.method.memory import need
 from zskt.method.recipe import plan
 from zskt.method.views import view
 from zskt.networks import models
@@ -181,8 +182,10 @@ def test_the_estimates_count_them(teacher: Classifier, tmp_path: Path, monkeypat
     assert config.bank.rounds < plan(teacher, student(), "bank", budget).config.bank.rounds
     out = tmp_path / "run"
     assert zskt.distill(teacher, student(), settings=budget, images=OWN, out=out, stop_after=1).config == config
+    more = need(teacher, student(), config, own=6).fixed - need(teacher, student(), config).fixed
     image = 64 + 3 * (3 + 2 * 3)  # pixels, and three views with three logits each
     assert disk(teacher, student(), config, own=6) - disk(teacher, student(), config) == 6 * image
+    assert more == 6 * image
 
 
 def test_a_method_without_a_bank_refuses_them(teacher: Classifier) -> None:
@@ -217,6 +220,7 @@ def test_the_command_reads_a_folder_and_remembers_it(folder: Path, monkeypatch: 
     assert run("inspect", "whole")["images"] == 6
     assert "images" not in run("inspect", "teacher")
     run(*COMMAND, "--images", "mine", "--out", "a", "--stop-after", 4)
+    assert run("inspect", "a")["images"] == 6
     monkeypatch.chdir("/")
     assert run("distill", "--resume", "--out", folder / "a")["images"] == 6
     first, second = ((folder / name / "student.safetensors").read_bytes() for name in ("whole", "a"))

@@ -108,6 +108,25 @@ def test_invalid_specifiers_are_refused_in_one_line(
     assert not any(name.startswith("zskt_factory_wrong") for name in sys.modules)
 
 
+def test_a_stopped_run_says_so_and_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = make_teacher()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    distill(teacher, models.wide_resnet(10, 1), "zskt", settings=TINY, out=tmp_path / "run", stop_after=1)
+    line = refused(lambda: make_student("~/run", teacher))
+    assert f"expected a finished run, found one that was stopped in {tmp_path / 'run'}; resume it first" in line
+    distill(teacher, models.wide_resnet(10, 1), "zskt", settings=TINY, out=tmp_path / "run", resume=True)
+    assert getattr(make_student("~/run", teacher), "spec", None) == "wrn-10-1"
+
+
+def test_relatives_of_what_pruning_leaves_and_of_raw_shortcuts() -> None:
+    for spec in ("wrn-10-1.5", "wrn-10-2-raw"):
+        teacher = make_teacher(models.build(spec, 10, (3, 16, 16)))
+        for kind in ("auto", "pruned"):
+            student: Any = make_student(f"{kind}:0.5", teacher)
+            assert student.spec.endswith("-raw") == spec.endswith("-raw")
+            assert 0.2 < count_parameters(student) / count_parameters(teacher.module) < 0.7
+
+
 def test_a_run_folder_gives_its_student_to_go_on_from(tmp_path: Path) -> None:
     teacher, student = make_teacher(), make_student("convnet-4", make_teacher())
     first = distill(teacher, student, "zskt", settings=TINY | {"student.loss.attention": 0.0}, out=tmp_path / "a")

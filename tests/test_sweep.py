@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 import zskt
-from small import GREY, call, coloured, fails, run, write_images
+from small import GREY, call, coloured, edit, fails, run, write_images
 from zskt.cli import sweep
 from zskt.cli.jobs import Board
 from zskt.cli.sweep import Grid, rows_of, values_of, words_of
@@ -427,6 +428,8 @@ def test_lists_of_values(text: str, values: list[Any]) -> None:
         ("--student: found convnet-2 twice", ["--student", "convnet-2", "convnet-2"]),
         ("did you mean wrn-16-1", ["--student", "wnr-16-1"]),
         ("too long for a folder's name", ["--set", "student.learning_rate=1,2", f"student.loss.stages={200 * 'a'}"]),
+        ("--set budget chooses steps: give one of them", ["--steps", 3, "--set", "budget=5s"]),
+        ("--set budget chooses bank.rounds", ["--recipe", "bank", "--set", "budget=5s", "bank.rounds=5"]),
         ("--cpus-per-run is for Ray: give --ray, too", ["--cpus-per-run", 2]),
         ("--gpus-per-run is for Ray: give --ray, too", ["--gpus-per-run", 0.5]),
         ("--cpus-per-run 0: expected at least 1", ["--ray", "--cpus-per-run", 0]),
@@ -452,6 +455,38 @@ def test_wrong_networks_and_data_are_one_line(place: Path, tmp_path: Path) -> No
     assert "nowhere" in fails(1, "sweep", tmp_path / "nowhere", *out)
     assert "no such" in fails(1, "sweep", place / "t0", *out, "--eval", tmp_path / "nowhere").lower()
     assert not (tmp_path / "out").exists()
+
+
+def test_another_student_under_the_same_name_is_refused(
+    place: Path, made: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = list(runs(made[0]).values())[:2]
+    for name, source in (("a", first), ("b", second)):
+        shutil.copytree(source, tmp_path / name / "net")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "convnet-2").mkdir()  # a folder that is called as a model is
+    words = command(place, tmp_path / "out", steps=1)
+    run(*words)
+    words[words.index("convnet-2")] = "a/net"
+    run(*words)
+    words[words.index("a/net")] = "b/net"
+    assert "student_weights" in fails(1, *words)
+
+
+def test_runs_of_a_row_that_time_made_unequal_are_told(
+    place: Path, made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    copied = tmp_path / "made"
+    shutil.copytree(made[0], copied)
+    for name, folder in runs(copied).items():
+        if name.endswith("seed-1"):
+            edit(folder / "student.json", steps=5)
+    with torch.random.fork_rng():
+        run(*command(place, copied, RATES, "--seed", 0, 1, teachers="t0 t1"))
+    text = (copied / "sweep.md").read_text()
+    assert "Steps, as many as fitted the time of each run, from row to row: 3 to 5; 3 to 5; 3 to 5; 3 to 5." in text
+    assert "Steps, as many" not in (made[0] / "sweep.md").read_text()
+    assert [row["steps"] for row in json.loads((copied / "sweep.json").read_text())["rows"]] == [[3, 5]] * 4
 
 
 # The table of states

@@ -23,7 +23,7 @@ from zskt.networks.observe import Observer
 from zskt.paper.baselines import teach
 from zskt.paper.training import Training
 from zskt.run import synthetic
-from zskt.run.synthetic import SyntheticImages, synthesise, write_synthetic
+from zskt.run.synthetic import SyntheticImages, _settings, synthesise, write_synthetic
 
 SIZE = (1, 12, 12)
 
@@ -122,6 +122,11 @@ def test_a_network_without_batchnorm_has_images_too(teacher: Classifier) -> None
     assert "no BatchNorm statistics" in lines[-1]
     double = make_teacher(models.wide_resnet(10, 1).double())
     assert len(synthesise(double, 4, updates=2).images) == 4
+
+
+def test_large_images_are_made_in_smaller_batches() -> None:
+    teacher = make_teacher(models.convnet(2, num_classes=3, channels=3), size=(3, 224, 224))
+    assert _settings(teacher, 100, 2, 0, "cpu")["bank.batch_size"] == 21  # as recipe bank does
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"views": 0}, {"updates": -1}])

@@ -22,7 +22,7 @@ def remember(out: Path, words: Mapping[str, Any], foreign: Foreign) -> Callable[
     path = expanded(out) / FILE
 
     def callback(event: Event) -> None:
-        if not path.exists():
+        if event.step == 1 or not path.exists():  # one that is there at the first step is an earlier beginning's
             write_json(path, sealed(document))
 
     return callback

@@ -86,7 +86,8 @@ def run_inspect(
         "notes": [*network.notes, *([loaded.lost] if loaded.lost else [])],
     }
     result |= said_progress(loaded)
-    if own := recorded_images(expanded(what)):
+    stopped = loaded.unfinished or {}
+    if own := stopped.get("images", 0) or recorded_images(expanded(what)):
         result["images"] = own
         result["notes"].append(f"distilled with {own:,} unlabelled images beside the pseudo images: not data-free")
     if student is not None:

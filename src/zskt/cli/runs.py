@@ -134,7 +134,7 @@ def run_distill(
     planned = plan(network, module, base, changes, make, begun, count)
     chosen = planned.config
     notice(f"recipe {chosen.recipe} ({planned.reason}), {chosen.steps:,} steps{said_size(chosen)}")
-    say_if_busy(chosen.machine.threads, lambda: network(torch.zeros(16, *network.input_size)))
+    say_if_busy(chosen.machine.threads, lambda: network(network.normalise(torch.zeros(16, *network.input_size))))
     say_if_emulated(chosen.machine.precision, chosen.machine.device)
     if make is None and not resume:
         cost, work = planned.cost, operations(network, module, chosen, count)

@@ -22,6 +22,7 @@ from zskt.cli.progress import notice, silence
 from zskt.cli.teachers import FOREIGN, Data, Foreign, Options, Result, each_foreign, open_as, test_images
 from zskt.errors import UsageError, ZsktError, failing, unknown
 from zskt.files import expanded
+from zskt.method.budget import BUDGETED
 from zskt.method.recipe import AUTO, recipe_for
 from zskt.networks.classifier import Classifier
 from zskt.networks.factories import is_factory
@@ -82,10 +83,10 @@ def run_sweep(
         cluster: where the runs go.
     """
     given = tuple(map(placed, evaluate))
+    students = tuple(placed(name, "student.json") for name in student)
     grid = Grid(
-        tuple(map(placed, teachers)), tuple(map(placed, student)), recipe, seed, settings, steps, given,
-        expanded(out).resolve(), foreign,
-    )  # fmt: skip
+        tuple(map(placed, teachers)), students, recipe, seed, settings, steps, given, expanded(out).resolve(), foreign
+    )
     if only is not None and (cluster.ray or print_jobs):
         raise UsageError("--only is for a run here, without --ray and --print-jobs: leave it or them out")
     where = cluster if only is None and cluster.wanted else None
@@ -140,10 +141,10 @@ class Grid:
         return {**cell.settings, **({} if self.steps is None else {"steps": self.steps})}
 
 
-def placed(name: str) -> str:
-    """A path from the root if there is a file or folder of that name: jobs may run elsewhere."""
+def placed(name: str, holding: str = "") -> str:
+    """A path from the root if there is a file or folder of that name, `holding` a file: jobs may run elsewhere."""
     path = expanded(name)
-    return str(path.resolve()) if path.exists() else name
+    return str(path.resolve()) if (path / holding).exists() else name
 
 
 def words_of(grid: Grid) -> list[str]:
@@ -188,6 +189,9 @@ def variations(grid: Grid) -> dict[str, list[Any]]:
             raise UsageError(f"{name} is given twice; give it once, with all its values")
         check_different(f"--set {name}", list(map(label, values)))
         found[name] = values
+    sizes = [name for name in BUDGETED if name in found or (name == "steps" and grid.steps is not None)]
+    if "budget" in found and sizes:
+        raise UsageError(f"--set budget chooses {sizes[0]}: give one of them")
     return found | ({} if grid.steps is None else {"steps": [grid.steps]})
 
 
@@ -196,7 +200,7 @@ def values_of(assignment: str) -> tuple[str, list[Any]]:
     name, equals, text = assignment.partition("=")
     try:
         values = tomllib.loads(f"values = [{text}]")["values"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         values = [from_text(f"{name}={part}")[1] for part in text.split(",")]
     if not equals or not name.strip() or not values or "" in values:
         raise UsageError(
@@ -291,8 +295,11 @@ def job_of(cell: Cell, grid: Grid, opened: Any) -> Job:
     network, images = opened(cell.teacher)
     changes = grid.changes(cell)
     config = recipe_for(network, cell.recipe, {**changes, "seed": cell.seed})  # rejects what is misspelt
+    begins = None  # what is trained, if the name does not tell
     try:
-        make_student(cell.student, network, seed=cell.seed)
+        student = make_student(cell.student, network, seed=cell.seed)
+        if is_factory(cell.student) or expanded(cell.student).exists():
+            begins = network.like(student).fingerprint()[:12]
     except UsageError:
         raise
     except ZsktError:
@@ -314,5 +321,6 @@ def job_of(cell: Cell, grid: Grid, opened: Any) -> Job:
                 raise ZsktError(str(error)) from error
 
     settings = {"teacher": network.fingerprint(), "student": short_name(cell.student), "recipe": cell.recipe}
+    settings |= {} if begins is None else {"student_weights": begins}
     settings |= {"seed": cell.seed, "data": digest(*images)[:8] if images else None, **changes}
     return Job(cell.name, settings, config.steps, "steps", cell.recipe, lambda: lambda: None, make)

@@ -110,6 +110,7 @@ def measure(network: Classifier, images: Tensor, labels: Tensor, teacher: Classi
 
 def judge(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> dict[str, float]:
     """The result of `measure`, from logits (M, K), labels (M,) and the teacher's logits `answers` (M, K)."""
+    labels = labels.cpu()  # as the logits of `predict` are
     result = {"accuracy": accuracy(logits, labels), "calibration_error": calibration_error(logits, labels)}
     if answers is not None:
         result |= {name: float(value.mean()) for name, value in per_image(logits, answers, labels).items()}
@@ -203,13 +204,14 @@ def pseudo_image_warnings(beliefs: Mapping[str, Any], progress: float = 1.0) -> 
     """
     classes = len(beliefs["class_counts"])
     seen = sum(count > 0 for count in beliefs["class_counts"])
+    chance = 1 / classes + 0.5 / classes * (1 - 1 / classes)  # with two classes, twice the deviation of 64 coins
     found = {}
     if beliefs["class_entropy"] < 0.5:
         found["collapse"] = (
             f"collapse: the teacher predicts {seen} of {classes} classes on the pseudo images, most of them in very "
             "few; start again with a lower generator.learning_rate or a higher generator.loss.balance"
         )
-    if beliefs["teacher_confidence"] < 1.5 / classes:
+    if beliefs["teacher_confidence"] < chance:
         found["unrecognised"] = (
             "the teacher recognises nothing in the pseudo images: its confidence is close to chance; set "
             "generator.loss.one_hot or check the normalisation"
@@ -224,7 +226,7 @@ def pseudo_image_warnings(beliefs: Mapping[str, Any], progress: float = 1.0) -> 
             "vanished adversary: the generator finds nothing on which the networks differ, so the student learns "
             "nothing more; raise generator.learning_rate, or stop here"
         )
-    if progress >= 0.25 and beliefs["pseudo_agreement"] < 1.5 / classes:
+    if progress >= 0.25 and beliefs["pseudo_agreement"] < chance:
         found["chance"] = (
             "the student agrees with the teacher no more than by chance; change student.learning_rate, by a factor of 3"
         )

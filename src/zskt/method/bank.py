@@ -97,7 +97,8 @@ class Bank:
             self.logits[new, number] = self.ask(self._shown(self.images[new], self.views[new, number])).logits
         if not bool(self.logits[new].isfinite().all()):
             raise ZsktError(
-                f"the teacher's logits for pseudo images overflow {self.logits.dtype}; use machine.precision=fp32"
+                f"the teacher's logits for pseudo images overflow {self.logits.dtype}, in which a bank stores them; "
+                "use bank.views=0, which stores none"
             )
 
     @property
@@ -229,6 +230,16 @@ class BankDistillation:
         making = self.synthesis.updates.done < self.total
         return (self.generator_losses if making else {}) | by_name("student", [student_losses])
 
+    @property
+    def progress(self) -> float:
+        """The share of the student's updates that are done."""
+        return self.student_updates.done / (self.steps - self.warmup)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a round has been finished, so that `sample` shows more than one that goes on."""
+        return self.bank.count > self.bank.own
+
     def due(self) -> int:
         """Synthesis updates to be done before the next update of the student."""
         share = min(1.0, (self.student_updates.done + 1) / self.until)
@@ -252,7 +263,7 @@ class BankDistillation:
 
     def sample(self, n: int, seed: int) -> Tensor:
         """Images (n, C, H, W) from the bank or, while it is empty, from the round that goes on."""
-        if self.bank.count > self.bank.own:
+        if self.has_images:
             return self.bank.sample(n, seed)
         return bank_images(self.bank.teacher, ranks.whole(self.synthesis.images), n, seed)
 

@@ -84,7 +84,11 @@ def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -
                 return Cost(step=seconds(method.step, 3))
             count = config.generator.updates
             update = seconds(method.synthesis.update, max(1, min(count, PROBED) - 1))
-            images = method.synthesis.images
+            images, synthesis = method.synthesis.images, method.synthesis
+            if len(synthesis.warmup_loss) < len(synthesis.loss):  # after the warm-up the student is asked, too
+                early = config.bank.warmup / config.bank.rounds
+                synthesis.warmup = 0
+                update = early * update + (1 - early) * seconds(synthesis.update, 3)
             asked = time.perf_counter()
             method.bank.add(images)
             asked = time.perf_counter() - asked
@@ -112,14 +116,18 @@ def fit(config: Config, cost: Cost, seconds: float, own: int = 0) -> Config:
     if config.method != "bank":
         steps = int(planned / cost.step)
         if steps < 1:
-            raise UsageError(f"budget = {config.budget}: expected at least {duration(cost.step)}, as one step takes")
+            raise UsageError(f"budget = {config.budget}: expected at least {_at_least(cost.step)}, as one step takes")
         return dataclasses.replace(config, steps=steps)
     least = 2 * cost.round + LEAST_UPDATES * cost.step
     if planned < least:
-        raise UsageError(
-            f"budget = {config.budget}: expected at least {duration((least + own * cost.asked) / SPARE)}, for two "
-            f"rounds of synthesis of {duration(cost.round)} and {LEAST_UPDATES} student updates"
-        )
+        needed = _at_least((least + own * cost.asked) / SPARE)
+        why = f"for two rounds of synthesis of {duration(cost.round)} and {LEAST_UPDATES} student updates"
+        if not config.budget:
+            raise UsageError(
+                f"without a budget a run takes {duration(seconds)} at most, and this one at least {needed}, {why}; "
+                "give a budget"
+            )
+        raise UsageError(f"budget = {config.budget}: expected at least {needed}, {why}")
     rounds = max(2, min(int(SYNTHESIS * planned / cost.round), math.ceil(MOST_IMAGES / config.bank.batch_size)))
     updates = max(LEAST_UPDATES, int((planned - rounds * cost.round) / cost.step))
     warmup = max(1, rounds // 5)
@@ -163,6 +171,12 @@ def disk(teacher: Classifier, student: nn.Module, config: Config, own: int = 0) 
         trained += count_parameters(make_generator(teacher, config))
     image = math.prod(teacher.input_size) + bank.views * (3 + 2 * teacher.num_classes)
     return 4 * trained * (1 + 2 * 3) + (bank.rounds * bank.batch_size + own) * image
+
+
+def _at_least(seconds: float) -> str:
+    """A duration that is not shorter than it reads."""
+    unit = 1 if seconds < 90 else 60 if seconds < 5_400 else 360
+    return duration(math.ceil(seconds / unit) * unit)
 
 
 def duration(seconds: float) -> str:

@@ -321,6 +321,11 @@ class Config:
             raise UsageError("bank.reset and bank.reset_every go together: set both or neither")
         if self.bank.pixels and (self.bank.survives, self.bank.reset) != ("last", "nothing"):
             raise UsageError("bank.survives and bank.reset have no effect with bank.pixels: set one or the other")
+        crop = self.bank.random_crop
+        if crop != "auto" and crop > MOST_CROP:
+            raise UsageError(
+                f"bank.random_crop = {crop}: expected at most {MOST_CROP}, as a bank stores places as bytes"
+            )
         if not 0 < self.bank.until <= 1:
             raise UsageError(f"bank.until = {self.bank.until}: expected a fraction of the run, above 0 and at most 1")
         if not 0 <= self.bank.momentum < 1:
@@ -342,6 +347,7 @@ class Config:
 
 FORMAT = 2
 MOST_UPDATES = 100_000  # of one network in a step
+MOST_CROP = 127  # pixels on each side: a view's place, up to twice as many, is stored as a byte
 OTHER_FORMAT = "finish or read that run with the version of zskt that wrote it, which student.json names"
 
 _POSITIVE = {

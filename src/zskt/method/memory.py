@@ -37,8 +37,11 @@ class Need:
         return max(0, memory - self.fixed) // max(1, self.per_image[name])
 
 
-def need(teacher: Classifier, student: nn.Module, config: Config) -> Need:
-    """What a run of one of our methods needs, from one forward of each network for two images."""
+def need(teacher: Classifier, student: nn.Module, config: Config, own: int = 0) -> Need:
+    """What a run of one of our methods needs, from one forward of each network for two images.
+
+    `own` images of the user's join those of a bank.
+    """
     frozen, twin = as_teacher(teacher), copy.deepcopy(student).eval()
     bf16 = config.machine.precision == "bf16"
     images = blank_images(student, teacher.input_size).requires_grad_()  # (2, C, H, W)
@@ -55,7 +58,7 @@ def need(teacher: Classifier, student: nn.Module, config: Config) -> Need:
     per_image = {"batch_size": t + s + g + image}
     if config.method == "bank":
         views = config.bank.views * (2 * teacher.num_classes + 3)  # logits in half precision, and the views
-        stored = config.bank.rounds * config.bank.batch_size * (images[0].numel() + views)
+        stored = (config.bank.rounds * config.bank.batch_size + own) * (images[0].numel() + views)
         per_image = {"bank.batch_size": t + s + g + image, "batch_size": s + image}
     # Of several ranks each has its share, and those of one machine its memory together.
     together = ranks.beside() if pick_device(config.machine.device).type == "cpu" else 1
@@ -98,16 +101,16 @@ def free_memory(device: torch.device) -> int | None:
     return sizes["MemAvailable"] + sizes["SwapFree"]
 
 
-def check_memory(teacher: Classifier, student: nn.Module, config: Config) -> None:
+def check_memory(teacher: Classifier, student: nn.Module, config: Config, own: int = 0) -> None:
     """Raise UsageError for a run that cannot fit the memory of its device, with the largest batch that could."""
     memory = free_memory(pick_device(config.machine.device))
     if memory is None:
         return
-    found = need(teacher, student, config)
+    found = need(teacher, student, config, own)
     if found.fixed > memory:
         raise UsageError(
             f"this run needs at least {_size(found.fixed)} of memory beside its batches, found {_size(memory)}: use "
-            "smaller networks, generator.width, bank.rounds or replay.capacity"
+            f"smaller networks, {'fewer images, ' if own else ''}generator.width, bank.rounds or replay.capacity"
         )
     for name in found.per_image:
         if _batch(config, name) > found.most(name, memory):

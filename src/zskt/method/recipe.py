@@ -17,7 +17,7 @@ from torch import nn
 from zskt.errors import UsageError, ZsktError, unknown
 from zskt.method.budget import FLIPS, Cost, expected_seconds, fit, probe
 from zskt.method.build import METHODS
-from zskt.method.config import Config
+from zskt.method.config import MOST_CROP, Config
 from zskt.method.generator import choose_width
 from zskt.method.memory import check_memory
 from zskt.method.protocol import Make
@@ -112,7 +112,7 @@ def plan(
     make = method or METHODS[config.method]
     cost = None
     if method is None:
-        check_memory(teacher, student, config)
+        check_memory(teacher, student, config, own)
         config, cost = settle_by_probe(config, teacher, student, make, begun, "steps" in settings, own)
     return Plan(config, reason, make, cost)
 
@@ -198,7 +198,7 @@ def recipe_for(teacher: Classifier, name: str, settings: Mapping[str, Any]) -> C
 def settle_sizes(config: Config, teacher: Classifier, student: nn.Module) -> Config:
     """The config with `auto` width and crops resolved."""
     if config.method == "bank" and config.bank.random_crop == "auto":
-        config = replace(config, {"bank.random_crop": min(teacher.input_size[1:]) // 8})
+        config = replace(config, {"bank.random_crop": min(MOST_CROP, min(teacher.input_size[1:]) // 8)})
     if config.generator.width != "auto":
         return config
     size = teacher.input_size

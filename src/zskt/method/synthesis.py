@@ -61,13 +61,17 @@ class MetaGenerator:
         self.copies = list(generator.parameters())
         self.parameters = [parameter.detach().clone().requires_grad_() for parameter in self.copies]
         self.optimizer = optimizer(self.parameters)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def add_gradients(self) -> None:
         for parameter, copy in zip(self.parameters, self.copies, strict=True):
             assert copy.grad is not None
             parameter.grad = copy.grad.clone() if parameter.grad is None else parameter.grad.add_(copy.grad)
 
-    def end_round(self) -> None:
+    def end_round(self, gentler: float = 1.0) -> None:
+        """The step, with a learning rate that is `gentler` by this factor."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = gentler * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.load(self.parameters)
@@ -152,7 +156,7 @@ class Synthesis:
             return losses, None
         self.statistics.end_round()
         if self.meta is not None:
-            self.meta.end_round()
+            self.meta.end_round(self.updates.gentler)
         return losses, Batch(self.images, labels)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zskt.errors import UsageError, ZsktError, failing
+from zskt.files import expanded
 from zskt.networks import models
 from zskt.networks.checks import bare
 from zskt.networks.classifier import Classifier, count_parameters
@@ -52,8 +53,11 @@ def make_student(
     relative = re.fullmatch(r"(auto|pruned):(.*)", spec)
     if arguments and not is_factory(spec):
         raise UsageError(f"arguments are for factories, and {spec!r} is not one; omit them")
-    if (Path(spec) / "student.json").is_file():
-        return _trained(Path(spec), teacher)
+    folder = expanded(spec)
+    if (folder / "student.json").is_file():
+        return _trained(folder, teacher)
+    if (folder / "checkpoint").is_dir():
+        raise ZsktError(f"expected a finished run, found one that was stopped in {folder}; resume it first")
     with seeded(seed):
         if relative:
             return _relative(teacher, relative[1], _fraction(relative[1], relative[2]))
@@ -184,9 +188,10 @@ def _family(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
 
 def _ours(teacher: Classifier, spec: str) -> Iterator[Ladder]:
     ladders: list[list[str]] = []
-    if match := re.fullmatch(r"wrn-(\d+)-(\d+)(-raw)?", spec):
-        depth, width, raw = int(match[1]), int(match[2]), match[3] or ""
-        ladders = [[f"wrn-{d}-{w}{raw}" for w in _widths(width)] for d in range(depth, 9, -6)]
+    if match := re.fullmatch(r"wrn-(\d+)-([\d.]+)(-raw)?", spec):
+        depth, raw = int(match[1]), match[3] or ""
+        widths = _widths(int(match[2])) if match[2].isdecimal() else _sixteenths(float(match[2]))
+        ladders = [[f"wrn-{d}-{w}{raw}" for w in widths] for d in range(depth, 9, -6)]
     elif match := re.fullmatch(r"resnet-(18|34)(?:-(\d+))?", spec):
         depths = [depth for depth in (34, 18) if depth <= int(match[1])]
         ladders = [[f"resnet-{d}-{w}" for w in _widths(int(match[2] or 64))] for d in depths]
@@ -207,8 +212,7 @@ def _narrower(teacher: Classifier, fraction: float) -> Iterator[Ladder]:
     module = bare(teacher.module)
     spec = str(getattr(module, "spec", ""))
     if match := re.fullmatch(r"wrn-(\d+)-([\d.]+)(-raw)?", spec):
-        sixteenths = range(round(16 * float(match[2])), 0, -1)
-        specs = [f"wrn-{match[1]}-{k / 16 if k % 16 else k // 16}{match[3] or ''}" for k in sixteenths]
+        specs = [f"wrn-{match[1]}-{width}{match[3] or ''}" for width in _sixteenths(float(match[2]))]
     elif match := re.fullmatch(r"(resnet-18|resnet-34|vgg-11|convnet)(?:-(\d+))?", spec):
         specs = [f"{match[1]}-{width}" for width in range(int(match[2] or models.WIDTH), 0, -1)]
     else:
@@ -230,6 +234,11 @@ def _of_layers(names: Collection[str], build: Callable[[], nn.Module]) -> nn.Mod
     if module.state_dict().keys() != names:
         raise ZsktError(f"expected the teacher's layers in {type(module).__name__}, found others; choose another width")
     return module
+
+
+def _sixteenths(most: float) -> list[float]:
+    """The widths of a wide residual network, the widest first."""
+    return [k / 16 if k % 16 else k // 16 for k in range(round(16 * most), 0, -1)]
 
 
 def _widths(most: int) -> list[int]:

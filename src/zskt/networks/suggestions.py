@@ -1,16 +1,18 @@
 """What a checkpoint may be, where it does not fit the model that was named: read off the shapes of its tensors."""
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-
-import torch
 
 from zskt.errors import ZsktError
 from zskt.networks import models
 from zskt.networks.models import Size
+from zskt.networks.rebuild import unallocated
 
 Shapes = Mapping[str, Sequence[int]]
+Kinds = Counter[tuple[str, tuple[int, ...]]]
+"""How many tensors there are of each last component and shape: names apart, all that two networks share."""
 
 COUNTER = "num_batches_tracked"  # of BatchNorm: may be absent, as torch before 0.4.1 did not save it
 _SPECS = (
@@ -25,16 +27,15 @@ def suggest(theirs: Shapes, spec: str, input_size: Size, num_classes: int) -> st
     """The options that make the shapes of a file fit, as one clause, or "" if none was found.
 
     Tried: all tensors and those under each first component of their names (a teacher and a student saved together);
-    the model that was named, then the usual ones, with the classes that were named or as many as a linear layer has.
+    the model that was named, then the usual ones, with as many classes as the last layer has.
     """
     parts = {"": theirs} | {key: part for key, part in parts_of(theirs).items() if 1 < len(part) < len(theirs)}
     for key, part in parts.items():
-        found = _kinds(part)
-        counts = [num_classes, *sorted({shape[0] for shape in part.values() if len(shape) == 2} - {num_classes})]
-        for classes in counts:
-            for other in (spec, *_SPECS):
-                if _kinds(_shapes(other, classes, input_size)) == found:
-                    return "its shapes are those of " + " ".join(_options(key, other, classes, spec, num_classes))
+        found = _kinds_of(part)
+        for other in (spec, *_SPECS):
+            classes = _classes(found, _kinds(other, num_classes, input_size), num_classes)
+            if classes is not None and (key, other, classes) != ("", spec, num_classes):
+                return "its shapes are those of " + " ".join(_options(key, other, classes, spec, num_classes))
     return ""
 
 
@@ -56,14 +57,33 @@ def _options(key: str, model: str, classes: int, spec: str, num_classes: int) ->
         yield f"--num-classes {classes}"
 
 
-def _kinds(shapes: Shapes) -> Counter[tuple[str, tuple[int, ...]]]:
-    """How many tensors there are of each last component and shape; names apart, all that two networks share."""
+def _classes(theirs: Kinds, ours: Kinds, num_classes: int) -> int | None:
+    """The number of classes with which our network has their shapes; None if there is none."""
+    extra, missing = theirs - ours, ours - theirs
+    if not extra and not missing:
+        return num_classes
+    rows = {shape[0] if shape else 0 for _, shape in extra}
+    if len(rows) != 1:
+        return None
+    (classes,) = rows  # of the last layer, if it is that alone which differs
+    relabelled: Kinds = Counter()
+    for (leaf, shape), count in missing.items():
+        if shape[:1] != (num_classes,):
+            return None
+        relabelled[leaf, (classes, *shape[1:])] += count
+    return classes if relabelled == extra else None
+
+
+def _kinds_of(shapes: Shapes) -> Kinds:
     leaves = ((name.rpartition(".")[2], tuple(shape)) for name, shape in shapes.items())
     return Counter(leaf for leaf in leaves if leaf[0] != COUNTER)
 
 
-def _shapes(spec: str, num_classes: int, input_size: Size) -> Shapes:
-    """Of a network of ours, which needs no memory for it; none if it cannot take such images or classes."""
-    with contextlib.suppress(ZsktError), torch.device("meta"):
-        return {name: tensor.shape for name, tensor in models.build(spec, num_classes, input_size).state_dict().items()}
-    return {}
+@functools.cache
+def _kinds(spec: str, num_classes: int, input_size: Size) -> Kinds:
+    """Of a network of ours; none if it cannot take such images or classes."""
+    with contextlib.suppress(ZsktError), unallocated():
+        return _kinds_of(
+            {name: tensor.shape for name, tensor in models.build(spec, num_classes, input_size).state_dict().items()}
+        )
+    return Counter()

@@ -44,6 +44,10 @@ class ImportReport:
     notices: tuple[str, ...]
 
 
+class _NothingFits(ZsktError):
+    """No renaming sends every tensor to one of ours."""
+
+
 @dataclass(frozen=True)
 class _Choice:
     """A possible target for a foreign module, and what each component of its path becomes there ("": dropped)."""
@@ -132,7 +136,7 @@ def find_renaming(
     rows = [_choices(path, leaves, ours) for path, leaves in theirs.items()]
     chosen = _only_solution(rows) if len(theirs) == len(ours) else None
     if chosen is None:
-        raise ZsktError(f"{_why_none(theirs, ours, [choice for row in rows for choice in row])}; {advice}")
+        raise _NothingFits(f"{_why_none(theirs, ours, [choice for row in rows for choice in row])}; {advice}")
     target = {choice.source: choice.target for choice in chosen}
     return {key: ".".join((*target[path[:-1]], path[-1])) for key, path in parts.items()}
 
@@ -159,9 +163,7 @@ def import_weights(
     foreign = read_state_dict(path, key)
     try:
         keys = _fill(module, foreign, rename, ADVICE)
-    except UsageError:
-        raise
-    except ZsktError as error:
+    except _NothingFits as error:
         hint = suggest({name: tensor.shape for name, tensor in foreign.items()}, spec, input_size, num_classes)
         raise ZsktError(f"{error}; {hint}" if hint else str(error)) from error
     teacher = as_teacher(Classifier(module, input_size=input_size, mean=mean, std=std), copied=False)

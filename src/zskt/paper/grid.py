@@ -39,6 +39,7 @@ class Row:
     def to_json(self, root: Path, failed: Mapping[str, str]) -> dict[str, Any]:
         """Labels, runs, and for each number that all finished runs have: values, mean, sample standard deviation."""
         found = [numbers for job in self.jobs if (numbers := numbers_of(job, root)) is not None]
+        steps = sorted({int(numbers.pop("steps")) for numbers in found})
         measures = {}
         for key in MEASURES:
             if found and all(key in numbers for numbers in found):
@@ -52,18 +53,19 @@ class Row:
             "runs": len(found),
             "of": len(self.jobs),
             "failed": sum(job.name in failed for job in self.jobs),
+            "steps": steps,  # several, where time decided how many there are
             "measures": measures,
         }
 
 
 def numbers_of(job: Job, root: Path) -> dict[str, float] | None:
-    """The numbers of a finished run at its last iterate: measures, agreement on pseudo images, seconds."""
+    """The numbers of a finished run at its last iterate: its steps, measures, agreement on pseudo images, seconds."""
     if job.measured(root) is None:
         return None
     folder = job.folder(root)
     facts, last = read_finished(folder), read_lines(folder / "metrics.jsonl")[-1]
     known = facts["measured"] | {"pseudo_agreement": last["pseudo_agreement"], "seconds": facts["seconds"]}
-    return {key: known[key] for key in MEASURES if key in known}
+    return {"steps": facts["steps"]} | {key: known[key] for key in MEASURES if key in known}
 
 
 def write_sweep(
@@ -99,6 +101,9 @@ def write_sweep(
     lines = ["# Sweep", "", *table, ""]
     for name, why in failed.items():
         lines += [f"Failed: {name}: {why}", ""]
+    if any(len(row["steps"]) > 1 for row in found):  # one row's runs have to be alike, or it must be said
+        sized = [f"{row['steps'][0]:,} to {row['steps'][-1]:,}" for row in found if row["steps"]]
+        note += f" Steps, as many as fitted the time of each run, from row to row: {'; '.join(sized)}."
     same = ", ".join(f"{name} = {value}" for name, value in fixed.items())
     lines += [note, *([f"All runs: {same}."] if fixed else []), "", *provenance(circumstances)]
     write_text(root / "sweep.md", "\n".join(lines) + "\n")

@@ -19,6 +19,7 @@ from zskt.errors import UsageError, ZsktError
 from zskt.evaluate.measures import check_images, pseudo_image_warnings
 from zskt.files import expanded, read_tensors, tensor_shapes, write_tensors, write_text
 from zskt.method.bank import BankDistillation, bank_images
+from zskt.method.budget import BUDGETED
 from zskt.method.build import METHODS, arrange, make_generator
 from zskt.method.config import Config, read_config
 from zskt.method.generator import Generator, pseudo_images
@@ -127,6 +128,8 @@ def distill(
             raise UsageError(f"a Plan already has {' and '.join(named)}: give them to `plan`")
     else:
         changes = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
+        if changes.get("budget") and (both := [name for name in BUDGETED if name in changes]):
+            raise UsageError(f"budget chooses {both[0]}: give one of them")
         begun_with = begun_config(out) if resume else None
         own = 0 if images is None else len(images)
         recipe = plan(teacher, student, recipe, changes, method, begun_with, own)

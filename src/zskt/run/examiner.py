@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zskt.evaluate.measures import judge, new_warnings, predict, pseudo_beliefs, pseudo_image_warnings
 from zskt.files import read_sealed, write_tensors
+from zskt.method.bank import BankDistillation
 from zskt.method.generator import SAMPLES
 from zskt.method.losses import forward_kl
 from zskt.method.protocol import Method
@@ -38,15 +39,21 @@ class Examiner:
     """earlier evaluations of the run"""
 
     def examine(self, step: int) -> dict[str, Any]:
-        """Both networks' beliefs about 64 pseudo images, always of the same seed, new warnings, and `measure`."""
+        """Both networks' beliefs about 64 pseudo images, always of the same seed, new warnings, and `measure`.
+
+        No beliefs before a bank has images: those of its first round, half made, say nothing.
+        """
         self.past = [line for line in self.past if line["step"] < step]  # the run may have gone back
-        line = self.beliefs(step)
+        bank = self.method if isinstance(self.method, BankDistillation) else None
+        line = self.beliefs(step) if bank is None or bank.has_images else {}
         if not ranks.is_main():
             return {}
-        if warnings := new_warnings(self.past, line, step / self.method.steps):
-            line["warnings"] = warnings
         self.keep_generator(step)
-        self.past.append(line | {"step": step})
+        if line:
+            progress = step / self.method.steps if bank is None else bank.progress
+            if warnings := new_warnings(self.past, line, progress):
+                line["warnings"] = warnings
+            self.past.append(line | {"step": step})
         return line | (self.measure() if self.images is not None else {})
 
     def keep_generator(self, step: int) -> None:

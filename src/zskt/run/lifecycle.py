@@ -115,6 +115,7 @@ class Lifecycle:
                 for log in self.logs.values():
                     log.cut(0)
                 remove(self.folder / "samples")
+                remove(self.folder / f"{checkpoint.HALF_WAY}.safetensors")
                 remove(self.shards.folder)
         if self.judge is not None and fresh:
             self.good = 0

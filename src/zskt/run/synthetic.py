@@ -19,7 +19,7 @@ from zskt.files import appearing, write_json
 from zskt.method.bank import BankDistillation
 from zskt.method.budget import duration
 from zskt.method.build import arrange
-from zskt.method.recipe import plan
+from zskt.method.recipe import plan, recipe_for
 from zskt.method.views import Augmentation, random_views, view
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
@@ -28,6 +28,7 @@ from zskt.runtime import arithmetic, pick_device, seeded, stream, versions
 UPDATES = 100
 """Updates of the generator and the latents for a batch of images."""
 BATCH = 256
+"""Images made together at the most; fewer where they are large, as in recipe bank."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _stand_in(teacher: Classifier) -> nn.Module:
 
 def _settings(teacher: Classifier, count: int, updates: int, seed: int, device: str) -> dict[str, Any]:
     """What differs from recipe bank: all is warm-up, which has no adversary; the one round after it is not made."""
-    batch = max(2, min(BATCH, count))
+    batch = max(2, min(BATCH, recipe_for(teacher, "bank", {}).bank.batch_size, count))
     return {
         "seed": seed,
         "steps": updates * -(-count // batch) + 1,
