@@ -68,7 +68,7 @@ def main() -> None:
         warnings = read_json(out / "student.json")["warnings"]
     said = next(line for line in done.stderr.splitlines() if "PFLOP" in line)
     student = next(line for line in done.stderr.splitlines() if line.startswith("student "))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {"said": said, "seconds": seconds, "peak_bytes": peak, "disk_bytes": disk, "steps": config.steps}
     result |= {"recipe": config.recipe, "pseudo_images": images, "student": student, "warnings": warnings}
     rows = [

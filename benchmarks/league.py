@@ -139,6 +139,8 @@ def sizes(pair: Pair, recipe: str, teacher: Classifier, path: Path) -> dict[str,
             kept[recipe] = {name: fitted[name] for name in names} | {"processor": cpu_name()}
         except ZsktError as error:
             kept[recipe] = {"refused": str(error)}
+        if path.exists():  # another process may have measured another recipe meanwhile
+            kept = read_json(path) | {recipe: kept[recipe]}
         write_json(path, kept)
     found: dict[str, Any] = kept[recipe]
     return found
@@ -224,7 +226,7 @@ def write_table(name: str, pair: Pair, folder: Path, recipes: Sequence[str]) -> 
         for made in found
     ]
     refused = {recipe: said["refused"] for recipe, said in kept.items() if "refused" in said}
-    rows += [[recipe, f"refused: {why}", *[""] * (len(head) - 2)] for recipe, why in refused.items()]
+    rows += [[recipe, f"refused: {why.split(';')[0]}", *[""] * (len(head) - 2)] for recipe, why in refused.items()]
     title = f"League, pair {name}: {pair.data}, {pair.teacher} to {pair.student}, {pair.budget}"
     record.write(f"league-{name.lower()}", title, {"rows": found, "refused": refused}, head, rows)
 

@@ -94,6 +94,8 @@ def main() -> None:
                 if not finished:
                     return
             found.append(read_json(out / "student.json"))
+            if found[-1]["steps"] != steps:
+                raise SystemExit(f"{out} has {found[-1]['steps']} steps, now {steps}: give another --out")
         accuracy = [said["measured"]["accuracy"] for said in found]
         updates = steps * one.student.updates
         result[label] = {"recipe": recipe, "settings": settings, "steps": steps, "accuracy": accuracy}

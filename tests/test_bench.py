@@ -1,11 +1,15 @@
 """The cost of a step in operations instead of seconds, so that these tests cannot be flaky."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zskt
-from small import fails, make_matching, make_teacher, run
+from small import call, fails, make_matching, make_teacher, run
 from zskt.bench import step_time as bench
 from zskt.networks import models
 from zskt.networks.observe import forward_flops
@@ -52,6 +56,17 @@ def test_the_command_prints_its_documented_keys(monkeypatch: pytest.MonkeyPatch)
     keys = {"speedup_fp32", "speedup_bf16", "seconds_reference", "seconds_fp32", "seconds_bf16"}
     assert keys | {"peak_mib_reference", "peak_mib_fp32"} <= set(result)
     assert all(result[key] > 0 for key in keys)
+
+
+def test_without_peak_memory_the_timings_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS and Windows."""
+    monkeypatch.setattr("zskt.bench.step_time.STATUS", tmp_path / "status")
+    monkeypatch.setitem(bench.PAIRS, "digits", bench.Pair("convnet-4", "convnet-2", (1, 8, 8), batch_size=4))
+    status, out, err = call("bench", "--pair", "digits", "--rounds", 1)
+    assert status == 0
+    assert json.loads(out)["seconds_fp32"] > 0
+    assert re.search(r"peak MiB\W+-\W+-\W+-", err)
+    assert re.search(r"speedup\W+1\b", err)
 
 
 def test_peak_memory_excludes_the_calling_process() -> None:

@@ -174,15 +174,27 @@ def test_operations_are_those_of_all_forwards_and_backwards(monkeypatch: pytest.
     settings = TINY | {"steps": 30, "bank.rounds": 5, "bank.warmup": 5}
     config = plan(teacher, student, "bank", settings).config
     made, learnt = 5 * 8, (30 - 5 * 2) * 8
-    update = 2 * 100 + 2 * 10 + 3 * 1
-    assert operations(teacher, student, config) == made * 2 * update + made * 2 * 100 + learnt * 30
+    alone, update = 2 * 100 + 3 * 1, 2 * 100 + 2 * 10 + 3 * 1  # without the student, as all warm-up is, and with it
+    assert operations(teacher, student, config) == made * 2 * alone + made * 2 * 100 + learnt * 30
+    later = replace(config, {"bank.warmup": 2, "steps": 24})
+    found = operations(teacher, student, later)
+    assert found == 2 * 8 * 2 * alone + 3 * 8 * 2 * update + made * 2 * 100 + learnt * 30
+    no_adversary = {"kl": 0.0, "kl_scale": "per_class", "kl_where": "everywhere"}
+    without = replace(later, {f"generator.loss.{name}": value for name, value in no_adversary.items()})
+    never = operations(teacher, student, without)
+    assert never == made * 2 * alone + made * 2 * 100 + learnt * 30
     assert operations(teacher, student, config, own=7) == operations(teacher, student, config) + 7 * 2 * 100
     asked = dataclasses.replace(config, bank=dataclasses.replace(config.bank, views=0))
-    assert operations(teacher, student, asked) == made * 2 * update + learnt * 100 + learnt * 30
+    assert operations(teacher, student, asked) == made * 2 * alone + learnt * 100 + learnt * 30
     for name, teacher_forwards, draws in (("zskt", 1, 1), ("zskt-fresh", 10, 10)):
         config = plan(teacher, student, name, {"steps": 3, "batch_size": 8}).config
         each = update + 100 * teacher_forwards + draws * 1 + 10 * 30
         assert operations(teacher, student, config) == 3 * 8 * each
+    dafl = plan(teacher, student, "dafl", {"steps": 3, "batch_size": 8}).config  # the student's outputs, no gradient
+    ours = replace(dafl, {"generator.loss.kl": -1.0})
+    assert (
+        operations(teacher, student, ours) - operations(teacher, student, dafl) == 3 * 8 * dafl.generator.updates * 10
+    )
 
 
 def test_a_resumed_run_keeps_the_sizes_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 import zskt
 from small import call, coloured, edit, fails, make_teacher, run, write_images
 from zskt.cli import demo
-from zskt.cli.main import COMMANDS, main
+from zskt.cli.main import COMMANDS, at_home, main
 from zskt.method.config import Config, read_config
 from zskt.settings import flat
 
@@ -405,6 +405,21 @@ def test_names_cannot_command_the_terminal(teacher: str, data: str, capsys: pyte
 def test_the_home_of_nobody_is_a_path_that_is_not_there(path: str, teacher: str) -> None:
     fails(1, "inspect", path, *GREY)
     fails(1, "evaluate", teacher, "--data", path)
+
+
+def test_a_home_folder_that_no_shell_has_expanded_is_found(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bash leaves that of --out=~/run, and a program that starts another expands none."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("distill", "~/teacher", "--student=wrn-10-1", "--out=~/run", "--recipe", "zskt", *TINY)["finished"]
+    assert (tmp_path / "run" / "report.html").exists()
+    run("sample", "~/run", "--out=~/samples.png")
+    assert (tmp_path / "samples.png").exists()
+    assert list(Path.cwd().iterdir()) == []
+    assert at_home("--set=a=~/b") == "--set=a=~/b"  # no path, or not one of its own
 
 
 def test_every_setting_is_an_option_and_only_what_was_typed_counts(teacher: str, tmp_path: Path) -> None:

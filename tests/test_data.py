@@ -433,6 +433,15 @@ def test_a_tar_with_a_negative_size_is_no_archive(size: int, tmp_path: Path) -> 
     refused(r"negative\.tar", tmp_path / "negative.tar")
 
 
+@pytest.mark.parametrize("mode", ["bz2", "xz"])
+def test_other_compressions_of_a_tar_are_named(mode: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"images.tar.{mode}"
+    writing: Any = f"w:{mode}"
+    with tarfile.open(path, writing) as archive:
+        archive.add(__file__, "test/a/1.png")
+    refused(r"expected .zip, .tar or .tar.gz, found .*images.tar.*compressed otherwise", path)
+
+
 def test_the_expected_layout_is_in_the_error_for_another(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(r"expected images as split/class/file .* found nothing", tmp_path / "empty")

@@ -494,7 +494,7 @@ def test_resuming_otherwise_than_begun_is_refused_or_said(tmp_path: Path, monkey
         (nn.Flatten(), "with trainable parameters, found none"),
         (new_student().requires_grad_(False), "with trainable parameters, found none"),
         (new_student().double(), "both in float32 or both in float64"),
-        (new_student().half(), "both in float32 or both in float64"),
+        (new_student().half(), r"both in float32 or both in float64, .*convert, as in student.float\(\)"),
     ],
 )
 def test_students_that_cannot_be_trained_are_refused(student: nn.Module, message: str) -> None:
@@ -518,6 +518,14 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(zskt.ZsktError, match="found other things"):
         run(tmp_path / "other")
+
+
+def test_the_network_to_be_converted_is_named() -> None:
+    student = new_student()
+    for teacher, advice in ((torch.float16, "teacher.float"), (torch.float64, "student.double")):
+        network = make_teacher().to(teacher)
+        with pytest.raises(zskt.ZsktError, match=rf"convert, as in {advice}\(\)"):
+            checks.check_pair(network, student)
 
 
 def stuck(teacher: zskt.Classifier, student: nn.Module, config: zskt.Config) -> zskt.Method:

@@ -15,6 +15,8 @@ import zskt
 from small import coloured, make_teacher, quiet
 from zskt.evaluate.measures import measure
 from zskt.files import read_json
+from zskt.method.budget import Cost
+from zskt.method.recipe import load_recipe
 from zskt.networks import models
 from zskt.networks.folder import load_network
 from zskt.paper import experiments
@@ -317,6 +319,27 @@ def test_results_with_other_settings_are_refused(
     assert len(str(caught.value)) < 220 + len(str(made.root))
 
 
+def test_each_network_has_its_own_learning_rate(tmp_path: Path) -> None:
+    """LeNets diverge at the 0.1 of the others, whatever they stand beside."""
+    study = make_study(tmp_path, model="wrn-10-1", student="lenet-5-half")
+    assert study.taught("wrn-10-1", 0).settings["learning_rate"] == 0.1
+    assert study.taught("lenet-5-half", 0).settings["learning_rate"] == 0.01
+    assert study.distilled(0, None).settings["learning_rate"] == 0.01
+    assert study.fine_tuned(0, "zskt", 3).settings["learning_rate"] == pytest.approx(0.01 / 4)
+    given = replace(study, budget=replace(study.budget, learning_rate=0.3))
+    assert given.distilled(0, None).settings["learning_rate"] == 0.3
+
+
+def test_the_time_of_a_banks_step_is_that_of_the_average_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first steps are all synthesis."""
+    monkeypatch.setattr("zskt.method.recipe.load_recipe", load_recipe)  # the real one
+    for place in ("zskt.method.recipe", "zskt.paper.experiments"):
+        monkeypatch.setattr(f"{place}.probe", lambda *_: Cost(round=1.0, step=0.1))
+    study = make_study(tmp_path)
+    settings = {"steps": 130, "bank.rounds": 5, "bank.warmup": 3, "generator.updates": 10}
+    assert study.try_distilling("bank", settings) == pytest.approx((5 * 1.0 + 100 * 0.1) / 130)
+
+
 def test_budgets_shrink_alike() -> None:
     budget = Budget(78_200, 80_000, 1_000, 0.03, 0.2)
     for scale in (1e-9, 0.001, 0.01, 0.3, 1.0):
@@ -333,7 +356,7 @@ def test_constants_of_known_image_sets_are_used(tmp_path: Path) -> None:
     for name, mirrored in known.items():
         size = (1, 28, 28) if "mnist" in name else (3, 32, 32)
         study = make_study(tmp_path, train=coloured(6, size=size, name=name))
-        training = study.training(0)
+        training = study.training("convnet-4", 0)
         assert (training.horizontal_flip, training.random_crop) == (mirrored, 28 // 8 if "mnist" in name else 4)
         assert (training.schedule, training.batch_size, training.weight_decay) == ("step", 128, 5e-4)
     published = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

@@ -485,6 +485,15 @@ def test_paths_may_be_texts_from_the_home_folder(
     assert {path.name for path in tmp_path.iterdir()} == {"teacher", "run", "report.html", "hub"}
 
 
+def test_any_name_will_do(finished: Path, tmp_path: Path) -> None:
+    """Those of what is made on the way, too."""
+    teacher = zskt.load_teacher(finished / "teacher")
+    zskt.export(finished / "run", tmp_path / "student", teacher=teacher)
+    zskt.export(finished / "run", tmp_path / "teacher", teacher=teacher)
+    zskt.export(finished / "run", tmp_path / "fp32", "onnx", int8=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32", "student", "teacher"]
+
+
 def test_requests_that_cannot_be_met(finished: Path, tmp_path: Path) -> None:
     run, out = finished / "run", tmp_path / "out.onnx"
     assert "without a generator" in refused(lambda: zskt.export(finished / "teacher", out, int8=True))

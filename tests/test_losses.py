@@ -180,6 +180,13 @@ def test_activation_and_total_variation() -> None:
     assert float(losses.total_variation(x)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_total_variation_of_a_single_row_or_column() -> None:
+    row = torch.tensor([0.0, 1.0, 3.0, 2.0]).view(1, 1, 1, 4)
+    assert float(losses.total_variation(row)) == pytest.approx(4 / 3)
+    assert float(losses.total_variation(row.transpose(2, 3))) == pytest.approx(4 / 3)
+    assert float(losses.total_variation(torch.ones(2, 3, 1, 1))) == 0.0
+
+
 OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": losses.forward_kl,
     "reverse_kl": lambda s, t: losses.forward_kl(t, s),

@@ -300,3 +300,14 @@ def test_an_objective_of_another_network_is_noticed() -> None:
     with pytest.raises(zskt.ZsktError, match="compute it from that network"):
         training.fit("student", module, like, data, data, Training(2, random_crop=0), cross_entropy(other), metadata={})
     assert all(p.grad is None for p in other.parameters())
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    module = models.convnet(4, num_classes=2, channels=1)
+    first = next(iter(module.parameters())).requires_grad_(False)
+    before = first.clone()
+    data = stripes(20)
+    teach(module, data, data, Training(2, 8, random_crop=0), mean=[0.2], std=[0.3])
+    assert torch.equal(first, before)
+    with pytest.raises(zskt.ZsktError, match=r"expected a network with trainable parameters, found none"):
+        teach(module.requires_grad_(False), data, data, Training(2, 8, random_crop=0), mean=[0.2], std=[0.3])

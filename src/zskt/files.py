@@ -143,7 +143,10 @@ def _sync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):  # no fsync of folders, or not readable
+        tolerated = [errno.EINVAL, errno.ENOTSUP, errno.EACCES]  # no fsync of folders, or not readable
+        if os.name == "nt":
+            tolerated.append(errno.EBADF)  # Windows syncs only what is open for writing
+        if error.errno not in tolerated:
             raise
 
 

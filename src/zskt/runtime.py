@@ -90,10 +90,11 @@ def versions() -> dict[str, str]:
 def circumstances() -> dict[str, Any]:
     """Date, command, commit where the package runs from a checkout, versions, hardware and threads."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    try:
+    try:  # the repository around an installed package is another one
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
         changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True)
-    except OSError:
+    except (OSError, subprocess.CalledProcessError):
         commit = None
     found = {} if commit is None or commit.returncode else {"commit": commit.stdout.strip()}
     if found and changed.stdout.strip():

@@ -84,7 +84,8 @@ def run_bench(*, pair: str = "wrn", device: str = "auto", rounds: int = 5, expla
         ("peak MiB", "peak_mib_{}", "{:.0f}"),
     ):
         values = (result.get(key.format(arm)) for arm in bench.ARMS)
-        table.add_row(label, *("1" if value is None else form.format(value) for value in values))
+        missing = "1" if label == "speedup" else "-"  # of the reference itself; not measured on this system
+        table.add_row(label, *(missing if value is None else form.format(value) for value in values))
     console().print(table)
     return result
 
@@ -212,6 +213,7 @@ def _run(arguments: list[str]) -> int:
         if ranks.size() > 1 and arguments[:1] and arguments[0] not in SHARED:
             raise UsageError(f"{arguments[0]} is for one process, only {' and '.join(SHARED)} are for several")
         ranks.check_same({"the command": shlex.join(arguments)})
+        arguments = [at_home(argument) for argument in arguments]
         for argument in arguments:
             if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in argument):
                 raise UsageError(
@@ -261,6 +263,12 @@ def _run(arguments: list[str]) -> int:
             )
         return 1
     return 0
+
+
+def at_home(argument: str) -> str:
+    """The argument with a `~` that the shell has left, as in --out=~/runs, or that no shell has seen."""
+    option, path = re.fullmatch(r"((?:--[a-z][\w.-]*=)?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    return option + os.path.expanduser(path) if path == "~" or path.startswith("~/") else argument
 
 
 def _guarded(command: Callable[..., Result | None]) -> Callable[..., Result | None]:

@@ -89,7 +89,7 @@ def _field(name: str, hint: Any, text: str, note: str) -> tuple[str, Any, Any]:
 
 def _metavar(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return "|".join(map(_metavar, typing.get_args(hint)))
+        return "|".join(_metavar(each) for each in typing.get_args(hint) if each is not type(None))
     if typing.get_origin(hint) is Literal:
         words = typing.get_args(hint)
         return str(words[0]) if len(words) == 1 else "{" + ",".join(map(str, words)) + "}"

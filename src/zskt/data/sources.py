@@ -41,7 +41,8 @@ class Member:
         image = IMAGE_NAME.fullmatch(self.name)
         most = min(LARGEST, LARGEST_IMAGE) if image else LARGEST
         if self.size > most:
-            raise ZsktError(f"{self}: expected at most {most:,} bytes, found {self.size:,}; remove it")
+            advice = "remove it" if image else "unpack it into a folder, or remove it"
+            raise ZsktError(f"{self}: expected at most {most:,} bytes, found {self.size:,}; {advice}")
         if self.size > max(SMALL, MOST_EXPANSION * self.packed):
             raise ZsktError(f"{self} is a decompression bomb: {self.size:,} bytes from {self.packed:,}; remove it")
         with failing(f"{self} cannot be read", "check it or fetch it again"):
@@ -69,6 +70,8 @@ def members_of(path: Path, notice: Notice) -> list[Member]:
             ]
         elif tarfile.is_tarfile(path):
             data = memoryview(whole.read())  # in memory, because seeking in gzip is slow
+            if bytes(data[:6]).startswith((b"BZh", b"\xfd7zXZ\x00")):
+                raise ZsktError(f"expected .zip, .tar or .tar.gz, found {path}, compressed otherwise; pack it again")
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
                 spans = [(e.name, e.size, data[e.offset_data : e.offset_data + e.size]) for e in tar if e.isfile()]
             if any(length < 0 for _, length, _ in spans):

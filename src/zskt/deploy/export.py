@@ -121,8 +121,9 @@ def export(
     network = as_teacher(origin.network).cpu()
     images = feed(network, origin.pseudo_images(range(IMAGES // 64)), fed)  # (256, C, H, W)
     with appearing(path) as place:
-        scratch = place.parent
-        plain = scratch / "fp32" / "student.onnx" if int8 else place
+        beside = place.parent / f".{place.name}.parts"  # what is made on the way, under no name that `out` can have
+        beside.mkdir()
+        plain = beside / "fp32" / "student.onnx" if int8 else place
         plain.parent.mkdir(exist_ok=True)
         if form == "onnx":
             write_onnx(plain, network, fed)
@@ -140,8 +141,8 @@ def export(
             check_agreement(found, least_agreement)
         timings: tuple[Timing, ...] = ()
         if other is not None:
-            reference = plain if form == "onnx" else scratch / "student" / "student.onnx"
-            timed = {"teacher": (copy.deepcopy(other).cpu(), scratch / "teacher" / "teacher.onnx")}
+            reference = plain if form == "onnx" else beside / "student" / "student.onnx"
+            timed = {"teacher": (copy.deepcopy(other).cpu(), beside / "teacher" / "teacher.onnx")}
             timed |= {"student": (network, reference)} | ({"student, int8": (network, place)} if int8 else {})
             timings = time_networks(timed, fed, tolerance)
         size = sum(file.stat().st_size for file in (place, *place.rglob("*")) if file.is_file())

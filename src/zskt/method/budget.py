@@ -18,6 +18,7 @@ from zskt.method.bank import BankDistillation
 from zskt.method.build import arrange, make_generator
 from zskt.method.config import Config
 from zskt.method.protocol import Make
+from zskt.method.terms import ADVERSARIES
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.observe import forward_flops
@@ -149,13 +150,16 @@ def operations(teacher: Classifier, student: nn.Module, config: Config, own: int
     t, s = forward_flops(teacher.module, size), forward_flops(student, size)
     side, learner, bank = config.generator, config.student, config.bank
     g = 0 if bank.pixels else forward_flops(make_generator(teacher, config), (side.latent,))
-    updated = 2 * t + 2 * s + 3 * g  # one generator update, an image
+    asks = any(getattr(side.loss, name) for name in ADVERSARIES)  # the student, for a gradient to the images
+    updated = 2 * t + 3 * g + (2 * s if asks else 0)  # one generator update, an image
     if config.method == "bank":
         made = bank.rounds * bank.batch_size
+        early = bank.warmup * bank.batch_size * side.updates * 2 * s if asks else 0  # which the warm-up does not ask
         learnt = (config.steps - bank.warmup * side.updates) * config.batch_size
         asked = (made + own) * bank.views if bank.views else learnt
-        return made * side.updates * updated + asked * t + learnt * 3 * s
+        return made * side.updates * updated - early + asked * t + learnt * 3 * s
     draws = 1 if config.replay.kind == "same" else learner.updates
+    updated += 0 if asks else s  # whose outputs are there in any case
     each = side.updates * updated + draws * t + (draws if config.replay.kind == "fresh" else 1) * g
     return config.steps * config.batch_size * (each + learner.updates * 3 * s)
 

@@ -162,8 +162,9 @@ def total_variation(images: Tensor) -> Tensor:
     Source: DeepInversion, with absolute differences.
     """
     x = at_least_float32(images)
-    right = (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
-    lower = (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
-    down_right = (x[..., 1:, 1:] - x[..., :-1, :-1]).abs().mean()
-    down_left = (x[..., 1:, :-1] - x[..., :-1, 1:]).abs().mean()
-    return right + lower + down_right + down_left
+    right = x[..., :, 1:] - x[..., :, :-1]
+    lower = x[..., 1:, :] - x[..., :-1, :]
+    down_right = x[..., 1:, 1:] - x[..., :-1, :-1]
+    down_left = x[..., 1:, :-1] - x[..., :-1, 1:]
+    # Images of one row or column have no neighbours in some directions: the sum over none is 0, the mean is not.
+    return torch.stack([d.abs().sum() / max(1, d.numel()) for d in (right, lower, down_right, down_left)]).sum()

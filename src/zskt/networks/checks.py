@@ -208,9 +208,12 @@ def check_pair(teacher: Classifier, student: nn.Module) -> None:
         raise ZsktError("expected a student with trainable parameters, found none; call student.requires_grad_()")
     theirs = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), like.dtype)
     if like.dtype != theirs or like.dtype not in (torch.float32, torch.float64):
+        convert = "student.float()" if theirs == torch.float32 else "student.double()"
+        if theirs not in (torch.float32, torch.float64):
+            convert = "teacher.float()" if like.dtype == torch.float32 else "teacher.float() and student.float()"
         raise ZsktError(
             f"expected teacher and student both in float32 or both in float64, found {theirs} and {like.dtype}; "
-            "convert one, as in student.float(); for bfloat16 arithmetic use precision bf16"
+            f"convert, as in {convert}; for bfloat16 arithmetic use precision bf16"
         )
     noise = torch.randn(2, *teacher.input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     size = " x ".join(map(str, teacher.input_size))

@@ -109,7 +109,7 @@ class Request:
         else:
             model = self.model or model
         student = self.student or student
-        budget = replace(published_budget(self.train, model), **published | dict(self.changes)).scaled(self.scale)  # type: ignore[arg-type]
+        budget = replace(published_budget(self.train), **published | dict(self.changes)).scaled(self.scale)  # type: ignore[arg-type]
         return Experiment(
             self.root, self.train, self.test, model, student, budget, self.teacher, self.device, self.precision
         )
@@ -119,15 +119,14 @@ class Request:
         return (study.model, study.student) == PAIR and self.data in FIGURE_2
 
 
-def published_budget(train: Dataset, model: str) -> Budget:
+def published_budget(train: Dataset) -> Budget:
     """The paper's: 200 epochs and 80,000 steps on CIFAR-10, 100 and 50,000 on SVHN; other sets use CIFAR-10's.
 
-    MNIST: 10 epochs, and 25,000 steps as in the KTH reproduction. LeNets, which have no BatchNorm, diverge at a
-    learning rate of 0.1; 0.01 was chosen on held-out training images (docs/log.md).
+    MNIST: 10 epochs, and 25,000 steps as in the KTH reproduction.
     """
     epochs, steps = {"svhn": (100, 50_000), "mnist": (10, 25_000)}.get(train.name, (200, 80_000))
     updates = updates_in(epochs, len(train.images), 128)
-    return Budget(updates, steps, learning_rate=0.01 if model.startswith("lenet") else 0.1)
+    return Budget(updates, steps)
 
 
 def reproduction(request: Request) -> Reproduction:

@@ -285,8 +285,11 @@ def endless_batches(train: Images, training: Training, first: int, device: torch
 
 def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: weights with `weight_decay`, biases and normalisation without."""
-    weights = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        raise ZsktError("expected a network with trainable parameters, found none; call requires_grad_() on it")
+    weights = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
