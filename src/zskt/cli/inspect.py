@@ -86,8 +86,9 @@ def run_inspect(
         "notes": [*network.notes, *([loaded.lost] if loaded.lost else [])],
     }
     result |= said_progress(loaded)
-    stopped = loaded.unfinished or {}
-    if own := stopped.get("images", 0) or recorded_images(expanded(what)):
+    stopped = loaded.unfinished
+    own = recorded_images(expanded(what)) if stopped is None else stopped.get("images", 0)
+    if type(own) is int and own:
         result["images"] = own
         result["notes"].append(f"distilled with {own:,} unlabelled images beside the pseudo images: not data-free")
     if student is not None:
