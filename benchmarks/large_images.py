@@ -66,7 +66,7 @@ def main() -> None:
         images = config.bank.rounds * config.bank.batch_size
         disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         warnings = read_json(out / "student.json")["warnings"]
-    said = next(line for line in done.stderr.splitlines() if "PFLOP" in line)
+    said = next(re.sub(r" in \S+$", "", line) for line in done.stderr.splitlines() if "PFLOP" in line)
     student = next(line for line in done.stderr.splitlines() if line.startswith("student "))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {"said": said, "seconds": seconds, "peak_bytes": peak, "disk_bytes": disk, "steps": config.steps}

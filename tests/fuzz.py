@@ -50,7 +50,7 @@ MEMORY = 2**30  # bytes beyond what is imported
 SIZE = (1, 8, 8)
 TINY = "--batch-size 4 --generator.width 4 --generator.latent 4 --generator.updates 1 --student.updates 1"
 MATCHING = ["--recipe", "zskt-prior"]
-LONG = ["--steps", "3", "--checkpoint-every", "2"]
+LONG = ["--steps", "6", "--checkpoint-every", "2"]
 
 
 @dataclass(frozen=True)
@@ -286,13 +286,12 @@ def formats(root: Path) -> dict[str, Format]:
     save_teacher(teacher, network)
     tiny = TINY.split()
     run("distill", teacher, "--student", "convnet-1", "--out", finished, *MATCHING, *tiny, *LONG)
-    shutil.copytree(finished, root / "begun")
+    begun = ["distill", teacher, "--student", "convnet-1", "--out", root / "begun", *MATCHING, *tiny, *LONG]
+    run(*begun, "--stop-after", 3)
     bank = ["--recipe", "bank", "--set", "bank.rounds=2", "bank.warmup=1", "bank.batch_size=4", "bank.random_crop=1"]
-    bank += [*tiny, "--steps", "4", "--checkpoint-every", "3"]
-    run("distill", teacher, "--student", "convnet-1", "--out", root / "begun bank", *bank)
-    for folder in (root / "begun", root / "begun bank"):
-        for done in ("student.json", "student.safetensors", "report.html"):
-            (folder / done).unlink()
+    bank += [*tiny, "--steps", "6", "--checkpoint-every", "3"]
+    run("distill", teacher, "--student", "convnet-1", "--out", root / "begun bank", *bank, "--stop-after", 4)
+    further = ["--stop-after", "1"]  # all is read by then, and what is drawn at the end takes seconds
     run("inspect", finished, "--teacher", teacher)
     run("evaluate", teacher, "--data", data)  # fills the cache
     evaluate = ["evaluate", str(teacher), "--data", "{}"]
@@ -333,16 +332,18 @@ def formats(root: Path) -> dict[str, Format]:
         "metrics.jsonl": Format(copy(finished), "metrics.jsonl", ["report", "{}", "--out", "{out}.html"], texts),
         "config.toml": Format(copy(finished), "config.toml", ["sample", "{}", "--out", "{out}.png"], settings),
         "generator": Format(copy(finished), "generator.safetensors", ["sample", "{}", "--out", "{out}.png"]),
-        "checkpoint": Format(copy(root / "begun"), "checkpoint/*", resume),
-        "bank": Format(copy(root / "begun bank"), "checkpoint/*", [*resume[:7], *bank]),
-        "rows of a bank": Format(copy(root / "begun bank"), "rows/*", [*resume[:7], *bank]),
+        "checkpoint": Format(copy(root / "begun"), "checkpoint/*", [*resume, *further]),
+        "bank": Format(copy(root / "begun bank"), "checkpoint/*", [*resume[:7], *bank, *further]),
+        "rows of a bank": Format(copy(root / "begun bank"), "rows/*", [*resume[:7], *bank, *further]),
         "found without data": Format(copy(finished), FILE, ["report", "{}", "--out", "{out}.html"], texts),
         "half-way": Format(copy(finished), f"{HALF_WAY}.safetensors", ["inspect", "{}", "--teacher", str(teacher)]),
         "cache": Format(
             lambda folder: shutil.copytree(root / "cache", folder / "cache"), "cache/*", [*evaluate[:-1], str(data)]
         ),
-        "command.json": Format(copy(root / "begun"), "command.json", ["distill", "--resume", "--out", "{}"], texts),
-        "resumed log": Format(copy(root / "begun"), "*.jsonl", resume, texts),
+        "command.json": Format(
+            copy(root / "begun"), "command.json", ["distill", "--resume", "--out", "{}", *further], texts
+        ),
+        "resumed log": Format(copy(root / "begun"), "*.jsonl", [*resume, *further], texts),
         "settings file": Format(
             lambda folder: shutil.copy(finished / "config.toml", folder / "c.toml"), "c.toml", distill, settings
         ),

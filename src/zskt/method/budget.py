@@ -17,11 +17,12 @@ from zskt.errors import UsageError
 from zskt.method.bank import BankDistillation
 from zskt.method.build import arrange, make_generator
 from zskt.method.config import Config
+from zskt.method.generator import SAMPLES
 from zskt.method.protocol import Make
 from zskt.method.terms import ADVERSARIES
 from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier, count_parameters
-from zskt.networks.observe import forward_flops
+from zskt.networks.observe import evaluating, forward_flops
 from zskt.runtime import arithmetic, pick_device, seeded, stream, synchronise, threads
 from zskt.settings import replace
 
@@ -37,7 +38,9 @@ FLIPS = 0.6
 BUDGETED = ("steps", "bank.rounds", "bank.warmup")
 """Settings that a budget chooses."""
 SPARE = 0.95
-"""Share of a budget that is planned: evaluations and checkpoints take the rest."""
+"""Share of a budget that is planned: checkpoints and pictures take the rest."""
+LOOKS = 21
+"""Evaluations of a run, and one at its end."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Cost:
     """share of pseudo images that keep their class when flipped left to right; method bank only"""
     asked: float = 0.0
     """the teacher's logits for all views of one image, a part of a round; method bank only"""
+    look: float = 0.0
+    """one evaluation without test images: both networks' outputs for pseudo images"""
 
 
 def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -> Cost:
@@ -78,11 +83,16 @@ def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -
             taken.append(time.perf_counter() - start)
         return min(taken)
 
+    def look() -> None:
+        x = method.sample(SAMPLES, 0)  # (64, C, H, W)
+        with evaluating(student):
+            frozen(x), student(x)
+
     with threads(config.machine.threads), arithmetic(), seeded(stream(config.seed, "budget"), device):
         method = make(frozen, student, config)
         try:
             if not isinstance(method, BankDistillation):
-                return Cost(step=seconds(method.step, 3))
+                return Cost(step=seconds(method.step, 3), look=seconds(look, 1))
             count = config.generator.updates
             update = seconds(method.synthesis.update, max(1, min(count, PROBED) - 1))
             images, synthesis = method.synthesis.images, method.synthesis
@@ -94,7 +104,9 @@ def probe(teacher: Classifier, student: nn.Module, config: Config, make: Make) -
             method.bank.add(images)
             asked = time.perf_counter() - asked
             step = seconds(lambda: method.student_step(method.bank.draw(config.batch_size)), 3)
-            return Cost(count * update + asked, step, same_when_flipped(frozen, images), asked / len(images))
+            return Cost(
+                count * update + asked, step, same_when_flipped(frozen, images), asked / len(images), seconds(look, 1)
+            )
         finally:
             method.close()
 
@@ -113,15 +125,16 @@ def fit(config: Config, cost: Cost, seconds: float, own: int = 0) -> Config:
 
     Here and below, `own` images of the user's join those of the bank.
     """
-    planned = SPARE * seconds - own * cost.asked
+    planned = SPARE * seconds - own * cost.asked - LOOKS * cost.look
     if config.method != "bank":
         steps = int(planned / cost.step)
         if steps < 1:
-            raise UsageError(f"budget = {config.budget}: expected at least {_at_least(cost.step)}, as one step takes")
+            needed = _at_least((cost.step + LOOKS * cost.look) / SPARE)
+            raise UsageError(f"budget = {config.budget}: expected at least {needed}, for one step")
         return dataclasses.replace(config, steps=steps)
     least = 2 * cost.round + LEAST_UPDATES * cost.step
     if planned < least:
-        needed = _at_least((least + own * cost.asked) / SPARE)
+        needed = _at_least((least + own * cost.asked + LOOKS * cost.look) / SPARE)
         why = f"for two rounds of synthesis of {duration(cost.round)} and {LEAST_UPDATES} student updates"
         if not config.budget:
             raise UsageError(
@@ -138,10 +151,11 @@ def fit(config: Config, cost: Cost, seconds: float, own: int = 0) -> Config:
 
 def expected_seconds(config: Config, cost: Cost, own: int = 0) -> float:
     """How long the run of a config takes."""
+    looks = (1 + -(-config.steps // config.interval("evaluate_every"))) * cost.look
     if config.method != "bank":
-        return config.steps * cost.step
+        return config.steps * cost.step + looks
     learnt = config.steps - config.bank.warmup * config.generator.updates
-    return config.bank.rounds * cost.round + learnt * cost.step + own * cost.asked
+    return config.bank.rounds * cost.round + learnt * cost.step + own * cost.asked + looks
 
 
 def operations(teacher: Classifier, student: nn.Module, config: Config, own: int = 0) -> float:
