@@ -59,7 +59,7 @@ class Pair:
     budget: str
     epochs: int
     training: Training | None
-    """of the teacher; its updates follow from the epochs; None: it is imported from --weights"""
+    """of the teacher; its updates follow from the epochs; without bf16 in the CPU it is fp32; None: from --weights"""
     seeds: Sequence[int] = (0, 1, 2)
 
 
@@ -102,12 +102,14 @@ def make_teacher(
     with seeded(seed):
         module = models.build(pair.teacher, len(known.class_names), known.size)
     updates = updates_in(pair.epochs, len(train[0]), pair.training.batch_size)
+    fast = torch.cpu._is_avx512_bf16_supported()  # else bf16 is emulated, 10 times slower than fp32
+    precision = pair.training.precision if fast else "fp32"
     with teaching() as callback:
         result = teach(
             module,
             train,
             test,
-            replace(pair.training, updates=updates, seed=seed),
+            replace(pair.training, updates=updates, seed=seed, precision=precision),
             mean=known.mean,
             std=known.std,
             class_names=known.class_names,
