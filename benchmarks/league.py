@@ -9,6 +9,7 @@ A  digits, the demo's pair, 60 s, five splits of the data
 B  MNIST, LeNet-5 -> half, no BatchNorm, 5 min
 C  MNIST, ResNet-18 at a quarter of its width -> WRN-10-1, 5 min
 D  CIFAR-10, WRN-16-2 -> WRN-16-1, 30 min
+E  CIFAR-10, WRN-10-2 with GroupNorm instead of BatchNorm (benchmarks/group_norm.py) -> WRN-10-1, 30 min
 F  CIFAR-10, the WRN-16-1 that the authors of ZSKT released (--weights FILE) -> WRN-10-1, 30 min
 
 How many steps fit a pair's time is measured once for each recipe, when no other work should run, and kept: all seeds do
@@ -39,6 +40,7 @@ from zskt.method.config import Config, read_config
 from zskt.method.recipe import AUTO, plan, recipe_texts
 from zskt.networks import models
 from zskt.networks.classifier import Classifier
+from zskt.networks.factories import call_factory, is_factory
 from zskt.networks.folder import load_network, save_teacher
 from zskt.networks.weights import import_weights
 from zskt.paper.baselines import teach
@@ -63,11 +65,13 @@ class Pair:
     seeds: Sequence[int] = (0, 1, 2)
 
 
+GROUP_NORM = f"{Path(__file__).parent / 'group_norm.py'}:wide_resnet"
 PAIRS = {
     "A": Pair("digits", "convnet-32", "convnet-8", "60s", 60, Training(1, 64, random_crop=0), range(5)),
     "B": Pair("mnist", "lenet-5", "lenet-5-half", "5m", 20, Training(1, learning_rate=0.01, random_crop=0)),
     "C": Pair("mnist", "resnet-18-16", "wrn-10-1", "5m", 6, Training(1, random_crop=2, precision="bf16")),
     "D": Pair("cifar10", "wrn-16-2", "wrn-16-1", "30m", 40, Training(1, horizontal_flip=True, precision="bf16")),
+    "E": Pair("cifar10", GROUP_NORM, "wrn-10-1", "30m", 30, Training(1, horizontal_flip=True, precision="bf16")),
     "F": Pair("cifar10", "wrn-16-1", "wrn-10-1", "30m", 0, None),
 }
 AUTHORS_STD = (0.2023, 0.1994, 0.2010)
@@ -100,7 +104,10 @@ def make_teacher(
         return True
     train = images(pair, "train", seed, paths)
     with seeded(seed):
-        module = models.build(pair.teacher, len(known.class_names), known.size)
+        factory = is_factory(pair.teacher)
+        module = (
+            call_factory(pair.teacher) if factory else models.build(pair.teacher, len(known.class_names), known.size)
+        )
     updates = updates_in(pair.epochs, len(train[0]), pair.training.batch_size)
     fast = torch.cpu._is_avx512_bf16_supported()  # else bf16 is emulated, 10 times slower than fp32
     precision = pair.training.precision if fast else "fp32"
@@ -184,7 +191,7 @@ def row(pair: Pair, recipe: str, folder: Path) -> dict[str, Any] | None:
     if not found:
         return None
     config = read_config(found[0][0] / "config.toml")
-    teacher = load_network(folder / f"teacher-{pair.seeds[0]}")
+    teacher = load_network(folder / f"teacher-{pair.seeds[0]}", trust=True)
     return {
         "recipe": recipe,
         "ran": config.recipe,
@@ -229,7 +236,8 @@ def write_table(name: str, pair: Pair, folder: Path, recipes: Sequence[str]) -> 
     ]
     refused = {recipe: said["refused"] for recipe, said in kept.items() if "refused" in said}
     rows += [[recipe, f"refused: {why.split(';')[0]}", *[""] * (len(head) - 2)] for recipe, why in refused.items()]
-    title = f"League, pair {name}: {pair.data}, {pair.teacher} to {pair.student}, {pair.budget}"
+    teacher = "WRN-10-2 with GroupNorm" if pair.teacher == GROUP_NORM else pair.teacher
+    title = f"League, pair {name}: {pair.data}, {teacher} to {pair.student}, {pair.budget}"
     record.write(f"league-{name.lower()}", title, {"rows": found, "refused": refused}, head, rows)
 
 
@@ -264,7 +272,7 @@ def main() -> None:
                 pair, seed, paths, folder / f"teacher-{seed}", limit, arguments.weights
             ):
                 return
-            teacher, test = load_network(folder / f"teacher-{seed}"), images(pair, "test", seed, paths)
+            teacher, test = load_network(folder / f"teacher-{seed}", trust=True), images(pair, "test", seed, paths)
             for recipe in arguments.recipes:
                 size = sizes(pair, recipe, teacher, folder / "sizes.json")
                 out = folder / recipe / f"seed-{seed}"
