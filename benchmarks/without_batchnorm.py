@@ -77,7 +77,7 @@ def fit(module: nn.Module, teacher: zskt.Classifier, images: Tensor, labels: Ten
         logits = logits_of(module(teacher.normalise(images[chosen])))  # (N, K)
         loss = F.cross_entropy(logits, labels[chosen])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     module.eval()
