@@ -75,21 +75,28 @@ def test_l1_logits(logits: Logits) -> None:
 
 
 def test_jensen_shannon(logits: Logits) -> None:
-    student, teacher = logits
-    expected = 0.0
-    for s, t in zip(map(softmax, student), map(softmax, teacher), strict=True):
+    student, teacher = (4 * side for side in logits)  # some probabilities are clipped
+    expected, clipped = 0.0, 0
+    for s, t in zip(map(softmax, student / 3), map(softmax, teacher / 3), strict=True):
         middle = [(a + b) / 2 for a, b in zip(s, t, strict=True)]
-        expected += (kl(s, middle) + kl(t, middle)) / 2 / N
+        clipped += sum(p < 0.01 for p in s + t + middle)
+        s, t, middle = ([min(0.99, max(0.01, p)) for p in side] for side in (s, t, middle))
+        expected += (kl(middle, s) + kl(middle, t)) / 2 / N
+    assert clipped
     assert float(losses.jensen_shannon(student, teacher)) == pytest.approx(expected, rel=1e-6)
     assert float(losses.jensen_shannon(teacher, student)) == pytest.approx(expected, rel=1e-6)
-    assert 0 < expected < math.log(2)
+    assert expected > 0
 
 
-def test_jensen_shannon_reaches_its_bounds_in_double_precision(logits: Logits) -> None:
+def test_jensen_shannon_of_certain_logits_has_no_gradient(logits: Logits) -> None:
     student, _ = logits
-    certain = 1000 * torch.eye(2, dtype=torch.float64)
     assert float(losses.jensen_shannon(student, student)) == pytest.approx(0, abs=1e-12)
-    assert float(losses.jensen_shannon(certain, certain.flip(0))) == pytest.approx(math.log(2), abs=1e-12)
+    certain = (10_000 * torch.eye(2, dtype=torch.float64)).requires_grad_()
+    found = losses.jensen_shannon(certain, certain.detach().flip(0))
+    assert float(found.detach()) == pytest.approx(0.5 * math.log(0.5 / 0.01) + 0.5 * math.log(0.5 / 0.99), abs=1e-12)
+    found.backward()
+    assert certain.grad is not None
+    assert not certain.grad.any()
 
 
 def test_attention_transfer_with_unequal_channels() -> None:

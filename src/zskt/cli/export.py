@@ -32,8 +32,8 @@ def run_export(
 ) -> dict[str, Any]:
     """Export a student as an ONNX file, torch.export archive or Hugging Face style folder.
 
-    The export is read back and compared with the student on 256 pseudo images from the run's generator; if its logits
-    differ, it is deleted.
+    The export is read back and compared with the student on 256 pseudo images of the run; if its logits differ, it
+    is deleted.
 
     Example: zskt export runs/a --format onnx --out student.onnx --teacher teacher
 

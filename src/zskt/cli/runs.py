@@ -234,7 +234,7 @@ def run_sample(
     seed: int = 0,
     foreign: Options = FOREIGN,
 ) -> Result:
-    """Draw 64 pseudo images from the generator of a finished run, labelled with the student's predictions.
+    """Draw 64 pseudo images of a finished run, labelled with the student's predictions.
 
     Example: zskt sample runs/a --teacher teacher --out samples.png
 
@@ -243,7 +243,7 @@ def run_sample(
         out: the PNG to write.
         teacher: also show the predictions of this network, specified as in zskt distill.
         method: for a run with a custom method, as in zskt distill; needs --teacher and --trust.
-        seed: for the latents.
+        seed: which images are drawn.
     """
     check_suffix(out, ".png")
     student = load_student(run, trust=foreign.trust)

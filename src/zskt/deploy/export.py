@@ -93,7 +93,7 @@ def export(
     and its `teacher`. By default `format` follows from the suffix of `path`: .onnx, .pt2, none for hub. `input` is what
     the exported network takes: `fraction` images in [0, 1] (the default), `uint8` images, or `normalised` ones; a
     hub folder has the plain network, which takes normalised images. Input "images" (N, C, H, W), any N; output "logits"
-    (N, K). `int8` quantises an ONNX file, calibrated on pseudo images of the run's generator. With `teacher`, both
+    (N, K). `int8` quantises an ONNX file, calibrated on pseudo images of the run. With `teacher`, both
     networks are timed in onnxruntime.
 
     Logits may differ by `tolerance` of the largest one; after quantisation `least_agreement` of the images must keep

@@ -1,7 +1,7 @@
 """Distillation from a bank: rounds of synthesis fill it with images, and the student learns from all of them.
 
-The teacher is asked once for each view of an image, a fixed crop and flip, not at every update of the student: the
-forwards of the teacher are most of the work where a method asks again for each new crop.
+The teacher is asked once for each view of an image, a fixed crop and flip, not at every update of the student: where a
+method asks again for each new crop, that is up to three quarters of its work (Fast).
 
     warm-up steps     one synthesis update each, so that the bank is not empty
     all other steps   the synthesis updates that are due, then

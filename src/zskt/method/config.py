@@ -31,7 +31,7 @@ class GeneratorLoss:
     l1: float = 0.0
     """mean absolute difference of the logits [DFAD, DFME]"""
     jensen_shannon: float = 0.0
-    """Jensen-Shannon divergence of teacher and student, nats"""
+    """divergence of both networks from their mean, at temperature 3 and clipped, nats [DeepInversion]"""
     batchnorm: float = 0.0
     """distance to the teacher's BatchNorm statistics, summed over layers [DeepInversion]"""
     one_hot: float = 0.0
@@ -57,8 +57,6 @@ class StudentLoss:
     """softmax temperature of the KL, which is multiplied by its square [code: 1]"""
     l1: float = 0.0
     """mean absolute difference of the logits [DFAD]"""
-    jensen_shannon: float = 0.0
-    """Jensen-Shannon divergence of teacher and student, nats"""
     attention: float = 250.0
     """attention transfer, summed over stages [paper, code]; goes with the per_class KL"""
     stages: tuple[str, ...] = ()
@@ -73,7 +71,7 @@ class Generator:
     """dimension Z of the standard normal latent [paper, code]"""
     width: int | Literal["auto"] = 128
     """channels of its first convolution [code]; auto: a power of two from 16 to 128, costing at most as much as both
-    networks"""
+    networks, or 16 if none does"""
     updates: int = 1
     """generator updates per step, nG [paper], or per round of method bank"""
     output: Literal["batchnorm", "pixels"] = "batchnorm"
@@ -268,7 +266,7 @@ class Config:
                     f"{name}.updates = {updates:,}: expected at most {MOST_UPDATES:,}, as a run is logged, saved and "
                     "stopped between steps; set more steps"
                 )
-        if not any(getattr(student.loss, name) for name in (*divergences, "attention")):
+        if not any(getattr(student.loss, name) for name in ("kl", "l1", "attention")):
             raise UsageError("all weights of student.loss are 0: set student.loss.kl")
         if not any(value for name, value in vars(loss).items() if name not in ("kl_scale", "kl_where")):
             raise UsageError("all weights of generator.loss are 0: set generator.loss.kl")

@@ -45,7 +45,6 @@ def student_terms(w: StudentLoss) -> dict[str, Term]:
     terms: dict[str, tuple[float, Term]] = {
         "kl": (w.kl, lambda b: kl(b.student.logits, b.teacher.logits)),
         "l1": (w.l1, lambda b: losses.l1_logits(b.student.logits, b.teacher.logits)),
-        "jensen_shannon": (w.jensen_shannon, lambda b: losses.jensen_shannon(b.student.logits, b.teacher.logits)),
         "attention": (w.attention, _attention),
     }
     return {name: _weighted(weight, term) for name, (weight, term) in terms.items() if weight}
