@@ -1,5 +1,6 @@
 """One torch thread per process: several processes with several threads each slow one another down many times."""
 
+import base64
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ import torch
 
 torch.set_num_threads(1)
 
+BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+"""A PNG of one pixel."""
+
 
 @pytest.fixture(autouse=True)
 def one_seed() -> None:
@@ -17,10 +21,26 @@ def one_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_seed_for_a_module() -> None:
+    """The same for what a module's tests share."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished student is asked about 100 images of each kind, not 1,000."""
     monkeypatch.setattr("zskt.run.without_data.FLOPS", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports have a blank picture where curves would be drawn for seconds, but for the tests marked `drawn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("drawn") is None:
+            patch.setattr("zskt.run.report.readable_curves", lambda runs: (BLANK, []))
+            patch.setattr("zskt.run.report.run_classes", lambda lines, names: BLANK)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,10 @@ class Tokens(nn.Module):
         return self.head(x[:, 0])
 
 
+SMALL_BANK = {"bank.batch_size": 8, "bank.views": 1}
+"""Settings by which a bank of few images is filled in milliseconds."""
+
+
 def student_for(teacher: Classifier) -> nn.Module:
     """Two convolutions for a teacher's images and classes."""
     return nn.Sequential(

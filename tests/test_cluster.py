@@ -257,7 +257,6 @@ def test_a_folder_that_a_node_does_not_see_is_refused(
 
 
 def test_a_node_without_the_package_is_named(ray: StandIn, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "unseen", failing(ModuleNotFoundError("No module named 'zskt'")))
     monkeypatch.setattr(cluster, "unseen", lambda order: failing(ModuleNotFoundError("No module named 'zskt'"))())
     with pytest.raises(ZsktError, match=r"node here cannot run zskt \(No module named 'zskt'\); install"):
         site.run(site.job("job"))

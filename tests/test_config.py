@@ -29,7 +29,7 @@ def test_every_field_has_documentation() -> None:
 
 def test_every_field_is_read_by_the_package() -> None:
     read: set[str] = set()
-    for path in SOURCE.rglob("*.py"):
+    for path in set(SOURCE.rglob("*.py")) - {SOURCE / "method" / "config.py"}:  # which checks them all
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)

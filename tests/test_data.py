@@ -399,6 +399,13 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     refused("is not an image of a known format", zipped)
 
 
+def test_postscript_is_no_image(tmp_path: Path) -> None:
+    """Pillow would start Ghostscript on it."""
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture, "EPS")
+    refused("is not an image of a known format", write_folder(tmp_path / "x", {"test/a/1.png": picture.getvalue()}))
+
+
 def test_gzip_content_is_never_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "LARGEST", 10_000)
     files = idx_files("t10k", pixels(20, 28, 28), np.zeros(20, np.uint8))

@@ -175,7 +175,7 @@ def test_an_interrupted_job_resumes_bit_for_bit(kind: str, made: Experiment, tmp
     job = every_kind(study)[kind]
     make(study, *job.needs)
     shown: list[int] = []
-    for stop in ("1", "0.001s") if job.units > 2 else ("1",):
+    for stop in ("1", "0.000001s") if job.units > 2 else ("1",):
         assert not job.run(job.folder(tmp_path), stop, lambda done, total, beside: shown.append(done))
         assert job.measured(tmp_path) is None
     assert shown == [1, 2][: len(shown)]

@@ -485,8 +485,9 @@ def test_paths_may_be_texts_from_the_home_folder(
     assert {path.name for path in tmp_path.iterdir()} == {"teacher", "run", "report.html", "hub"}
 
 
-def test_any_name_will_do(finished: Path, tmp_path: Path) -> None:
+def test_any_name_will_do(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of what is made on the way, too."""
+    monkeypatch.setattr(exporting, "TURNS", 5)
     teacher = zskt.load_teacher(finished / "teacher")
     zskt.export(finished / "run", tmp_path / "student", teacher=teacher)
     zskt.export(finished / "run", tmp_path / "teacher", teacher=teacher)

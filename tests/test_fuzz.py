@@ -28,19 +28,19 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> fuzz.Fuzzer:
     return fuzz.Fuzzer(tmp_path_factory.mktemp("fuzz"))
 
 
-def failing(cases: range, root: Path) -> dict[int, str]:
-    result = fuzz.fuzz(root, cases)
+def failing(cases: range, fuzzer: fuzz.Fuzzer) -> dict[int, str]:
+    result = fuzz.fuzz(fuzzer, cases)
     assert result["cases"] == len(cases)
     return result["failures"]
 
 
-def test_mutated_files_and_command_lines_are_read_or_refused(tmp_path: Path) -> None:
-    assert failing(range(30), tmp_path) == {}
+def test_mutated_files_and_command_lines_are_read_or_refused(fuzzer: fuzz.Fuzzer) -> None:
+    assert failing(range(30), fuzzer) == {}
 
 
 @pytest.mark.slow
-def test_ten_thousand_of_them(tmp_path: Path) -> None:
-    assert failing(range(10_000), tmp_path) == {}
+def test_ten_thousand_of_them(fuzzer: fuzz.Fuzzer) -> None:
+    assert failing(range(10_000), fuzzer) == {}
 
 
 def test_every_format_is_read_before_it_is_mutated(fuzzer: fuzz.Fuzzer, tmp_path: Path) -> None:

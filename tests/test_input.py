@@ -1,10 +1,10 @@
 """Files of strangers and slips of one's own: each refused in one line, soon, and without much memory."""
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,6 +245,7 @@ def test_large_images_are_decoded_one_at_a_time(
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
+        time.sleep(0.01)  # so that two at a time would be seen
         try:
             return fitted(*arguments)
         finally:
@@ -452,6 +453,5 @@ def test_the_last_update_counts_too(made: Path, tmp_path: Path) -> None:
         "student.clip": 0.0, "log_every": 1_000, "evaluate_every": 1_000, "checkpoint_every": 1_000,
     }  # fmt: skip
     network = load_network(made / "teacher")
-    with contextlib.suppress(zskt.ZsktError):
-        result = zskt.distill(network, student_for(network), "zskt-fresh", settings=settings)
-        assert all(tensor.isfinite().all() for tensor in result.student.state_dict().values())
+    with pytest.raises(zskt.ZsktError, match="has diverged"):
+        zskt.distill(network, student_for(network), "zskt-fresh", settings=settings)

@@ -16,7 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
-from small import GREY, Payload, call, edit, fails, make_teacher, refused, run, shake_batchnorm, stripes, student_for
+from small import (
+    GREY,
+    SMALL_BANK,
+    Payload,
+    call,
+    edit,
+    fails,
+    make_teacher,
+    refused,
+    run,
+    shake_batchnorm,
+    stripes,
+    student_for,
+)
 from test_cli import GREY as GREY_48
 from zskt.cli.teachers import Foreign, open_network, open_networks
 from zskt.errors import UsageError
@@ -109,7 +122,8 @@ def distils(teacher: zskt.Classifier, recipe: str = "auto") -> str:
     modes = [module.training for module in teacher.modules()]
     x = torch.randn(3, *teacher.input_size)
     answers = teacher(x)
-    result = zskt.distill(teacher, student_for(teacher), recipe, steps=2, settings=TINY)
+    settings = TINY | (SMALL_BANK if recipe == "auto" else {})
+    result = zskt.distill(teacher, student_for(teacher), recipe, steps=2, settings=settings)
     assert result.finished
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert [module.training for module in teacher.modules()] == modes

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import zskt
-from small import call, make_teacher, run
+from small import SMALL_BANK, call, make_teacher, run
 from zskt.cli.given import Overrides
 from zskt.cli.main import COMMANDS
 from zskt.evaluate.measures import pseudo_image_warnings
@@ -90,7 +90,7 @@ def test_the_code_of_own_methods_runs(workplace: Path) -> None:
 
 def test_the_code_of_deploying_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare, deployed = blocks(ROOT / "docs" / "deploy.md", "python")
-    tiny = {"steps": 2, "batch_size": 8, "generator.width": 8, "student.updates": 1}
+    tiny = {"steps": 2, "batch_size": 8, "generator.width": 8, "student.updates": 1} | SMALL_BANK
     zskt.distill(zskt.load_teacher("teacher"), zskt.models.wide_resnet(10, 1), settings=tiny, out="runs/a")
     run("export", "runs/a", "--out", "student.onnx")
     namespace: dict[str, Any] = {}

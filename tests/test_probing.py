@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
-from small import Tokens, refused, student_for
+from small import SMALL_BANK, Tokens, refused, student_for
 from zskt.errors import ZsktError
 from zskt.networks.checks import SMALLEST, Logarithm, as_teacher, check_pair, output_kind, probe, untrained
 from zskt.networks.observe import logits_of
@@ -70,7 +70,9 @@ def test_logits_of_whatever_a_network_returns(after: Callable[[Tensor, Tensor], 
     plain.load_state_dict(teacher.module.state_dict())
     assert torch.equal(teacher(x), plain(x))
     assert (teacher.num_classes, teacher.output, teacher.notes) == (5, "logits", ())
-    result = zskt.distill(teacher, Small(after=after), steps=2, settings=TINY)  # a student may return the same
+    result = zskt.distill(
+        teacher, Small(after=after), steps=2, settings=TINY | SMALL_BANK
+    )  # a student may return the same
     assert result.finished
 
 
@@ -99,11 +101,11 @@ SIZES = [(2, (1, 8, 8)), (37, (4, 28, 28)), (1000, (3, 32, 96)), (1000, (3, 224,
 
 @pytest.mark.parametrize(("classes", "size"), SIZES, ids=str)
 def test_classes_and_sizes(classes: int, size: tuple[int, int, int]) -> None:
-    for module in (Small(classes, size[0]), Tokens(size=size, classes=classes)):
+    for module in (Tokens(size=size, classes=classes), Small(classes, size[0])):
         teacher = teacher_of(module, size)
         assert (teacher.num_classes, teacher.has_batchnorm) == (classes, False)
         assert module.training  # whoever handed it in still has it as it was
-    few = TINY | {"bank.batch_size": 4, "bank.horizontal_flip": False}
+    few = TINY | SMALL_BANK | {"bank.horizontal_flip": False}
     assert zskt.distill(teacher, student_for(teacher), steps=2, settings=few).finished
 
 

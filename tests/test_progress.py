@@ -140,7 +140,7 @@ def test_long_work_is_timed_before_it_starts_and_its_disk_space_is_said(
     assert re.search(r"this takes \S+ PFLOP and about 4 MB in ", err)
     monkeypatch.setattr("zskt.cli.runs.LONG_WORK", 1)
     assert LONG_WORK > 1e12
-    assert "this takes about 1 s, " in call(*distil, tmp_path / "long")[2]
+    assert re.search(r"this takes about \d+ s, ", call(*distil, tmp_path / "long")[2])
 
 
 def test_disk_space_is_about_what_a_run_leaves(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import datetime
 import functools
 import json
 import os
@@ -70,7 +71,7 @@ def each_rank(count: int, work: Work, *, join: bool = True, attempt: int = 0) ->
                     RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count),
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RESTART_COUNT=str(attempt),
                 )  # fmt: skip
-                signal.alarm(60)
+                signal.alarm(300)  # instead of waiting for ever
                 try:
                     with ranks.joined() if join else contextlib.nullcontext():
                         found = work()
@@ -129,6 +130,16 @@ def learnt(recipe: str, changes: Mapping[str, Any] | None = None) -> tuple[dict[
     return result.student.state_dict(), seen
 
 
+@functools.cache
+def alone(recipe: str, clip: float | None = None) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The same of one process, for the tests that compare with it; gradients longer than `clip` are clipped."""
+    return learnt(recipe, clipping(clip))
+
+
+def clipping(norm: float | None) -> dict[str, float]:
+    return {} if norm is None else {"student.clip": norm, "generator.clip": norm}
+
+
 def furthest(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """The largest difference of a number."""
     return max(float((state[name] - other[name]).abs().max()) for name in state)
@@ -137,7 +148,7 @@ def furthest(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("recipe", ["zskt", "zskt-prior", "bank"])
 def test_several_processes_end_where_one_does(recipe: str, count: int) -> None:
-    expected, losses = learnt(recipe)
+    expected, losses = alone(recipe)
     found = each_rank(count, lambda: learnt(recipe))
     for state, _ in found:
         assert furthest(state, expected) < 1e-9
@@ -160,12 +171,17 @@ OTHERS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def others() -> list[dict[str, dict[str, Tensor]]]:
+    """By rank and recipe, the student of two processes."""
+    return each_rank(2, lambda: {recipe: learnt(recipe)[0] for recipe in OTHERS})
+
+
 @pytest.mark.parametrize("recipe", OTHERS)
-def test_so_it_is_with_the_other_recipes(recipe: str) -> None:
+def test_so_it_is_with_the_other_recipes(recipe: str, others: list[dict[str, dict[str, Tensor]]]) -> None:
     """Replay, class balance, what survives a round, and layers that are drawn anew."""
-    expected, _ = learnt(recipe)
-    for state, _ in each_rank(2, lambda: learnt(recipe)):
-        assert furthest(state, expected) < 1e-9
+    for states in others:
+        assert furthest(states[recipe], alone(recipe)[0]) < 1e-9
 
 
 def own_latents(batch: Tensor) -> Tensor:
@@ -211,14 +227,13 @@ def test_what_is_left_out_is_missed(
 ) -> None:
     """The tests above see BatchNorm, prior or class balance of a share, equal latents on all ranks, and gradients that
     are not averaged, are summed or clipped first."""
-    changes = {"student.clip": 0.01, "generator.clip": 0.01} if recipe == "zskt" else {}
-    expected, _ = learnt(recipe, changes)
+    clip = 0.01 if recipe == "zskt" else None
 
     def work() -> dict[str, Tensor]:
         monkeypatch.setattr(place, wrong)
-        return learnt(recipe, changes)[0]
+        return learnt(recipe, clipping(clip))[0]
 
-    assert furthest(each_rank(2, work)[0], expected) > 1e-6
+    assert furthest(each_rank(2, work)[0], alone(recipe, clip)[0]) > 1e-6
 
 
 # The parts.
@@ -444,9 +459,8 @@ def test_what_a_callback_draws_changes_no_rank(tmp_path: Path) -> None:
         teacher, student = networks()
         return distill(teacher, student, settings("nayer"), callbacks=[draw]).student.state_dict()
 
-    expected, _ = learnt("nayer")
     for state in each_rank(2, work):
-        assert furthest(state, expected) < 1e-9
+        assert furthest(state, alone("nayer")[0]) < 1e-9
 
 
 def own_method(teacher: Classifier, student: nn.Module, config: Config) -> Method:
@@ -492,6 +506,37 @@ def test_teaching_is_shared_alike(count: int, tmp_path: Path) -> None:
     assert furthest(found, state) == 0
 
 
+def collapsing(teacher: Classifier, student: nn.Module, config: Config) -> Method:
+    """Its images are all the same from the third step on, unless the generator learns more gently."""
+    method = belief_matching(teacher, student, config)
+    sample = method.sample
+
+    def shown(n: int, seed: int) -> Tensor:
+        dead = method.generator_updates.gentler == 1 and method.generator_updates.done >= 6
+        return torch.zeros(n, 3, 8, 8, dtype=torch.float64) if dead else sample(n, seed)
+
+    method.sample = shown  # type: ignore[method-assign]
+    return method
+
+
+def test_a_collapsed_run_goes_back_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zskt.run.examiner.COLLAPSES", {"dead generator"})
+    changes = {"on_collapse": "restart", "evaluate_every": 1, "checkpoint_every": 1}
+
+    def work(name: str) -> tuple[dict[str, Tensor], list[str]]:
+        teacher, student = networks()
+        config = replace(settings("zskt", 8), changes)
+        result = distill(teacher, student, config, method=collapsing, out=tmp_path / name)
+        return result.student.state_dict(), [text for text in result.warnings if "back to" in text]
+
+    expected, said = work("one")
+    assert [text.split(",")[0] for text in said] == ["collapse at step 4: back to step 1"]
+    found = each_rank(2, lambda: work("two"))
+    assert found[0][1] == said
+    for state, _ in found:
+        assert furthest(state, expected) < 1e-9
+
+
 # What is refused, on all ranks and without waiting.
 
 
@@ -510,11 +555,14 @@ def test_runs_that_differ_are_refused(tmp_path: Path) -> None:
                 zskt.runtime.__version__ = "0.0.1"
             elif what == "config":
                 changes = {"student.learning_rate": 1e-9}
+        if what == "graph":
+            changes = {"machine.cuda_graph": True}
         return refused(lambda: distill(teacher, student, replace(settings("bank"), changes), out=tmp_path / "run"))
 
     for what, expected in {
         "batch": r"batch_size = 15: expected a multiple of the 2 processes; change one of them",
         "bank": r"bank.batch_size = 9: expected a multiple of the 2 processes; change one of them",
+        "graph": r"machine.cuda_graph .*; leave it out",
         "teacher": r"process 1 on .* has teacher [0-9a-f]+, process 0 on .* [0-9a-f]+; start all of them with .*",
         "version": r"process 1 on .* has zskt 0\.0\.1, process 0 on .* 0\.1\.0; start all of them with .*",
         "config": r"process 1 on .* has student.learning_rate 1e-09, process 0 on .* 0\.3; start all of them with .*",
@@ -593,6 +641,29 @@ def test_a_port_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ZsktError, match=r"the processes cannot meet at 127.0.0.1:\d+ .*; check address and port"):
             ranks.joined().__enter__()
     assert ranks.size() == 1
+
+
+def test_a_process_that_comes_alone_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "MEETING", datetime.timedelta(seconds=1))
+
+    def work() -> None:
+        os.environ["WORLD_SIZE"] = "2"
+        with ranks.joined():
+            pass
+
+    (error,) = each_rank(1, work, join=False)
+    assert "the processes cannot meet at 127.0.0.1:" in str(error)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in each_rank(2, lambda: refused(lambda: ranks.check_device("cuda:1"))):
+        assert error == "device cuda:1: expected auto, cpu or cuda, as each of 2 processes has its own GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ZsktError, match="expected a GPU for each process of this machine, found 1"):
+        ranks.joined().__enter__()
 
 
 # The command, by torchrun.

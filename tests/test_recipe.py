@@ -112,13 +112,13 @@ def test_a_bank_of_no_published_length_has_rounds_for_its_steps(name: str) -> No
 
 @pytest.mark.parametrize("name", OURS)
 def test_batches_shrink_with_the_pixels_of_large_images_unless_given(name: str) -> None:
-    whole, given = load_recipe(name), {"steps": 400, "bank.horizontal_flip": False}
+    whole, given = load_recipe(name), {"steps": 400, "bank.horizontal_flip": False, "generator.width": 16}
     for side, share in ((64, 1), (128, 1 / 4), (256, 1 / 16)):
-        teacher = make_teacher(size=(3, side, side))
-        config = plan(teacher, models.wide_resnet(10, 1), name, given).config
+        teacher = make_teacher(FourStages(2), size=(3, side, side))
+        config = plan(teacher, FourStages(2), name, given).config
         assert (config.batch_size, config.bank.batch_size) == (whole.batch_size * share, whole.bank.batch_size * share)
-    assert plan(teacher, models.wide_resnet(10, 1), config, given).config == config  # settled once
-    config = plan(teacher, models.wide_resnet(10, 1), name, given | {"batch_size": 50}).config
+    assert plan(teacher, FourStages(2), config, given).config == config  # settled once
+    config = plan(teacher, FourStages(2), name, given | {"batch_size": 50}).config
     assert (config.batch_size, config.bank.batch_size) == (50, whole.bank.batch_size / 16)
 
 
@@ -193,10 +193,12 @@ def test_every_number_arrives() -> None:
         "generator.updates": 2,
         "generator.learning_rate": 0.11,
         "generator.clip": 1.5,
+        "generator.beta1": 0.6,
         "student.updates": 3,
         "student.optimizer": "sgd",
         "student.learning_rate": 0.22,
         "student.momentum": 0.33,
+        "student.nesterov": True,
         "student.weight_decay": 0.44,
         "student.clip": 0,
         "replay.kind": "buffer",
@@ -211,8 +213,10 @@ def test_every_number_arrives() -> None:
     assert (generator.count, generator.clip, generator.rate(0)) == (2, 1.5, 0.11)
     assert (student.count, student.clip, student.rate(0)) == (3, None, 0.22)
     assert isinstance(generator.optimizer, torch.optim.Adam)
+    assert generator.optimizer.defaults["betas"] == (0.6, 0.999)
     assert isinstance(student.optimizer, torch.optim.SGD)
     assert (student.optimizer.defaults["momentum"], student.optimizer.defaults["weight_decay"]) == (0.33, 0.44)
+    assert student.optimizer.defaults["nesterov"]
     assert isinstance(matching.replay, ReplayBuffer)
     assert matching.replay.capacity == 5
     assert (matching.ask_teacher._names, matching.ask_student._names) == (("block1", "block3"), ("block2", "block3"))

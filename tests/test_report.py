@@ -22,6 +22,8 @@ from zskt.run.plots import image_grid, readable_curves, run_curves, save_image, 
 from zskt.run.report import write_report
 from zskt.settings import replace, to_toml
 
+pytestmark = pytest.mark.drawn
+
 
 def line(step: int, **more: Any) -> dict[str, Any]:
     losses = {"generator_loss": [-0.1 * step], "student_loss": [0.5, 0.3 / step]}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zskt
-from small import Tokens, Viewing, make_teacher
+from small import SMALL_BANK, Tokens, Viewing, make_teacher
 from zskt.method.recipe import plan
 from zskt.networks import models
 from zskt.networks.observe import memory_format
@@ -107,7 +107,8 @@ def test_the_baselines_take_such_networks_too(who: str) -> None:
 @pytest.mark.parametrize("recipe", ["auto", "zskt", "zskt-fresh"])
 def test_a_network_that_reshapes_by_view_decides_the_memory_format(who: str, recipe: str, tmp_path: Path) -> None:
     teacher, student = viewing_pair(who)
-    result = distill(teacher, student, recipe, settings=TINY, out=tmp_path / "run", evaluate=random_images(6))
+    settings = TINY | (SMALL_BANK if recipe == "auto" else {})
+    result = distill(teacher, student, recipe, settings=settings, out=tmp_path / "run", evaluate=random_images(6))
     assert result.finished
     assert result.config.machine.memory_format == "contiguous"
     whom = "teacher and student" if who == "both" else who
@@ -129,7 +130,7 @@ def test_every_kind_teaches_every_kind(teacher: str, student: str) -> None:
     network = make_teacher(None if teacher == "wrn" else built(teacher))
     module = models.wide_resnet(10, 1) if student == "wrn" else built(student)
     before = copy.deepcopy(module.state_dict())
-    result = distill(network, module, settings=TINY)
+    result = distill(network, module, settings=TINY | SMALL_BANK)
     assert result.finished
     assert "fc.weight" in changed(module, before) or "head.weight" in changed(module, before)
     assert result.config.recipe == ("bank" if network.has_batchnorm else "bank-adversary")
@@ -143,7 +144,8 @@ def test_channels_sizes_and_classes(kind: str, size: Size, classes: int, tmp_pat
     teacher = make_teacher(built(kind, size=size, classes=classes), size=size)
     student = models.convnet(4, num_classes=classes, channels=size[0])
     images, labels = random_images(4, size)
-    assert distill(teacher, student, settings=TINY, out=tmp_path / "run", evaluate=(images, labels % classes)).finished
+    test = (images, labels % classes)
+    assert distill(teacher, student, settings=TINY | SMALL_BANK, out=tmp_path / "run", evaluate=test).finished
     x = torch.randn(2, *size)
     torch.testing.assert_close(zskt.load_student(tmp_path / "run")(x), student(x))
 
