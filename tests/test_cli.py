@@ -19,6 +19,7 @@ import zskt
 from small import call, coloured, edit, fails, make_teacher, run, write_images
 from zskt.cli import demo
 from zskt.cli.main import COMMANDS, at_home, main
+from zskt.data.images import read
 from zskt.method.config import Config, read_config
 from zskt.run.checkpoint import Interrupted
 from zskt.settings import flat
@@ -181,6 +182,7 @@ def test_import(data: str, tmp_path: Path) -> None:
     status, out, err = call(*command, "--out", tmp_path / "b", "--data", data)
     assert (status, json.loads(out)["measured"]) == (0, True)
     assert json.loads(out)["accuracy"] < 0.5  # random weights
+    assert zskt.load_teacher(tmp_path / "b").class_names == tuple(read([data], "test", size=(3, 16, 16)).class_names)
     assert "is implausible for a trained network, although names and shapes fit: check --mean" in err
     assert "fc.weight" in fails(1, *command[:-2], "--out", tmp_path / "c", "--num-classes", 100)
     assert not (tmp_path / "c").exists()

@@ -160,8 +160,13 @@ def test_a_link_among_samples_is_not_published(finished: Path, tmp_path: Path) -
     secret.write_bytes(b"not for the public")
     (finished / "samples" / "00000009.png").symlink_to(secret)
     before = len((finished / "report.html").read_text().split("<figure>"))
+    assert before > 1
     write_report(finished, tmp_path / "report.html")
     assert len((tmp_path / "report.html").read_text().split("<figure>")) == before
+    (finished / "samples").rename(tmp_path / "elsewhere")
+    (finished / "samples").symlink_to(tmp_path / "elsewhere")
+    write_report(finished, tmp_path / "report.html")
+    assert "<figure>" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_config_for_a_large_generator_is_compared_with_its_weights_first(

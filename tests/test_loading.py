@@ -489,10 +489,16 @@ def test_names_of_model_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert found.teacher.input_size == SIZE
         assert found.teacher.mean.flatten().tolist() == [0.4, 0.5, 0.6]
         load(what, weights=tmp_path / "net.pt", arguments={"num_classes": 5}, notice=lines.append)
-        assert len(known(lines)) == 1
+        theirs = [line for line in known(lines) if "are those of the library's own weights" in line]
+        assert len(theirs) == 1
+        assert len(known(lines)) == 2
+        lines = []
+        own: Any = {"mean": [0.5] * 3, "std": [0.25] * 3}
+        load(what, weights=tmp_path / "net.pt", arguments={"num_classes": 5}, notice=lines.append, **own)
+        assert not any("library's own weights" in line for line in lines)
     assert asked == [
-        {"pretrained": True}, {"pretrained": False, "num_classes": 5}, {"weights": default},
-        {"weights": None, "num_classes": 5},
+        {"pretrained": True}, *[{"pretrained": False, "num_classes": 5}] * 2,
+        {"weights": default}, *[{"weights": None, "num_classes": 5}] * 2,
     ]  # fmt: skip
 
 

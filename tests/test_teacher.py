@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from small import edit, make_teacher, refused, shake_batchnorm
+from zskt.errors import UsageError
 from zskt.networks import models
 from zskt.networks.archives import read_weights
 from zskt.networks.checks import as_teacher, check_pair
@@ -69,6 +70,9 @@ def test_normalisation() -> None:
     assert float(x[2, 1, 5, 7]) == pytest.approx(by_hand, rel=1e-5)
     torch.testing.assert_close(teacher.denormalise(x), bytes_ / 255)
     assert (teacher.denormalise(100 * x.sign()).unique() == torch.tensor([0.0, 1.0])).all()  # clipped
+    for kind in (torch.int64, torch.int8, torch.bool):
+        with pytest.raises(UsageError, match=r"found torch\.\w+; convert, as in images\.to\(torch\.uint8\)"):
+            teacher.normalise(bytes_.to(kind))
     assert teacher.double().normalise(bytes_).dtype == torch.float64
 
 

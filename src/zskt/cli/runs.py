@@ -185,6 +185,7 @@ def run_distill(
         **({"images": result.images} if result.images else {}),
         **result.measured,
         **({"disagreements": found["teacher"]} if found else {}),
+        **({"notes": list(network.notes)} if network.notes else {}),
         "warnings": result.warnings,
     }
 

@@ -155,6 +155,11 @@ def read_images(sources: Sequence[str], split: Literal["train", "test"], size: S
 
 def test_images(sources: Sequence[str], network: Classifier) -> tuple[Tensor, Tensor]:
     """Test images (M, C, H, W) and labels (M,), checked against the network's classes."""
+    return labelled(sources, network)[0]
+
+
+def labelled(sources: Sequence[str], network: Classifier) -> tuple[tuple[Tensor, Tensor], tuple[str, ...]]:
+    """The same, and the names of the classes."""
     test = read_images(sources, "test", network.input_size)
     if len(test.class_names) != network.num_classes:
         raise ZsktError(
@@ -163,7 +168,7 @@ def test_images(sources: Sequence[str], network: Classifier) -> tuple[Tensor, Te
         )
     if network.class_names is not None and network.class_names != test.class_names:
         notice(f"note: class names differ: network {network.class_names[:3]}..., data {test.class_names[:3]}...")
-    return test.images, test.labels
+    return (test.images, test.labels), tuple(test.class_names)
 
 
 def own_images(source: Path, network: Classifier) -> Tensor:
@@ -302,7 +307,8 @@ def run_import(
             names begin, as in teacher.
         rename: FOREIGN=OURS name components, if no unique renaming fits; FOREIGN= drops one, FOREIGN=- its tensors.
         data: labelled test images to measure the import with: the only check of padding, activations and normalisation.
-            If another of our networks has tensors of the same names and shapes, the more accurate one is taken.
+            If another of our networks has tensors of the same names and shapes, the more accurate one is taken. The
+            classes get their names from it.
     """
     check_teacher_folder(out)
     teacher, report = import_weights(
@@ -312,11 +318,12 @@ def run_import(
         notice(line)
     measured: dict[str, float] = {}
     if data:
-        test = test_images(data, teacher)
+        test, teacher.class_names = labelled(data, teacher)
         measured = measure(teacher, *test)
         notice(f"accuracy {measured['accuracy']:.4f}")
         for other in models.with_same_tensors(model):
             variant = with_module(teacher, other)
+            variant.class_names = teacher.class_names
             found = measure(variant, *test)
             if better := found["accuracy"] > measured["accuracy"]:
                 teacher, measured = variant, found

@@ -102,7 +102,15 @@ class Classifier(nn.Module):
         )
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 or [0, 1] images (N, C, H, W) -> what `forward` takes, on the network's device and in its dtype."""
+        """uint8 or [0, 1] images (N, C, H, W) -> what `forward` takes, on the network's device and in its dtype.
+
+        Raises UsageError for other integers, whose scale is unknown.
+        """
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise UsageError(
+                f"expected images as uint8 or as fractions in [0, 1], found {images.dtype}; convert, as in "
+                "images.to(torch.uint8)"
+            )
         like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.zeros(()))
         x = images.to(like.device, like.dtype)
         if images.dtype == torch.uint8:

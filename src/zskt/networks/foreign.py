@@ -28,6 +28,7 @@ class Found:
     source: str = ""
     class_names: Sequence[str] | None = None
     lost: str = ""
+    others: bool = False  # the weights are not those that mean and std belong to
 
 
 @contextlib.contextmanager

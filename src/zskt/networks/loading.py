@@ -154,6 +154,11 @@ def _completed(
         source = "as given"
         for line in lines:
             notice(line)
+    elif found.others:
+        notice(
+            f"{what}: mean and std are those of the library's own weights ({source}); give --mean and --std if the "
+            "given weights were trained with others"
+        )
     missing = [
         ("--input-size C H W", size),
         ("--mean and --std of pixels in [0, 1], one number per channel", found.mean),
@@ -209,4 +214,4 @@ def _from_library(
         mean, std, _ = unit_normalisation(mean, std, white=1, where=source)
     if weights is not None:
         fill(module, expanded(weights), advice=f"check {library}:{name}, --teacher-args and the file")
-    return Found(module, f"{library} network", size, mean, std, source)
+    return Found(module, f"{library} network", size, mean, std, source, others=weights is not None)

@@ -106,7 +106,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def saved_samples(folder: Path) -> list[Path]:
     """The sample images of a run, in order. Links are left out: a report would publish what they lead to."""
-    there = sorted((folder / "samples").glob("*.png"))
+    samples = folder / "samples"
+    there = [] if samples.is_symlink() else sorted(samples.glob("*.png"))
     return [path for path in there if path.stem.isdecimal() and not path.is_symlink()]
 
 
