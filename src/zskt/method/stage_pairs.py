@@ -62,7 +62,7 @@ def match(first: Sequence[Resolution], second: Sequence[Resolution]) -> list[tup
     """Index pairs of two lists of resolutions, both finest first, with the greatest total likeness.
 
     Equal lists pair up one to one. Otherwise this is the longest-common-subsequence recursion with likeness in place of
-    equality: stages of equal resolution pair up first, others with the nearest one or not at all.
+    equality: a stage is compared with one of about its resolution, or with none.
     """
     if list(first) == list(second):
         return [(i, i) for i in range(len(first))]

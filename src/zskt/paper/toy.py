@@ -304,7 +304,7 @@ def toy_table(result: Mapping[str, Any]) -> str:
 
 {table}
 
-The paper gives the teacher's accuracy, 0.968, and shows the student's regions without a number.
+The authors' notebook gives the teacher's accuracy, 0.968, and the paper shows the student's regions without a number.
 
 ![agreement over the rounds](toy-agreement.png)
 
