@@ -1,5 +1,6 @@
 """How good a student is without data: images that it never saw, disagreements in words, and how they track accuracy."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import zskt
 from small import call, edit, fails, make_teacher, refused, run, student_for
+from zskt.evaluate.controls import untrained
 from zskt.evaluate.measures import wilson
 from zskt.evaluate.transitions import renormalised
 from zskt.files import read_tensors, sealed
@@ -23,6 +25,7 @@ from zskt.run.without_data import (
     FILE,
     KINDS,
     disagreements,
+    doubts,
     draw_probes,
     inspect_run,
     probe_count,
@@ -148,6 +151,10 @@ def test_disagreements_are_counted_with_each_networks_normalisation() -> None:
     differ = ((pixels[:, 0].mean(dim=(1, 2)) > 0.5) != (pixels[:, 1].mean(dim=(1, 2)) > 0.4)).sum()
     low, high = wilson(int(differ), 150)
     expected = {"per_100": 100 * int(differ) / 150, "low": 100 * low, "high": 100 * high, "images": 150}
+    ours, theirs = (pixels[:, i].mean(dim=(1, 2)) > line for i, line in ((0, 0.5), (1, 0.4)))
+    favourite = int(ours.sum() > 75)  # the class of most images
+    expected |= {"favourite": favourite, "favourite_per_100": 100 * int((ours == favourite).sum()) / 150}
+    expected |= {"theirs_per_100": 100 * int((theirs == favourite).sum()) / 150}
     assert disagreements(first, other, probes)["noise"] == pytest.approx(expected)
     assert 10 < expected["per_100"] < 90
 
@@ -165,9 +172,13 @@ def test_what_a_run_is_found_to_be(made: tuple[Path, Classifier], teacher: Class
         count = (student(x).argmax(1) != teacher(renormalised(x, student, teacher)).argmax(1)).sum()
     assert found["teacher"]["earlier"]["per_100"] == int(count)
     assert all(each["images"] == 100 for each in found["teacher"].values())
+    random = untrained(student)
+    with torch.no_grad():
+        count = (random(x).argmax(1) != teacher(renormalised(x, student, teacher)).argmax(1)).sum()
+    assert found["untrained"]["earlier"]["per_100"] == int(count)
     itself = inspect_run(folder, student, others={"copy": student})
     assert {kind: each["per_100"] for kind, each in itself["students"]["copy"].items()} == dict.fromkeys(KINDS, 0)
-    kept = {"students": found["students"] | itself["students"], "teacher": found["teacher"]}
+    kept = found | {"students": found["students"] | itself["students"]}
     assert read_inspected(folder) == sealed(kept)  # what was found before stays
 
 
@@ -203,6 +214,71 @@ def test_large_networks_are_asked_less(monkeypatch: pytest.MonkeyPatch, teacher:
     assert probe_count(teacher, teacher) == 300
     monkeypatch.setattr(without_data, "FLOPS", 10**12)
     assert probe_count(teacher) == 1000
+
+
+def test_a_network_that_cannot_be_initialised_anew_has_no_untrained_one(
+    made: tuple[Path, Classifier], teacher: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(network: Classifier) -> Classifier:
+        raise zskt.ZsktError("it has tensors of its own")
+
+    monkeypatch.setattr(without_data, "untrained", refuse)
+    assert "untrained" not in inspect_run(*made, teacher)
+
+
+def numbers(per_100: float, most: float = 20, theirs: float = 20) -> dict[str, float]:
+    low, high = (100 * value for value in wilson(round(per_100), 100))
+    favourite = {"favourite": 3, "favourite_per_100": most, "theirs_per_100": theirs}
+    return {"per_100": per_100, "low": low, "high": high, "images": 100} | favourite
+
+
+@pytest.mark.parametrize(
+    ("student", "random", "expected"),
+    [
+        ({"pseudo": numbers(20), "noise": numbers(40)}, {"pseudo": numbers(90), "noise": numbers(90)}, []),
+        ({"pseudo": numbers(55), "noise": numbers(40)}, {}, []),  # it may be less than half
+        ({"pseudo": numbers(70), "noise": numbers(40)}, {}, ["contradicts its teacher: on 70 of 100 fresh"]),
+        (
+            {"earlier": numbers(70), "noise": numbers(40)},
+            {},
+            ["contradicts its teacher: on 70 of 100 images of the gen"],
+        ),
+        ({"noise": numbers(88)}, {}, []),  # far from all images that there have been
+        ({"noise": numbers(88)}, {"noise": numbers(90)}, ["as good as untrained: "]),
+        ({"pseudo": numbers(20), "noise": numbers(88)}, {"pseudo": numbers(90), "noise": numbers(90)}, []),
+        ({"pseudo": numbers(45, 60, 20)}, {}, ["one class for most: the student names class 3 on 60 of 100 fresh"]),
+        ({"noise": numbers(45, 95, 80)}, {}, []),  # so does its teacher
+        ({}, {}, []),
+    ],
+)
+def test_what_is_a_reason_not_to_use_a_student(
+    student: dict[str, Any], random: dict[str, Any], expected: list[str]
+) -> None:
+    found = doubts({"teacher": student, "untrained": random, "students": {}})
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
+
+
+def test_doubts_are_warnings_of_the_command_and_of_the_report(tmp_path: Path, teacher: Classifier) -> None:
+    """A student that learns nothing, of two steps."""
+    zskt.save_teacher(tmp_path / "teacher", teacher)
+    command = ["distill", tmp_path / "teacher", "--student", "wrn-10-1", "--recipe", "zskt-prior", "--steps", 2]
+    command += ["--batch-size", 8, "--generator.width", 8, "--student.learning-rate", 1e-9, "--out", tmp_path / "run"]
+    status, out, err = call(*command)
+    assert status == 0
+    found = read_inspected(tmp_path / "run")
+    assert found is not None
+    lines = doubts(found)
+    assert lines
+    assert json.loads(out)["warnings"][-len(lines) :] == lines
+    assert all(f"warning: {line}\n" in err for line in lines)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f'<p class="warning">{html.escape(line)}</p>' in page for line in lines)
+    assert "no warnings" not in page
+    assert all(
+        f"warning: {line}\n" in call("inspect", tmp_path / "run", "--teacher", tmp_path / "teacher")[2]
+        for line in lines
+    )
 
 
 RESULT = {

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zskt.cli.options import Assignments, Text, Words
-from zskt.cli.progress import console, notice
+from zskt.cli.progress import console, notice, warn
 from zskt.cli.teachers import FOREIGN, Network, Options, Result, open_networks, said_progress, say_if_larger
 from zskt.errors import UsageError, printable
 from zskt.evaluate.measures import noise_classes
@@ -21,7 +21,7 @@ from zskt.networks.classifier import Classifier, count_parameters
 from zskt.networks.factories import parse_arguments
 from zskt.networks.observe import batchnorm_layers, evaluating, find_stages, forward_flops, stage_resolutions
 from zskt.networks.students import describe_student, make_student
-from zskt.run.without_data import inspect_run, told
+from zskt.run.without_data import doubts, inspect_run, told
 
 NOISE_FLOPS = 200_000_000_000
 """FLOPs that `zskt inspect` spends on noise images."""
@@ -120,6 +120,8 @@ def run_inspect(
         found = inspect_run(expanded(what), network, first, others)
         for line in told(found):
             notice(line)
+        for line in doubts(found):
+            warn(line)
         result["disagreements"] = found
     return result
 

@@ -48,7 +48,7 @@ from zskt.run.own_images import refuse_own_images
 from zskt.run.plots import believed_grid, save_image
 from zskt.run.report import write_report
 from zskt.run.synthetic import UPDATES, synthesise, write_synthetic
-from zskt.run.without_data import inspect_run, told
+from zskt.run.without_data import doubts, inspect_run, told
 from zskt.runtime import pick_device
 from zskt.settings import replace
 
@@ -166,11 +166,13 @@ def run_distill(
         warn(line)
     if not ranks.is_main():
         return {}
-    found = {}
+    found, doubted = {}, []
     if result.finished:
         found = inspect_run(out, result.network.cpu(), network.cpu())
         for line in told(found):
             notice(line)
+        for line in (doubted := doubts(found)):
+            warn(line)
         write_report([out], out / "report.html")
         notice(f"report: {out / 'report.html'}")
     else:
@@ -186,7 +188,7 @@ def run_distill(
         **result.measured,
         **({"disagreements": found["teacher"]} if found else {}),
         **({"notes": list(network.notes)} if network.notes else {}),
-        "warnings": result.warnings,
+        "warnings": [*result.warnings, *doubted],
     }
 
 

@@ -15,7 +15,7 @@ from zskt.method.config import read_config
 from zskt.method.recipe import load_recipe, recipe_texts
 from zskt.run.checkpoint import read_finished, read_lines
 from zskt.run.plots import readable_curves, run_classes
-from zskt.run.without_data import read_inspected, told
+from zskt.run.without_data import doubts, read_inspected, told
 from zskt.settings import flat
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -141,7 +141,7 @@ def _page(runs: Sequence[Mapping[str, Any]], reload: int | None) -> str:
     body = [f"<h1>{html.escape(title)}</h1>", _results(runs), _without_data(runs)]
     for run in runs:
         unfinished = "" if run["metadata"] else f"{run['name']} has not finished: continue it with --resume"
-        for warning in [*run["metadata"].get("warnings", []), unfinished]:
+        for warning in [*run["metadata"].get("warnings", []), *doubts(run["without_data"] or {}), unfinished]:
             if warning:
                 named = warning if len(runs) == 1 or warning == unfinished else f"{run['name']}: {warning}"
                 body.append(f'<p class="warning">{html.escape(named)}</p>')
@@ -231,7 +231,7 @@ def _told(run: Mapping[str, Any]) -> str:
         parts.append(right + (f" (teacher {beside:.2%})" if beside is not None else ""))
     if measured.get("agreement") is not None:
         parts.append(f"agrees with the teacher on {measured['agreement']:.2%}")
-    warned = len(facts.get("warnings", []))
+    warned = len(facts.get("warnings", [])) + len(doubts(run["without_data"] or {}))
     parts.append(f"{warned} warning{'s' if warned > 1 else ''}, below" if warned else "no warnings")
     return f"<p><strong>{html.escape(run['name'])}</strong>: {html.escape('; '.join(parts))}.</p>"
 

@@ -6,6 +6,7 @@ well each has ordered students by their accuracy is a matter of measurement, by 
 M images, K classes, in the student's normalised space.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zskt.errors import UsageError, ZsktError, failing
+from zskt.evaluate.controls import untrained
 from zskt.evaluate.measures import check_networks, wilson
 from zskt.evaluate.transitions import renormalised
 from zskt.files import expanded, read_json, read_sealed, sealed, write_json
@@ -35,6 +37,8 @@ KINDS = {
     "mixed": "means of two fresh pseudo images",
     "noise": "images of uniform noise",
 }
+MOST = 50
+"""Of 100 images, on which a student has to contradict its teacher, or name one class, to be doubted."""
 TRACKING = Path(__file__).with_name("tracking.json")
 """Measured rank correlations, as benchmarks/tracking.py writes them."""
 
@@ -45,8 +49,10 @@ def inspect_run(
     """Disagreements of a finished run's student with its teacher and with other runs' students, by name.
 
     By network, "teacher" and the names of `others` under "students", and kind of image: a number per 100 images with
-    its 95 % interval, and how many images were asked about. The file in the run's folder keeps what was found before of
-    other networks. Raises ZsktError for networks that do not fit together or a teacher that is not the run's.
+    its 95 % interval, and how many images were asked about. Beside the teacher "untrained" says what a network like the
+    student has with random weights, where its layers can be initialised anew. The file in the run's folder keeps what
+    was found before of other networks. Raises ZsktError for networks that do not fit together or a teacher that is not
+    the run's.
     """
     students = dict(others or {})
     before = read_inspected(folder) or {"students": {}}
@@ -58,12 +64,14 @@ def inspect_run(
     networks = [*([] if teacher is None else [teacher]), *students.values()]
     for network in networks:
         check_networks(student, network)
-    probes = draw_probes(folder, student, probe_count(student, *networks))
+    probes = draw_probes(folder, student, probe_count(student, student, *networks))
     result: dict[str, Any] = {
         "students": {name: disagreements(student, each, probes) for name, each in students.items()}
     }
     if teacher is not None:
         result["teacher"] = disagreements(student, teacher, probes)
+        with contextlib.suppress(ZsktError):
+            result["untrained"] = disagreements(untrained(student), teacher, probes)
     write_json(folder / FILE, sealed(before | result | {"students": before["students"] | result["students"]}))
     return result
 
@@ -78,7 +86,7 @@ def read_inspected(folder: Path) -> dict[str, Any] | None:
     with failing(
         what, "delete it and ask again with zskt inspect", kinds=(LookupError, TypeError, AttributeError, ValueError)
     ):
-        for kinds in (found.get("teacher", {}), *found["students"].values()):
+        for kinds in (found.get("teacher", {}), found.get("untrained", {}), *found["students"].values()):
             for kind, numbers in kinds.items():
                 if not (kind in KINDS and 0 <= numbers["low"] <= numbers["per_100"] <= numbers["high"] <= 100):
                     raise ValueError(f"{kind}: {numbers}")
@@ -118,23 +126,54 @@ def _generated(generator: Generator, student: Classifier, config: Config, count:
 
 
 def disagreements(student: Classifier, other: Classifier, probes: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """By kind of image: on how many of 100 the two networks predict different classes, and the 95 % interval."""
+    """By kind of image: on how many of 100 the two networks predict different classes, and the 95 % interval.
+
+    Also the class that the student names most often, on how many of 100, and on how many the other does.
+    """
     found = {}
     with evaluating(student), evaluating(other):
         for kind, images in probes.items():
-            differ = [
-                student(x).argmax(dim=1).cpu() != other(renormalised(x, student, other)).argmax(dim=1).cpu()
-                for x in torch.split(images, 100)
-            ]
-            count = int(torch.cat(differ).sum())
+            batches = torch.split(images, 100)
+            ours = torch.cat([student(x).argmax(dim=1).cpu() for x in batches])  # (M,)
+            theirs = torch.cat([other(renormalised(x, student, other)).argmax(dim=1).cpu() for x in batches])  # (M,)
+            count, share = int((ours != theirs).sum()), 100 / len(images)
             low, high = wilson(count, len(images))
+            favourite = int(ours.bincount().argmax())
             found[kind] = {
-                "per_100": 100 * count / len(images),
+                "per_100": share * count,
                 "low": 100 * low,
                 "high": 100 * high,
                 "images": len(images),
+                "favourite": favourite,
+                "favourite_per_100": share * int((ours == favourite).sum()),
+                "theirs_per_100": share * int((theirs == favourite).sum()),
             }
     return found
+
+
+def doubts(result: Mapping[str, Any]) -> list[str]:
+    """What of the result is a reason not to use the student: lines as of a run's warnings."""
+    found, random = result.get("teacher", {}), result.get("untrained", {})
+    lines = []
+    if worst := [kind for kind in ("pseudo", "earlier") if kind in found and found[kind]["low"] >= MOST]:
+        number = found[worst[0]]["per_100"]
+        lines.append(
+            f"contradicts its teacher: on {number:.0f} of 100 {KINDS[worst[0]]}; more steps, then a larger student"
+        )
+    if found and all(kind in random and found[kind]["high"] >= random[kind]["per_100"] for kind in found):
+        lines.append(
+            "as good as untrained: the student disagrees with its teacher no less than a network like it with random "
+            "weights; check the normalisation, then more steps"
+        )
+    for kind, numbers in found.items():
+        ours, theirs = numbers.get("favourite_per_100", 0), numbers.get("theirs_per_100", 0)
+        if ours >= MOST and theirs <= ours / 2:
+            lines.append(
+                f"one class for most: the student names class {numbers['favourite']} on {ours:.0f} of 100 "
+                f"{KINDS[kind]}, its teacher on {theirs:.0f}; --recipe auto, or more steps"
+            )
+            break
+    return lines
 
 
 def told(result: Mapping[str, Any]) -> list[str]:
@@ -146,7 +185,11 @@ def told(result: Mapping[str, Any]) -> list[str]:
         for kind, found in kinds.items():
             number, low, high = (f"{found[key]:.1f}" for key in ("per_100", "low", "high"))
             seen = f"the student and {whom} disagree on {number} ({low} to {high})"
-            worth = _tracked(kind) if whom == "its teacher" else ""
+            worth = ""
+            if whom == "its teacher":
+                if random := result.get("untrained", {}).get(kind):
+                    seen += f"; a network like it with random weights would on {random['per_100']:.1f}"
+                worth = _tracked(kind)
             lines.append(f"of 100 {KINDS[kind]}, {seen}{worth}")
     return [*lines, "fewer is better, but none of these images is like real ones: no number here is an accuracy"]
 
