@@ -196,6 +196,25 @@ def test_a_network_of_probabilities_is_saved_without_their_logarithm(
         assert (again.output, again.fingerprint()) == ("probabilities", made.fingerprint())
 
 
+def test_one_of_several_networks_in_a_file_is_chosen(script: Path, tmp_path: Path) -> None:
+    spec = f"{script}:make"
+    given: Any = {"input_size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3}
+    state = load(spec, **given).teacher.module.state_dict()
+    made = {"model": state, "ema": {name: 2 * tensor for name, tensor in state.items()}}
+    torch.save(made, tmp_path / "both.pt")
+    line = refused(partial(load, spec, weights=tmp_path / "both.pt", **given))
+    assert "choose one by --teacher-key ema" in line
+    for key, state in made.items():
+        found = load(spec, weights=tmp_path / "both.pt", key=key, **given).teacher.module.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    assert "give both or neither" in refused(partial(load, spec, key="ema", **given), UsageError)
+    zskt.save_teacher(tmp_path / "teacher", make_teacher())
+    assert "--teacher-key has no effect" in refused(partial(load, tmp_path / "teacher", key="ema"), UsageError)
+    options = ["--input-size", *SIZE, "--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.25, 0.25]
+    weights = ["--teacher-weights", tmp_path / "both.pt", "--teacher-key", "ema"]
+    assert run("inspect", spec, *options, *weights)["kind"] == "factory"
+
+
 def test_a_factory_that_does_not_fit_is_refused(script: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"input_size": SIZE, **GREY}
     torch.save({"conv.weight": torch.ones(2, 3, 3, 3)}, tmp_path / "other.pt")

@@ -45,6 +45,8 @@ class Foreign:
 
     teacher_weights: File = None
     """checkpoint for a factory, timm:NAME or torchvision:NAME; nothing in it is executed."""
+    teacher_key: str = ""
+    """the part of that file to take, if it holds several networks, as in ema_state_dict or teacher."""
     teacher_args: Assignments = ()
     """arguments for the factory, as in depth=20 classes=37."""
     input_size: ImageSize = None
@@ -84,7 +86,10 @@ def open_networks(
 def open_unfinished(name: str, foreign: Foreign) -> Loaded:
     """The student of a stopped run's newest checkpoint, which contains all that options could say."""
     given = {"weights": foreign.teacher_weights, "args": foreign.teacher_args, "input-size": foreign.input_size}
-    refuse_unused(given | {"mean": foreign.mean, "std": foreign.std}, f"{name}, which contains all of this")
+    refuse_unused(
+        given | {"key": foreign.teacher_key, "mean": foreign.mean, "std": foreign.std},
+        f"{name}, which contains all of this",
+    )
     student, about = load_unfinished(expanded(name), trust=foreign.trust)
     warn(f"{name} is at {about['warnings'][0]}; taking the student of its newest checkpoint")
     return Loaded(student, "checkpoint of a run", "the checkpoint", unfinished=about)
@@ -103,7 +108,9 @@ def each_foreign(named: Sequence[str], foreign: Foreign) -> list[Foreign]:
     found = []
     for name in named:
         options = foreign if name in outside else Foreign(trust=foreign.trust)
-        found.append(options if name in made else replace(options, teacher_weights=None, teacher_args=()))
+        found.append(
+            options if name in made else replace(options, teacher_weights=None, teacher_key="", teacher_args=())
+        )
     return found
 
 
@@ -118,6 +125,7 @@ def open_as(name: str, foreign: Foreign) -> Loaded:
         std=foreign.std,
         trust=foreign.trust,
         notice=notice,
+        key=foreign.teacher_key,
     )
 
 

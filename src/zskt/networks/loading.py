@@ -55,19 +55,21 @@ def load_teacher(
     module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
+    key: str = "",
 ) -> Classifier:
     """The trained classifier that `what` specifies, ready to be distilled, measured or compared.
 
     `what` is a teacher or run folder; a Hugging Face folder (config.json and safetensors); a `.pt2` file of
     torch.export or a TorchScript file; `package.module:factory` or `file.py:factory`, called with `arguments`;
-    `timm:NAME` or `torchvision:NAME`. `weights` is a checkpoint for a factory or a name. `input_size` is (C, H, W);
+    `timm:NAME` or `torchvision:NAME`. `weights` is a checkpoint for a factory or a name; `key` is the part of it to
+    take, if it holds several networks: an entry, as in ema_state_dict, or how the names begin. `input_size` is (C, H, W);
     `mean` and `std` have C values each, in [0, 1] or 0..255: required unless stored with the weights. `module` is the
     network of a folder that only its own code makes, as in `load_student`. Naming a factory
     runs its code; nothing else runs code without `trust`, which allows `.pt2` and TorchScript files, which are
     programs, and folders that name a factory. `notice` gets messages for the user. Raises UsageError for missing or
     unused options, ZsktError for what cannot be loaded or distilled.
     """
-    return load(what, weights, arguments, input_size, mean, std, module, trust, notice).teacher
+    return load(what, weights, arguments, input_size, mean, std, module, trust, notice, key).teacher
 
 
 def load_pretrained(what: str | Path, *, trust: bool, revision: str | None) -> Classifier:
@@ -97,25 +99,28 @@ def load(
     module: nn.Module | None = None,
     trust: bool = False,
     notice: Notice = to_stderr,
+    key: str = "",
 ) -> Loaded:
     """What `load_teacher` returns, and where it was found."""
     specifier, path = str(what), expanded(what)
     if is_own_folder(path):
-        given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std}
+        given = {"weights": weights, "args": arguments, "input-size": input_size, "mean": mean, "std": std, "key": key}
         refuse_unused(given, f"{path}, a folder that contains all of this")
         return Loaded(load_network(path, module=module, trust=trust), "folder of zskt", "the folder")
     if module is not None:
         raise UsageError(f"module is for a folder of zskt, found {short(specifier)}; leave it out")
     if path.exists():
-        refuse_unused({"weights": weights, "args": arguments}, str(path))
+        refuse_unused({"weights": weights, "args": arguments, "key": key}, str(path))
         found = hugging_face.read_folder(path) if path.is_dir() else _recorded(path, trust)
+    elif key and weights is None:
+        raise UsageError(f"--teacher-key {short(key)} is a part of the file --teacher-weights: give both or neither")
     elif match := _LIBRARY.fullmatch(specifier):
-        found = _from_library(match[1], match[2], weights, dict(arguments or {}), notice)
+        found = _from_library(match[1], match[2], weights, dict(arguments or {}), notice, key)
     elif is_factory(specifier):
         notice(f"{specifier} runs the code of that file or package")
         found = Found(call_factory(specifier, arguments), "factory")
         if weights is not None:
-            fill(found.module, expanded(weights), advice="check the factory, its arguments and the file")
+            fill(found.module, expanded(weights), advice="check the factory, its arguments and the file", key=key)
     else:
         raise ZsktError(f"expected a network at {specifier}, found nothing; give {SPECIFIERS}")
     return _completed(specifier, found, input_size, mean, std, notice)
@@ -130,7 +135,7 @@ def refuse_unused(given: Mapping[str, object], what: str) -> None:
     """Raise UsageError for options that have no effect, by name, with a network that has all of that."""
     for name, value in given.items():
         if value:
-            option = f"--teacher-{name}" if name in ("weights", "args") else f"--{name}"
+            option = f"--teacher-{name}" if name in ("weights", "args", "key") else f"--{name}"
             raise UsageError(f"{option} has no effect with {what}; omit it")
 
 
@@ -194,7 +199,7 @@ def _recorded(path: Path, trust: bool) -> Found:
 
 
 def _from_library(
-    library: str, name: str, weights: str | Path | None, arguments: dict[str, Any], notice: Notice
+    library: str, name: str, weights: str | Path | None, arguments: dict[str, Any], notice: Notice, key: str
 ) -> Found:
     """A network of timm or torchvision, imported on demand; without a weights file the library downloads its own."""
     package = optional("torchvision.models" if library == "torchvision" else "timm", "vision")
@@ -213,5 +218,5 @@ def _from_library(
             size, mean, std, source = (3, side, side) if side else None, crop.mean, crop.std, f"transforms of {known}"
         mean, std, _ = unit_normalisation(mean, std, white=1, where=source)
     if weights is not None:
-        fill(module, expanded(weights), advice=f"check {library}:{name}, --teacher-args and the file")
+        fill(module, expanded(weights), advice=f"check {library}:{name}, --teacher-args and the file", key=key)
     return Found(module, f"{library} network", size, mean, std, source, others=weights is not None)

@@ -84,7 +84,7 @@ def find_state_dict(loaded: object, key: str = "") -> dict[str, Tensor]:
     if len(best) > 1:
         raise ZsktError(
             f"expected one state dict, found {len(best)} of {most} tensors: {_some(best)}; "
-            f"choose one by zskt import --key {best[0]}, or save only one"
+            f"choose one by --teacher-key {best[0]}, of zskt import --key {best[0]}, or save only one"
         )
     return found[best[0]]
 
@@ -100,7 +100,7 @@ def _under(key: str, found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[s
                 left.setdefault(place, named)
     if not left:
         firsts = {name.partition(".")[0] for tensors in found.values() for name in tensors}
-        raise unknown("part of the file in --key", key, sorted({*found, *firsts} - {"the top level"}))
+        raise unknown("part of the file", key, sorted({*found, *firsts} - {"the top level"}))
     return left
 
 
@@ -184,10 +184,13 @@ def with_module(teacher: Classifier, spec: str) -> Classifier:
 
 
 def fill(
-    module: nn.Module, path: Path, rename: Mapping[str, str] | None = None, advice: str = ADVICE
+    module: nn.Module, path: Path, rename: Mapping[str, str] | None = None, advice: str = ADVICE, key: str = ""
 ) -> dict[str, str]:
-    """Load a foreign checkpoint into `module`; returns foreign key -> own key, or raises ZsktError with `advice`."""
-    return _fill(module, read_state_dict(path), rename, advice)
+    """Load a foreign checkpoint into `module`; returns foreign key -> own key, or raises ZsktError with `advice`.
+
+    `key` is for `find_state_dict`.
+    """
+    return _fill(module, read_state_dict(path, key), rename, advice)
 
 
 def read_state_dict(path: Path, key: str = "") -> dict[str, Tensor]:
