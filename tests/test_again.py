@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from small import call, edit, fails, make_teacher, run, write_images
 from small import coloured as images_of
@@ -62,6 +63,10 @@ def test_options_of_a_foreign_teacher_are_kept(tmp_path: Path, monkeypatch: pyte
     )
     command: list[Any] = ["distill", "mine.py:make", "--teacher-args", "width=2", "--input-size", *SIZE, "--mean", 0.5]
     command += ["--std", 0.25, "--student", "convnet-1", *TINY]
+    module = models.convnet(2, num_classes=3, channels=1)
+    torch.save({"model": module.state_dict(), "ema": module.state_dict()}, "both.pth")
+    command += ["--teacher-weights", "both.pth", "--teacher-key", "ema"]
+    Path("ema").mkdir()  # a part of the file, and no path
     run(*command, "--out", "whole")
     run(*command, "--out", "a", "--stop-after", 2)
     line = fails(2, "distill", "--resume", "--out", "a")

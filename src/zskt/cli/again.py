@@ -18,7 +18,8 @@ OPTIONS = {field.name: field.default for field in dataclasses.fields(Foreign) if
 def remember(out: Path, words: Mapping[str, Any], foreign: Foreign) -> Callable[[Event], None]:
     """A callback that writes what was given to the command, without --trust, to the folder of the run."""
     found = dict(words) | {name: getattr(foreign, name) for name in OPTIONS}
-    document = {name: _plain(value) for name, value in found.items() if value not in (None, ())}
+    given = {name: value for name, value in found.items() if value not in (None, (), "")}
+    document = {name: value if name == "teacher_key" else _plain(value) for name, value in given.items()}
     path = expanded(out) / FILE
 
     def callback(event: Event) -> None:

@@ -62,7 +62,7 @@ def load_teacher(
     `what` is a teacher or run folder; a Hugging Face folder (config.json and safetensors); a `.pt2` file of
     torch.export or a TorchScript file; `package.module:factory` or `file.py:factory`, called with `arguments`;
     `timm:NAME` or `torchvision:NAME`. `weights` is a checkpoint for a factory or a name; `key` is the part of it to
-    take, if it holds several networks: an entry, as in ema_state_dict, or how the names begin. `input_size` is (C, H, W);
+    take, if it holds several networks: an entry, as in ema_state_dict, or how names begin. `input_size` is (C, H, W);
     `mean` and `std` have C values each, in [0, 1] or 0..255: required unless stored with the weights. `module` is the
     network of a folder that only its own code makes, as in `load_student`. Naming a factory
     runs its code; nothing else runs code without `trust`, which allows `.pt2` and TorchScript files, which are
