@@ -303,9 +303,12 @@ def test_without_test_images_no_number_is_called_an_accuracy(place: Path, tmp_pa
     words = command(place, tmp_path / "out", "--seed", 0, 1)
     cut = words.index("--eval")
     found = run(*words[:cut], *words[cut + 2 :])
-    assert set(found["rows"][0]["measures"]) == {"pseudo_agreement", "seconds"}
+    assert set(found["rows"][0]["measures"]) == {"pseudo", "noise", "seconds"}
     page = (tmp_path / "out" / "sweep.md").read_text()
-    assert "| teacher | student | recipe | runs | agreement on 64 pseudo images, % | seconds |" in page
+    assert (
+        "| teacher | student | recipe | runs | disagreements on 100 fresh pseudo images | on 100 of noise | seconds |"
+        in page
+    )
     assert "measured without data: no number here is an accuracy" in page
 
 

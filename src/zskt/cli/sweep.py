@@ -33,6 +33,7 @@ from zskt.paper.jobs import Job, Show, check_settings
 from zskt.paper.training import digest
 from zskt.run.distill import distill
 from zskt.run.report import write_report
+from zskt.run.without_data import inspect_run
 from zskt.runtime import circumstances
 from zskt.settings import from_text
 
@@ -309,14 +310,17 @@ def job_of(cell: Cell, grid: Grid, opened: Any) -> Job:
         with silence(True), failing("unexpected", "please report it with the command", named=True):
             teacher, evaluated = opened(cell.teacher)
             try:
-                return distill(
+                result = distill(
                     teacher,
                     make_student(cell.student, teacher, seed=cell.seed),
                     cell.recipe,
                     settings={**changes, "seed": cell.seed},
                     evaluate=evaluated,
                     **going_on(folder, stop_after, show),
-                ).finished
+                )
+                if result.finished:
+                    inspect_run(folder, result.network.cpu(), teacher.cpu())
+                return result.finished
             except UsageError as error:  # of this combination, not of the whole request
                 raise ZsktError(str(error)) from error
 

@@ -12,14 +12,16 @@ from typing import Any
 from zskt.files import write_json, write_text
 from zskt.paper.jobs import Job
 from zskt.paper.tables import latex, markdown, provenance
-from zskt.run.checkpoint import read_finished, read_lines
+from zskt.run.checkpoint import read_finished
+from zskt.run.without_data import KINDS, read_inspected
 
 MEASURES = {
     "teacher_accuracy": ("teacher, %", 100, 2),
     "accuracy": ("student, %", 100, 2),
     "agreement": ("agreement, %", 100, 2),
     "kl_teacher_student": ("KL, nats", 1, 3),
-    "pseudo_agreement": ("agreement on 64 pseudo images, %", 100, 1),
+    "pseudo": ("disagreements on 100 fresh pseudo images", 1, 1),
+    "noise": ("on 100 of noise", 1, 1),
     "seconds": ("seconds", 1, 1),
 }
 """Key of a number -> name of its column, factor, digits."""
@@ -59,12 +61,13 @@ class Row:
 
 
 def numbers_of(job: Job, root: Path) -> dict[str, float] | None:
-    """The numbers of a finished run at its last iterate: its steps, measures, agreement on pseudo images, seconds."""
+    """The numbers of a finished run at its last iterate: its steps, measures, disagreements without data, seconds."""
     if job.measured(root) is None:
         return None
     folder = job.folder(root)
-    facts, last = read_finished(folder), read_lines(folder / "metrics.jsonl")[-1]
-    known = facts["measured"] | {"pseudo_agreement": last["pseudo_agreement"], "seconds": facts["seconds"]}
+    facts, inspected = read_finished(folder), (read_inspected(folder) or {}).get("teacher", {})
+    differs = {kind: numbers["per_100"] for kind, numbers in inspected.items()}
+    known = facts["measured"] | differs | {"seconds": facts["seconds"]}
     return {"steps": facts["steps"]} | {key: known[key] for key in MEASURES if key in known}
 
 
@@ -88,7 +91,7 @@ def write_sweep(
     labels = [name for name in shown[0] if name not in fixed]
     keys = [key for key in MEASURES if any(key in row["measures"] for row in found)]
     if "accuracy" in keys:
-        keys.remove("pseudo_agreement")  # which matters where nothing else is known
+        keys = [key for key in keys if key not in KINDS]  # which matter where nothing else is known
     head = [*labels, "runs", *(MEASURES[key][0] for key in keys)]
     texts = [
         [*(names[name] for name in labels), runs_text(row), *(text(row, key) for key in keys)]
