@@ -13,8 +13,9 @@ import zskt
 from small import refused
 from zskt.cli.options import documentation
 from zskt.errors import UsageError
+from zskt.files import write_text
 from zskt.method import config as config_module
-from zskt.method.config import Config
+from zskt.method.config import Config, read_config
 from zskt.method.recipe import load_recipe, recipe_texts
 from zskt.settings import flat, from_text, from_toml, replace, to_toml
 
@@ -45,6 +46,19 @@ def test_toml_round_trip(name: str) -> None:
     assert from_toml(Config, to_toml(config), "here") == config
     assert set(flat(tomllib_config(to_toml(config)))) == set(flat(config))  # every value is spelled out
     assert from_toml(Config, "", "here") == Config()
+
+
+def test_a_config_of_before_is_read_without_what_had_no_effect(tmp_path: Path) -> None:
+    text = to_toml(replace(load_recipe("zskt"), {"steps": 77}))
+    path = tmp_path / "config.toml"
+    for name, value in Config.GONE.items():
+        section, _, last = name.rpartition(".")
+        write_text(path, text.replace(f"[{section}]\n", f"[{section}]\n{last} = {value}\n"))
+        assert last in path.read_text()
+        assert read_config(path) == from_toml(Config, text, "here")
+        write_text(path, text.replace(f"[{section}]\n", f"[{section}]\n{last} = 1.5\n"))
+        with pytest.raises(UsageError, match=f"unknown setting '{name}'"):
+            read_config(path)
 
 
 def tomllib_config(text: str) -> Any:

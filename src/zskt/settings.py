@@ -104,6 +104,19 @@ def changes_of(text: str, where: str) -> dict[str, Any]:
     return leaves(tree, "")
 
 
+def without(text: str, gone: Mapping[str, Any], where: str) -> str:
+    """TOML without the values of dotted names that are those in `gone`; as it is, if there are none."""
+    found, tree = changes_of(text, where), None
+    for name in (name for name, value in gone.items() if found.get(name) == value):
+        *sections, last = name.split(".")
+        tree = tomllib.loads(text) if tree is None else tree
+        section = tree
+        for each in sections:
+            section = section[each]
+        del section[last]
+    return text if tree is None else tomli_w.dumps(tree)
+
+
 def to_toml(settings: Any) -> str:
     """All settings as TOML, defaults included."""
     return tomli_w.dumps(dataclasses.asdict(settings))

@@ -15,7 +15,7 @@ from zskt.errors import UsageError, ZsktError
 from zskt.files import read_text
 from zskt.method.schedule import Schedule
 from zskt.runtime import parse_limit
-from zskt.settings import check_bounds, flat, from_toml
+from zskt.settings import check_bounds, flat, from_toml, without
 
 
 @dataclass(frozen=True)
@@ -335,6 +335,8 @@ class Config:
         "student.mode_in_search": "student.mode_for_generator",
     }
     """names in format 1 -> names now"""
+    GONE: ClassVar[dict[str, float]] = {"student.loss.jensen_shannon": 0.0}
+    """settings that are no more -> the value that had no effect, which configs of earlier runs hold"""
 
     def interval(self, what: Literal["log_every", "evaluate_every", "checkpoint_every"]) -> int:
         """The number of steps between two of these, with `auto` resolved."""
@@ -389,4 +391,4 @@ def read_config(path: Path) -> Config:
     text = read_text(path)
     if not re.search(r"^format *=", text, re.MULTILINE):
         raise ZsktError(f"expected format {FORMAT} in {path}, found an earlier one; {OTHER_FORMAT}")
-    return from_toml(Config, text, str(path))
+    return from_toml(Config, without(text, Config.GONE, str(path)), str(path))
