@@ -11,8 +11,8 @@ Run it on an idle machine. What compiling costs before the first update is a col
 """
 
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,18 @@ from zskt.method import build
 from zskt.method.bank import BankDistillation
 from zskt.method.config import Config
 from zskt.method.recipe import load_recipe
-from zskt.networks import models
-from zskt.networks.checks import as_teacher
 from zskt.networks.classifier import Classifier
-from zskt.runtime import arithmetic, pick_device, seeded, synchronise
+from zskt.runtime import pick_device, seeded
 from zskt.settings import replace
 
-IMAGES = 1024
-"""In the bank: more than a batch, so that drawing gathers."""
+ROUNDS = 8
+"""Of images in the bank: more than a batch, so that drawing gathers."""
 
 
 def networks(pair: bench.Pair, config: Config, device: torch.device) -> tuple[Classifier, torch.nn.Module]:
     """Teacher and student with random weights, arranged as the config says."""
     with seeded(0):
-        module, student = (models.build(spec, 10, pair.input_size) for spec in (pair.teacher, pair.student))
-    channels = pair.input_size[0]
-    teacher = Classifier(module, input_size=pair.input_size, mean=[0.5] * channels, std=[0.25] * channels)
-    teacher = as_teacher(teacher, copied=False).to(device)
-    student.to(device)
+        teacher, student, _ = bench.networks(pair, device)
     build.arrange(teacher, config)
     build.arrange(student, config)
     return teacher, student
@@ -53,14 +47,13 @@ def from_bank(pair: bench.Pair, config: Config, device: torch.device, compiled: 
         student = torch.compile(student)  # type: ignore[assignment]
     method = build.bank(teacher, student, config)
     assert isinstance(method, BankDistillation)
-    method.bank.add(torch.randn(IMAGES, *pair.input_size, device=device))
+    method.bank.add(torch.randn(ROUNDS * config.bank.batch_size, *pair.input_size, device=device))
     return lambda: method.student_step(method.bank.draw(config.batch_size))
 
 
-def from_matching(pair: bench.Pair, config: Config, device: torch.device) -> Callable[[], object]:
+def from_matching(pair: bench.Pair, precision: bench.Precision, device: torch.device) -> Callable[[], object]:
     """An update of recipe `zskt`."""
-    with seeded(0):
-        matching = build.belief_matching(*networks(pair, config, device), config)
+    matching = bench.engine(pair, precision, device)
     batch = matching.ask(matching.draw())
     return lambda: matching.student_step(batch)
 
@@ -87,46 +80,33 @@ def plain(pair: bench.Pair, config: Config, device: torch.device) -> Callable[[]
     return update
 
 
-def measure(pair: bench.Pair, precision: str, device: torch.device, rounds: int) -> dict[str, object]:
-    """Seconds of each arm's updates, in turns, and of the first update of the compiled one."""
-    large = {"steps": 1_000_000, "batch_size": pair.batch_size, "machine.precision": precision}
-    flat = {
-        "bank.random_crop": 4,
-        "bank.horizontal_flip": True,
-        "bank.rounds": IMAGES // 128,
+def measure(pair: bench.Pair, precision: bench.Precision, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Seconds of each arm's updates, in turns after two of each, and what compiling takes."""
+    size = {"steps": 1_000_000, "batch_size": pair.batch_size, "generator.width": 16, "machine.precision": precision}
+    size |= {
+        "bank.rounds": ROUNDS,
         "bank.warmup": 1,
         "bank.views": 1,
+        "bank.random_crop": 4,
+        "bank.horizontal_flip": True,
     }
-    ours = replace(load_recipe("bank"), large | flat | {"generator.width": 16})
-    paper = replace(load_recipe("zskt"), large | {"batch_size": pair.batch_size})
+    config = replace(load_recipe("bank"), size)
     arms = {
-        "plain": plain(pair, ours, device),
-        "bank": from_bank(pair, ours, device, False),
-        "compiled": from_bank(pair, ours, device, True),
-        "zskt": from_matching(pair, paper, device),
+        "plain": plain(pair, config, device),
+        "bank": from_bank(pair, config, device, False),
+        "compiled": from_bank(pair, config, device, True),
+        "zskt": from_matching(pair, precision, device),
     }
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    first: dict[str, float] = {}
-    with arithmetic():
-        for number in range(rounds + 2):
-            for arm, update in arms.items():
-                synchronise(device)
-                begun = time.perf_counter()
-                update()
-                synchronise(device)
-                taken = time.perf_counter() - begun
-                if number == 0:
-                    first[arm] = taken
-                elif number > 1:
-                    seconds[arm].append(taken)
-    return {"seconds": seconds, "compiling": first["compiled"] - statistics.median(seconds["compiled"])}
+    taken = bench.in_turns(arms, device, rounds + 2)
+    seconds = {arm: times[2:] for arm, times in taken.items()}
+    return {"seconds": seconds, "compiling": taken["compiled"][0] - statistics.median(seconds["compiled"])}
 
 
 def main() -> None:
     """Time each pair in the precisions that the machine computes in."""
     arguments = record.pair_arguments(__doc__, "rounds")
     device = pick_device(arguments.device)
-    precisions = ["fp32"]
+    precisions: list[bench.Precision] = ["fp32"]
     if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
         precisions.append("bf16")
     results, rows = {}, []
@@ -136,7 +116,6 @@ def main() -> None:
             found = measure(pair, precision, device, arguments.rounds)
             results[f"{name}, {precision}"] = found
             seconds = found["seconds"]
-            assert isinstance(seconds, dict)
             for arm, times in seconds.items():
                 cells = [f"{statistics.median(times):.3f}"]
                 for other in ("plain", "zskt"):

@@ -10,10 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from zskt.settings import replace
 
 Precision = Literal["fp32", "bf16"]
 Arm = Literal["reference", "fp32", "bf16"]
+Name = TypeVar("Name", bound=str)
 ARMS: tuple[Arm, ...] = ("reference", "fp32", "bf16")
 ENGINE: tuple[Precision, ...] = ("fp32", "bf16")
 
@@ -64,7 +65,7 @@ def engine(pair: Pair, precision: Precision, device: torch.device) -> BeliefMatc
     """The engine's step for a teacher, student and generator with random weights."""
     config = replace(_config(pair), {"machine.precision": precision})
     with seeded(0):
-        teacher, student, _ = _networks(pair, device)
+        teacher, student, _ = networks(pair, device)
         arrange(teacher, config)
         arrange(student, config)
         return belief_matching(teacher, student, config)
@@ -75,7 +76,7 @@ def start(pair: Pair, arm: Arm, device: torch.device) -> Callable[[], Any]:
     if arm != "reference":
         return engine(pair, arm, device).step
     with seeded(0):
-        return _reference(_config(pair), *_networks(pair, device))
+        return _reference(_config(pair), *networks(pair, device))
 
 
 def _config(pair: Pair) -> Config:
@@ -83,7 +84,8 @@ def _config(pair: Pair) -> Config:
     return replace(load_recipe(pair.recipe), {"steps": steps, "batch_size": pair.batch_size})
 
 
-def _networks(pair: Pair, device: torch.device) -> tuple[Classifier, nn.Module, torch.Generator]:
+def networks(pair: Pair, device: torch.device) -> tuple[Classifier, nn.Module, torch.Generator]:
+    """Teacher and student of a pair, with random weights, and a generator of random numbers."""
     module = models.build(pair.teacher, 10, pair.input_size)
     student = models.build(pair.student, 10, pair.input_size).to(device)
     channels = pair.input_size[0]
@@ -113,18 +115,27 @@ def time_pair(
     pair: Pair, device: torch.device, *, rounds: int = 5, report: Callable[[int, int, str], None] = lambda *_: None
 ) -> dict[Arm, list[float]]:
     """Seconds of one step per arm, `rounds` times each, interleaved, after one untimed step each."""
-    arms = {arm: start(pair, arm, device) for arm in ARMS}
-    seconds: dict[Arm, list[float]] = {arm: [] for arm in ARMS}
+    taken = in_turns({arm: start(pair, arm, device) for arm in ARMS}, device, rounds + 1, report)
+    return {arm: seconds[1:] for arm, seconds in taken.items()}
+
+
+def in_turns(
+    arms: Mapping[Name, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    report: Callable[[int, int, str], None] = lambda *_: None,
+) -> dict[Name, list[float]]:
+    """Seconds of each arm's calls, A B A B; the first of each, which allocates or compiles, is among them."""
+    seconds: dict[Name, list[float]] = {arm: [] for arm in arms}
     with arithmetic():
-        for i in range(rounds + 1):
+        for _ in range(rounds):
             for arm, step in arms.items():
                 synchronise(device)
                 begun = time.perf_counter()
                 step()
                 synchronise(device)
-                if i:
-                    seconds[arm].append(time.perf_counter() - begun)
-                report(i * len(arms) + ARMS.index(arm) + 1, (rounds + 1) * len(arms), arm)
+                seconds[arm].append(time.perf_counter() - begun)
+                report(sum(map(len, seconds.values())), rounds * len(arms), arm)
     return seconds
 
 

@@ -84,7 +84,7 @@ def find_state_dict(loaded: object, key: str = "") -> dict[str, Tensor]:
     if len(best) > 1:
         raise ZsktError(
             f"expected one state dict, found {len(best)} of {most} tensors: {_some(best)}; "
-            f"choose one by --teacher-key {best[0]}, of zskt import --key {best[0]}, or save only one"
+            f"choose one by --teacher-key {best[0]} (with zskt import --key {best[0]}), or save only one"
         )
     return found[best[0]]
 
